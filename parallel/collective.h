@@ -68,9 +68,8 @@ struct collective {
     struct group group;
 };
 
-extern const struct collective_ops coll_none, coll_shm, coll_mpi;
-/* coll_nccl.c defines coll_nccl; where the CUDA part is not built this stays NULL. */
-extern const struct collective_ops *const coll_nccl_or_null;
+/* coll_nccl is always compiled: it opens libnccl.so.2 at run time and its probe says why it cannot. */
+extern const struct collective_ops coll_none, coll_shm, coll_mpi, coll_nccl;
 
 /* Opens the named collective, or with "auto" the first of none, nccl, shm, mpi that every rank can,
  * logging why the others were refused. A forced one that some rank cannot: ERR_UNSUPPORTED with that
