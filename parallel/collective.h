@@ -26,6 +26,9 @@ struct bootstrap {
     /* Gives `mine` [n], receives everybody's: out [size][n] by rank. Every rank uses the same n,
      * at most BOOTSTRAP_BYTES_MAX. Blocks until all ranks have called it with this key. */
     enum err (*exchange)(void *ctx, const char *key, const void *mine, size_t n, void *out);
+    /* May be NULL. Polled while an operation waits: true when this incarnation has ended, so that a
+     * peer will never come. Callable until the collective is closed. */
+    bool (*ended)(void *ctx);
     void *ctx;
 };
 enum { BOOTSTRAP_BYTES_MAX = 4096, COLLECTIVE_RANKS_MAX = 64 };
