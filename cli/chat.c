@@ -91,8 +91,9 @@ static enum err ask(struct chat *chat)
     if (!e) {
         double seconds = (double)(a.last_us - a.first_us) * 1e-6;
         putchar('\n');
-        if (isatty(STDERR_FILENO) && a.n_tokens > 1 && seconds > 0)
-            fprintf(stderr, "\033[2m%.0f ms to the first token, %.1f tokens/s\033[0m\n",
+        bool terminal = isatty(STDERR_FILENO);
+        if ((terminal || chat->o->stats) && a.n_tokens > 1 && seconds > 0)
+            fprintf(stderr, terminal ? "\033[2mTTFT %.0f ms, %.1f tokens/s\033[0m\n" : "TTFT %.0f ms, %.1f tokens/s\n",
                     (double)(a.first_us - a.asked_us) * 1e-3, (double)(a.n_tokens - 1) / seconds);
         e = add_message(chat, "assistant", buf_string(&a.text));
     }
