@@ -52,6 +52,7 @@ struct front {
     struct metrics metrics;
     struct http_server *http;
     atomic_ullong next_id;     /* of engine requests */
+    atomic_ullong next_public_id;
     uint64_t random;           /* makes public ids of this process unlike those of others */
     atomic_bool draining;
     int64_t started_unix_s;
@@ -62,10 +63,12 @@ struct front {
 };
 
 enum err front_create(const struct front_config *config, struct front **out);
-/* Before the engine goes: streams end by the engine's last words. */
+/* /health says 503, answers close their connections; what runs goes on. */
 void front_drain(struct front *f);
-/* After the engine's thread has ended. Accepts NULL. */
-void front_destroy(struct front *f);
+/* Cuts every connection and ends the threads: nobody asks the engine anything any more. The engine
+ * must then be destroyed, which ends what is left, and the front after it. */
+void front_stop(struct front *f);
+void front_destroy(struct front *f); /* accepts NULL */
 
 bool front_ready(struct front *f);       /* a full group can answer, and we are not draining */
 uint32_t front_context_max(struct front *f);

@@ -277,6 +277,7 @@ enum err http_server_open(const struct http_config *config, const struct http_ca
         s->loops[i].wake_fd = -1;
         s->loops[i].server = s;
         TRY_OUT(loop_open(&s->loops[i]));
+        if (callbacks->loop) callbacks->loop(callbacks->ctx, &s->loops[i], i);
     }
     for (unsigned i = 0; i < s->n_loops; i++) {
         if (pthread_create(&s->loops[i].thread, NULL, loop_run, &s->loops[i]))
@@ -289,14 +290,21 @@ out:
     return e;
 }
 
-void http_server_close(struct http_server *s)
+void http_server_stop(struct http_server *s)
 {
-    if (!s) return;
     atomic_store(&s->stopping, true);
     for (unsigned i = 0; i < s->n_loops; i++)
         if (s->loops[i].started) http_loop_wake(&s->loops[i]);
-    for (unsigned i = 0; i < s->n_loops; i++)
+    for (unsigned i = 0; i < s->n_loops; i++) {
         if (s->loops[i].started) pthread_join(s->loops[i].thread, NULL);
+        s->loops[i].started = false;
+    }
+}
+
+void http_server_close(struct http_server *s)
+{
+    if (!s) return;
+    http_server_stop(s);
     for (unsigned i = 0; i < s->n_loops; i++) loop_close(&s->loops[i]);
     for (int i = 0; i < 2; i++)
         if (s->fds[i] >= 0) close(s->fds[i]);

@@ -42,12 +42,16 @@ struct http_callbacks {
     void (*ended)(void *ctx, struct http_exchange *x, int status, int64_t took_us);
     /* On a loop's thread, after http_loop_wake. */
     void (*woken)(void *ctx, struct http_loop *loop);
+    /* While the server opens, before any thread of it runs: loop `index` is there. May be NULL. */
+    void (*loop)(void *ctx, struct http_loop *loop, unsigned index);
     void *ctx;
 };
 
 enum err http_server_open(const struct http_config *config, const struct http_callbacks *callbacks,
                           struct http_server **out);
-/* Cuts every connection and joins the loops' threads. Accepts NULL. */
+/* Cuts every connection and joins the loops' threads. Loops may still be woken, to no effect. */
+void http_server_stop(struct http_server *s);
+/* Stops, and frees. Accepts NULL. */
 void http_server_close(struct http_server *s);
 int http_server_port(const struct http_server *s);
 /* From now on every answer closes its connection, and idle connections are closed. */

@@ -10,7 +10,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-enum { METRIC_BOUNDS_MAX = 24, METRIC_STATUS_MAX = 20, METRIC_ROUTES_MAX = 48 };
+enum { METRIC_BOUNDS_MAX = 24, METRIC_HTTP_MAX = 256 };
 
 struct histogram {
     unsigned n_bounds;
@@ -53,15 +53,16 @@ enum metric_counter {
 struct http_count {
     const char *handler, *method;
     int status;
-    atomic_ullong n;
+    unsigned long long n;
 };
 
 struct metrics {
     struct histogram histograms[METRIC_HISTOGRAMS];
     atomic_llong counters[METRIC_COUNTERS];
     atomic_ullong finished[FINISH_ERROR + 1]; /* by enum finish */
-    struct http_count http[METRIC_ROUTES_MAX * 4]; /* open addressing; handler NULL = free */
-    atomic_flag http_lock;
+    pthread_mutex_t http_mutex;
+    unsigned n_http;
+    struct http_count http[METRIC_HTTP_MAX]; /* [n_http], found by pointer and status */
 };
 
 /* What the page shows besides: a snapshot taken by the caller. */
@@ -72,7 +73,6 @@ struct metrics_snapshot {
     uint64_t epoch;
     bool draining;
     unsigned n_connections;
-    uint64_t prompt_tokens_max; /* context, bounds the token histograms */
 };
 
 /* context_max bounds the buckets that count tokens. */

@@ -50,9 +50,8 @@ struct stream {
     uint64_t first_id;
     uint32_t n_requests, n_choices, n_submitted, n_last, n_ended;
     uint32_t *cached; /* [n_requests] */
-    bool overflow, want_tokens, pumping, complete;
+    bool overflow, want_tokens, pumping;
     int32_t min_tokens;
-    uint64_t max_tokens;
     struct stream_usage usage;
     int64_t begun_us;
     struct span stops[STOP_STRINGS_MAX];
@@ -172,7 +171,6 @@ enum err stream_create(const struct stream_config *config, struct stream **out)
     s->n_choices = config->n_choices;
     s->want_tokens = config->want_tokens;
     s->min_tokens = config->min_tokens;
-    s->max_tokens = config->max_tokens;
     s->begun_us = clock_monotonic_us();
     s->front = config->loop->front;
     s->first_id = atomic_fetch_add(&s->front->next_id, config->n_requests);
@@ -404,7 +402,10 @@ static void stream_finish(struct stream *s, enum err e)
     double took = (double)(clock_monotonic_us() - s->begun_us) * 1e-6;
     histogram_observe(&m->histograms[METRIC_E2E], took, 1);
     histogram_observe(&m->histograms[METRIC_INFERENCE], took, 1);
-    s->complete = true;
+    uint32_t most = 0;
+    for (uint32_t i = 0; i < s->n_requests * s->n_choices; i++)
+        if (s->choices[i].n_generated > most) most = s->choices[i].n_generated;
+    histogram_observe(&m->histograms[METRIC_MAX_GENERATION_TOKENS], most, 1);
     s->writer = NULL;
     if (e && s->n_last < s->n_submitted) cancel_all(s);
     w->finished(w, e, why);
