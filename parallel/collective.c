@@ -1,0 +1,2 @@
+/* The choice of a collective. */
+#include "parallel/collective.h"
