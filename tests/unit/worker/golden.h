@@ -1,5 +1,5 @@
-/* The goldens of tests/golden as structs: prompts, the logits that transformers computes, the greedy
- * tokens after them, and how wide the gap to the second best was. */
+/* The goldens of tests/golden as structs: prompts, the logits that transformers computes, the
+ * greedy tokens after them, and how wide the gap to the second best was. */
 #pragma once
 #include "base/json.h"
 #include "base/mem.h"

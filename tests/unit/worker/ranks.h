@@ -24,7 +24,8 @@ struct seat {
     int rank;
 };
 
-static inline enum err meeting_exchange(void *ctx, const char *key, const void *mine, size_t n, void *out)
+static inline enum err meeting_exchange(void *ctx, const char *key, const void *mine, size_t n,
+                                        void *out)
 {
     struct seat *seat = ctx;
     struct meeting *m = seat->meeting;
@@ -82,8 +83,10 @@ static inline void ranks_together(struct ranks *r, void *(*job)(void *))
         r->threads[i].all = r;
         r->threads[i].rank = i;
         r->threads[i].error = OK;
-        if (r->size == 1) job(&r->threads[i]);
-        else if (pthread_create(&r->threads[i].thread, NULL, job, &r->threads[i])) abort();
+        if (r->size == 1)
+            job(&r->threads[i]);
+        else if (pthread_create(&r->threads[i].thread, NULL, job, &r->threads[i]))
+            abort();
     }
     for (int i = 0; r->size > 1 && i < r->size; i++)
         pthread_join(r->threads[i].thread, NULL);
@@ -109,8 +112,10 @@ static inline void *rank_open_job(void *arg)
 {
     struct rank_thread *t = arg;
     t->seat = (struct seat){&t->all->meeting, t->rank};
-    struct bootstrap boot = {.group_key = t->all->key, .exchange = meeting_exchange, .ctx = &t->seat};
-    return rank_note(t, worker_open_group(t->all->workers[t->rank], t->all->epoch, t->all->n_blocks, 0, &boot));
+    struct bootstrap boot = {
+        .group_key = t->all->key, .exchange = meeting_exchange, .ctx = &t->seat};
+    return rank_note(
+        t, worker_open_group(t->all->workers[t->rank], t->all->epoch, t->all->n_blocks, 0, &boot));
 }
 
 static inline void *rank_step_job(void *arg)
