@@ -109,6 +109,36 @@ static enum err index_characters(struct model *m)
     return OK;
 }
 
+/* SentencePiece writes a space as this mark, at the beginning of pieces. */
+static const char MARK[] = "\xe2\x96\x81";
+enum { MARK_BYTES = 3 };
+
+/* Where the next word begins in text[from..n): at a mark that follows something else. */
+static size_t next_cut(const char *text, size_t from, size_t n)
+{
+    for (size_t at = from; at + MARK_BYTES <= n; at += MARK_BYTES) {
+        const char *mark = memmem(text + at, n - at, MARK, MARK_BYTES);
+        if (!mark) return n;
+        at = (size_t)(mark - text);
+        bool follows_mark = at >= MARK_BYTES && !memcmp(mark - MARK_BYTES, MARK, MARK_BYTES);
+        if (at > from && !follows_mark) return at;
+    }
+    return n;
+}
+
+/* When no merge makes a piece with a mark inside, nothing is ever merged across the beginning of a
+ * word, and a text without a pre-tokenizer may be cut there. */
+static void index_cuts(struct model *m)
+{
+    m->cuts_at_marks =
+        !m->subword_prefix[0] && !m->word_suffix[0] && vocab_find(&m->vocab, MARK, MARK_BYTES) >= 0;
+    for (size_t i = 0; i < m->n_merge_slots && m->cuts_at_marks; i++) {
+        if (m->merges[i].pair == MERGE_NONE) continue;
+        struct span p = vocab_piece(&m->vocab, m->merges[i].id);
+        m->cuts_at_marks = next_cut(p.data, 0, p.n) == p.n;
+    }
+}
+
 /* Which pieces encode to themselves. Long ones are left to the general way. */
 static enum err index_whole(struct model *m)
 {
@@ -142,6 +172,7 @@ enum err bpe_read(const json_t *object, struct model *m)
     TRY(part_string(object, "end_of_word_suffix", "", &m->word_suffix));
     TRY(read_merges(json_object_get(object, "merges"), m));
     TRY(index_characters(m));
+    index_cuts(m);
     return index_whole(m);
 }
 
@@ -300,13 +331,11 @@ static enum err merge_by_heap(const struct model *m, struct model_scratch *s)
     return OK;
 }
 
-enum err bpe_encode(const struct model *m, struct model_scratch *s, const char *word, size_t n,
-                    struct token_list *out)
+static enum err encode_word(const struct model *m, struct model_scratch *s, const char *word,
+                            size_t n, struct token_list *out)
 {
-    if (m->ignore_merges || m->whole) {
-        int32_t id = vocab_find(&m->vocab, word, n);
-        if (id >= 0 && (m->ignore_merges || m->whole[id])) return token_list_add(out, id);
-    }
+    int32_t id = m->whole ? vocab_find(&m->vocab, word, n) : -1;
+    if (id >= 0 && m->whole[id]) return token_list_add(out, id);
     TRY(split_characters(m, s, word, n));
     if (s->n_symbols > SCAN_SYMBOLS_MAX)
         TRY(merge_by_heap(m, s));
@@ -314,5 +343,17 @@ enum err bpe_encode(const struct model *m, struct model_scratch *s, const char *
         merge_by_scan(m, s->symbols, s->n_symbols);
     for (int32_t i = s->n_symbols ? 0 : -1; i >= 0; i = s->symbols[i].next)
         TRY(token_list_add(out, s->symbols[i].id));
+    return OK;
+}
+
+enum err bpe_encode(const struct model *m, struct model_scratch *s, const char *word, size_t n,
+                    struct token_list *out)
+{
+    int32_t id = m->ignore_merges ? vocab_find(&m->vocab, word, n) : -1;
+    if (id >= 0) return token_list_add(out, id);
+    for (size_t at = 0, end; at < n; at = end) {
+        end = m->cuts_at_marks ? next_cut(word, at, n) : n;
+        TRY(encode_word(m, s, word + at, end - at, out));
+    }
     return OK;
 }

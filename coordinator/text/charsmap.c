@@ -47,8 +47,8 @@ static enum err build(const struct buf *b, struct charsmap *m)
     for (size_t i = 0; i < m->n_units; i++)
         m->units[i] = read_u32(b->data + 4 + 4 * i);
     m->n_texts = b->n - 4 - trie_bytes;
-    m->texts = mem_strndup(b->data + 4 + trie_bytes, m->n_texts);
-    if (!m->texts) FAIL(ERR_NO_MEMORY, "out of memory for a character map");
+    TRY(mem_alloc(m->n_texts + 1, (void **)&m->texts));
+    memcpy(m->texts, b->data + 4 + trie_bytes, m->n_texts);
     return OK;
 }
 

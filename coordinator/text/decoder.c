@@ -440,6 +440,7 @@ enum err decoder_read(const json_t *object, struct decoder *out)
 
 void decoder_fini(struct decoder *d)
 {
+    if (!d->steps) return;
     for (size_t i = 0; i < d->n_steps; i++) {
         pattern_fini(&d->steps[i].pattern);
         mem_free(d->steps[i].text);

@@ -23,6 +23,7 @@ struct model {
     struct vocab vocab;
     int32_t unk_id; /* -1: none */
     bool fuse_unk, byte_fallback, ignore_merges;
+    bool cuts_at_marks;                 /* BPE: words may be encoded apart from each other */
     char *subword_prefix, *word_suffix; /* BPE, WordPiece; NULL: none */
     int32_t byte_ids[256];              /* of "<0x00>" ..., -1: none */
     /* BPE */

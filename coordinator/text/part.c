@@ -63,8 +63,8 @@ enum err pattern_read(const json_t *object, const char *key, struct pattern *out
         TRY(regex_compile(json_string_value(regex), json_string_length(regex), &p.regex));
     } else if (json_is_string(literal)) {
         p.n = json_string_length(literal);
-        p.literal = mem_strndup(json_string_value(literal), p.n);
-        if (!p.literal) FAIL(ERR_NO_MEMORY, "out of memory for '%s'", key);
+        TRY(mem_alloc(p.n + 1, (void **)&p.literal));
+        memcpy(p.literal, json_string_value(literal), p.n);
     } else {
         FAIL(ERR_FORMAT, "'%s' must be {\"String\": ...} or {\"Regex\": ...}", key);
     }

@@ -66,7 +66,7 @@ bool unicode_is_punctuation(uint32_t c)
 bool unicode_is_other(uint32_t code)
 {
     utf8proc_category_t k = category(code);
-    return k == UTF8PROC_CATEGORY_CN || k >= UTF8PROC_CATEGORY_CC;
+    return k >= UTF8PROC_CATEGORY_CC;
 }
 
 bool unicode_is_nonspacing(uint32_t code)

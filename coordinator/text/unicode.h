@@ -11,7 +11,7 @@ bool unicode_is_space(uint32_t code);       /* the property White_Space */
 bool unicode_is_word(uint32_t code);        /* \w: alphabetic, marks, digits, connectors, joiners */
 bool unicode_is_numeric(uint32_t code);     /* categories Nd, Nl, No */
 bool unicode_is_punctuation(uint32_t code); /* ASCII punctuation or category P */
-bool unicode_is_other(uint32_t code);       /* category C */
+bool unicode_is_other(uint32_t code);       /* categories Cc, Cf, Cs, Co */
 bool unicode_is_nonspacing(uint32_t code);  /* category Mn */
 bool unicode_is_mark(uint32_t code);        /* category M */
 bool unicode_is_cjk(uint32_t code);         /* the ideographs that BERT sets apart */

@@ -8,12 +8,36 @@
 #include "coordinator/text/unicode.h"
 
 #include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* How far below the worst piece an unknown character scores (SentencePiece's kUnkPenalty). */
 #define UNK_PENALTY 10.0
 
 enum { UNIGRAM_PIECE_BYTES_MAX = 512 };
+
+/* A score as the files' usual reader has it: the digits as one integer, rounded, over a power of
+ * ten, rounded again. That is now and then the neighbour of the nearest double, and where two
+ * divisions of a word differ only in the order of their pieces, this last bit decides between them.
+ */
+static double score_from_digits(double exact)
+{
+    char text[40], digits[24], power[16];
+    int precision = 14;
+    do
+        snprintf(text, sizeof text, "%.*e", precision, fabs(exact));
+    while (strtod(text, NULL) != fabs(exact) && ++precision < 17);
+    const char *mark = strchr(text, 'e');
+    if (!mark || strlen(text) < 17) return exact;
+    snprintf(digits, sizeof digits, "%c%.*s", text[0], (int)(mark - text - 2), text + 2);
+    long exponent = strtol(mark + 1, NULL, 10) - precision;
+    if (exponent > 300 || exponent < -300) return exact;
+    snprintf(power, sizeof power, "1e%ld", labs(exponent));
+    double f = (double)strtoull(digits, NULL, 10), scale = strtod(power, NULL);
+    f = exponent < 0 ? f / scale : f * scale;
+    return exact < 0 ? -f : f;
+}
 
 static enum err read_piece(const json_t *item, size_t id, struct model *m)
 {
@@ -24,7 +48,7 @@ static enum err read_piece(const json_t *item, size_t id, struct model *m)
         FAIL(ERR_UNSUPPORTED, "Unigram pieces longer than %d bytes are not supported",
              UNIGRAM_PIECE_BYTES_MAX);
     TRY(vocab_add(&m->vocab, json_string_value(text), json_string_length(text), (int64_t)id));
-    m->scores[id] = json_number_value(score);
+    m->scores[id] = score_from_digits(json_number_value(score));
     if (!isfinite(m->scores[id])) FAIL(ERR_FORMAT, "the score of piece %zu is not finite", id);
     return OK;
 }

@@ -10,7 +10,8 @@
 enum { SCRATCH_BYTES_MIN = 1 << 18 };
 
 static const char *const isa_names[CPU_ISA_COUNT] = {"reference", "avx2", "avx512", "vnni", "bf16"};
-static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {&matmul_reference};
+static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {
+    &matmul_reference, &matmul_avx2, &matmul_avx512, &matmul_vnni, &matmul_bf16};
 
 static bool isa_runs(enum cpu_isa isa)
 {
