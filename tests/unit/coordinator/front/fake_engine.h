@@ -150,6 +150,10 @@ static void fake_step(void)
         for (uint32_t k = 0; k < n_sinks; k++) there |= sinks[k] == q->r->sink;
         if (!there) sinks[n_sinks++] = q->r->sink;
     }
+    for (uint32_t k = 0; k < n_sinks; k++) {
+        sinks[k]->flush(sinks[k]);
+        if (k % 2) sinks[k]->flush(sinks[k]); /* the real one may do so too */
+    }
     for (uint32_t i = 0; i < fake.n;) {
         struct fake_request *q = &fake.requests[i];
         if (q->n_ended < q->r->n_choices) {
@@ -160,7 +164,6 @@ static void fake_step(void)
         *q = fake.requests[--fake.n];
     }
     fake.n_alive = (int)fake.n;
-    for (uint32_t k = 0; k < n_sinks; k++) sinks[k]->flush(sinks[k]);
 }
 
 static void *fake_run(void *ctx)
