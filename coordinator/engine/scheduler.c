@@ -301,5 +301,5 @@ bool scheduler_plan(struct engine *e, struct group *g)
     }
     plan_clear(g);
     g->building = false;
-    return !empty;
+    return empty && g->n_late_slots ? scheduler_plan(e, g) : !empty; /* the closes make the next one */
 }
