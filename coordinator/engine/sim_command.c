@@ -1,5 +1,6 @@
 /* `heddle sim`: many seeds, or one again. */
 #include "coordinator/engine/sim.h"
+#include "coordinator/engine/sim_timed.h"
 
 #include <inttypes.h>
 #include <signal.h>
@@ -66,13 +67,18 @@ static int run_seeds(uint64_t base, uint64_t n_seeds)
 int sim_main(int argc, char **argv)
 {
     uint64_t n_seeds = 1000, base = 1;
+    if (argc > 1 && !strcmp(argv[1], "--trace")) return trace_main(argc - 2, argv + 2);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--seeds") && i + 1 < argc)
             n_seeds = strtoull(argv[++i], NULL, 10);
         else if (!strcmp(argv[i], "--seed-base") && i + 1 < argc)
             base = strtoull(argv[++i], NULL, 10);
         else {
-            fprintf(stderr, "usage: heddle sim [--seeds N] [--seed-base B]\n");
+            fprintf(stderr, "usage: heddle sim [--seeds N] [--seed-base B]\n"
+                            "       heddle sim --trace FILE [--groups N] [--blocks N] "
+                            "[--block-size N] [--slots N]\n"
+                            "                  [--budget TOKENS] [--requests N] [--speed X]\n"
+                            "                  [--step-us X] [--token-us X] [--row-us X]\n");
             return 2;
         }
     }
