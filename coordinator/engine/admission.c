@@ -8,7 +8,7 @@
 
 #include <string.h>
 
-enum { RESERVE_STEPS = 4 };
+enum { SPARE_SHARE = 16 };
 /* Moving a block to the host and back, against computing it again. */
 enum { HOST_BYTES_PER_US = 8000 };
 
@@ -164,6 +164,23 @@ static void count_admission(struct engine *e, struct group *g, struct sequence *
     s->lane->tenant->n_running++;
 }
 
+static bool goes_before(const struct sequence *s, const struct sequence *t)
+{
+    if (s->lane->priority != t->lane->priority) return s->lane->priority < t->lane->priority;
+    return s->lane->tenant != t->lane->tenant && s->lane->tenant->served < t->lane->tenant->served;
+}
+
+/* One tenant that holds most of a cluster which others use too leaves a little of each group free:
+ * whoever comes next finds a slot and blocks at once. */
+bool admission_hogs(const struct engine *e, const struct group *g, const struct sequence *s)
+{
+    if (e->fair.n_tenants < 2 ||
+        2 * (uint64_t)s->lane->tenant->n_running < (uint64_t)g->n_slots * e->n_up)
+        return false;
+    uint32_t n_need = blocks_for(g, s->tokens.n) + blocks_reserved(g) + g->kv.n_total / SPARE_SHARE;
+    return g->n_free_slots <= g->n_slots / SPARE_SHARE || n_need > kv_blocks_available(&g->kv);
+}
+
 bool admission_try(struct engine *e, struct group *g, struct sequence *s)
 {
     uint32_t n_end_most = s->n_prompt + s->job->request->max_tokens;
@@ -185,7 +202,11 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
     s->n_skips = 0;
     count_admission(e, g, s);
     open_slot(g, s);
-    sequence_list_append(&g->prefilling, LINK_WORK, s);
+    struct sequence *before = g->prefilling.last; /* the less served first */
+    while (before && goes_before(s, before))
+        before = before->links[LINK_WORK].previous;
+    sequence_list_before(&g->prefilling, LINK_WORK,
+                         before ? before->links[LINK_WORK].next : g->prefilling.first, s);
     if (s->job->beam) beam_admitted(e, s);
     return true;
 }
@@ -364,12 +385,29 @@ static bool class_inversion(struct engine *e, struct group *g)
            blocks_for(g, next->tokens.n) + blocks_reserved(g) > kv_blocks_available(&g->kv);
 }
 
+/* A tenant with less than its share of the slots waits for one, while another has more than its
+ * share: the newest of that one. */
+static struct sequence *share_inversion(struct engine *e, struct group *g)
+{
+    struct sequence *next = fair_next(&e->fair, e->now_us), *victim = NULL;
+    uint64_t n_share = (uint64_t)g->n_slots * e->n_up / (e->fair.n_active ? e->fair.n_active : 1);
+    if (!next || g->n_free_slots || g->draining.n || g->slot_limbo.n || e->fair.n_active < 2)
+        return NULL;
+    if (next->lane->tenant->n_running >= n_share) return NULL;
+    for (struct sequence *s = g->running.last; s; s = s->links[LINK_PLACE].previous)
+        if (s->may_preempt && !s->job->beam && s->lane->tenant->n_running > n_share + 1 &&
+            s->lane->priority >= next->lane->priority && (!victim || s->order > victim->order))
+            victim = s;
+    return victim;
+}
+
 void admission_make_room(struct engine *e, struct group *g)
 {
+    struct sequence *victim;
     uint64_t n_demand = blocks_demanded(g);
     uint64_t n_supply = (uint64_t)kv_blocks_available(&g->kv) + g->kv.limbo.n;
     while (n_demand > n_supply && g->running.n > 1) {
-        struct sequence *victim = newest_of_lowest_class(g);
+        victim = newest_of_lowest_class(g);
         if (!victim->may_preempt) break;
         n_supply += blocks_alone(g, victim);
         if (victim->job->beam)
@@ -379,5 +417,8 @@ void admission_make_room(struct engine *e, struct group *g)
         n_demand = blocks_demanded(g);
     }
     if (!group_in_flight(g) && g->running.n && e->fair.by_age.n) beam_unlock(e, g);
-    if (class_inversion(e, g)) admission_preempt(e, g, newest_of_lowest_class(g));
+    if (class_inversion(e, g))
+        admission_preempt(e, g, newest_of_lowest_class(g));
+    else if ((victim = share_inversion(e, g)))
+        admission_preempt(e, g, victim);
 }

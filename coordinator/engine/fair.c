@@ -154,7 +154,10 @@ enum err fair_enter(struct fair *f, uint64_t tenant, uint32_t weight, int32_t pr
     }
     TRY(make_room(f, f->n_heap + f->n_aside + 2));
     t->weight = weight ? weight : 1;
-    if (!t->n_alive++ && t->served < f->floor) t->served = f->floor;
+    if (!t->n_alive++) {
+        f->n_active++;
+        if (t->served < f->floor) t->served = f->floor;
+    }
     *out = l;
     return OK;
 }
@@ -162,9 +165,8 @@ enum err fair_enter(struct fair *f, uint64_t tenant, uint32_t weight, int32_t pr
 void fair_leave(struct fair *f, struct lane *lane)
 {
     struct tenant *t = lane->tenant;
-    (void)f;
     ASSERT(t->n_alive);
-    t->n_alive--;
+    if (!--t->n_alive) f->n_active--;
 }
 
 static void enter_lane(struct fair *f, struct sequence *s)

@@ -37,7 +37,8 @@ struct fair {
     uint32_t n_heap, heap_capacity;
     struct tenant **buckets;
     uint32_t n_buckets, n_tenants;
-    uint64_t floor; /* smallest counter served last */
+    uint32_t n_active; /* tenants with somebody alive */
+    uint64_t floor;    /* smallest counter served last */
     struct sequence_list by_age;
     struct lane **aside; /* lanes taken out of the heap during one search */
     uint32_t n_aside;

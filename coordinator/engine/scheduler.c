@@ -2,11 +2,11 @@
  *
  * Under a budget of tokens, those who decode come first and cost nothing to plan; then those who
  * rested, then drafts and beams whose results are in, then prompts in chunks, then whoever's turn
- * it is. While others wait, one prompt takes at most half of what is left, so a long one does not
- * hold up the short ones behind it. */
+ * it is. While somebody waits who should not wait for them, the prompts under way leave some of the
+ * budget, so a long one does not hold up the short ones behind it. */
 #include "coordinator/engine/state.h"
 
-enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 32 };
+enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 32, OVERTAKE_RATIO = 4 };
 
 /* Those whose last token the plans in flight sample: they rest until it comes. */
 static void stop_ended(struct group *g)
@@ -185,13 +185,27 @@ static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
     sequence_list_append(&g->waiting_result, LINK_WORK, s);
 }
 
+/* How much of the budget the prompts under way leave to the one that waits: all when it is of a
+ * higher class or its tenant was served less, half when it is far shorter. */
+static uint32_t tokens_kept(const struct group *g, const struct sequence *waiting)
+{
+    const struct sequence *s = g->prefilling.first;
+    if (!waiting || !s) return 0;
+    const struct lane *a = waiting->lane, *b = s->lane;
+    if (a->priority != b->priority) return a->priority < b->priority ? g->n_tokens_left : 0;
+    if (a->tenant != b->tenant && a->tenant->served < b->tenant->served) return g->n_tokens_left;
+    bool shorter = (uint64_t)OVERTAKE_RATIO * waiting->tokens.n < s->tokens.n - s->n_planned;
+    return shorter ? g->n_tokens_left / 2 : 0;
+}
+
 static void run_prefills(struct engine *e, struct group *g, bool share)
 {
-    for (struct sequence *s = g->prefilling.first, *next; s && g->n_tokens_left; s = next) {
-        uint32_t half = (g->n_tokens_left + 1) / 2;
+    uint32_t n_kept = share ? tokens_kept(g, fair_next(&e->fair, e->now_us)) : 0;
+    for (struct sequence *s = g->prefilling.first, *next; s && g->n_tokens_left > n_kept;
+         s = next) {
         next = s->links[LINK_WORK].next;
         if (s->run_step != g->next_step) admission_slide(g, s, s->n_planned);
-        run_chunk(g, s, share && (next || e->fair.n_heap) ? half : g->n_tokens_left);
+        run_chunk(g, s, g->n_tokens_left - n_kept);
     }
 }
 
@@ -225,8 +239,12 @@ static void admit_waiting(struct engine *e, struct group *g)
             if (!refuse_hopeless(e, s)) fair_skip(&e->fair, s);
             continue;
         }
+        if (admission_hogs(e, g, s)) {
+            fair_skip(&e->fair, s);
+            continue;
+        }
         if (!admission_try(e, g, s)) break;
-        run_chunk(g, s, e->fair.n_heap ? (g->n_tokens_left + 1) / 2 : g->n_tokens_left);
+        run_chunk(g, s, g->n_tokens_left);
     }
     fair_restore(&e->fair);
 }

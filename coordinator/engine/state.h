@@ -89,6 +89,7 @@ bool admission_extend_decoding(struct group *g, struct sequence *s);
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed);
 void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
 
+bool admission_hogs(const struct engine *e, const struct group *g, const struct sequence *s);
 void admission_drop_host(struct engine *e, struct sequence *s);
 /* As group_unseat, with the counts of those who run. */
 void admission_unseat(struct engine *e, struct group *g, struct sequence *s);
