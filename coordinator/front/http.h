@@ -14,6 +14,7 @@ struct http_server;
 struct http_loop;
 struct http_exchange;
 
+enum { HTTP_LOOPS_MAX = 64 };
 struct http_config {
     const char *host; /* address to listen on; NULL = none */
     int port;         /* 0 = any free one */

@@ -56,7 +56,6 @@ struct http_loop {
     LIST_HEAD(, http_exchange) conns;
 };
 
-enum { HTTP_LOOPS_MAX = 64 };
 struct http_server {
     struct http_config config;
     struct http_callbacks callbacks;

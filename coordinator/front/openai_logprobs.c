@@ -10,7 +10,7 @@
 
 enum { LOGPROB_LEAST = -9999 };
 
-static double finite(float logprob)
+static double written(float logprob)
 {
     return isnan(logprob) || logprob < LOGPROB_LEAST ? LOGPROB_LEAST : (double)logprob;
 }
@@ -63,7 +63,7 @@ static void tops_write(const struct front *f, const struct stream_token *t, stru
         }
         if (n) buf_add_char(out, ',');
         buf_add(out, names[n].data, names[n].n);
-        buf_printf(out, ":%.7g", finite(last ? t->logprob : t->top_logprobs[i]));
+        buf_printf(out, ":%.7g", written(last ? t->logprob : t->top_logprobs[i]));
         n++;
     }
     buf_add_char(out, '}');
@@ -78,7 +78,7 @@ static void completion_add(struct openai_answer *a, struct openai_choice *c,
     comma(&c->values);
     comma(&c->tops);
     if (t->has_logprob) {
-        buf_printf(&c->values, "%.7g", finite(t->logprob));
+        buf_printf(&c->values, "%.7g", written(t->logprob));
         tops_write(a->front, t, &c->tops);
     } else {
         buf_add_string(&c->values, "null");
@@ -94,7 +94,7 @@ static void entry_write(const struct front *f, int32_t id, float logprob, struct
     struct span s = token_span(f, id);
     buf_add_string(out, "\"token\":");
     json_write_string(out, s.n ? s.data : "", s.n);
-    buf_printf(out, ",\"logprob\":%.7g,\"bytes\":", finite(logprob));
+    buf_printf(out, ",\"logprob\":%.7g,\"bytes\":", written(logprob));
     if (tokenizer_is_special(f->config.tokenizer, id) || !s.n) {
         buf_add_string(out, "null");
         return;

@@ -1,6 +1,7 @@
 /* See stream.h. Two threads meet in exactly two places: the queue, and the loop's list of ready
- * streams, whose lock also publishes how far the queue may be read. After flush has left that lock
- * the engine's thread touches the stream no more, so the loop may free it. */
+ * streams, whose lock also publishes how far the queue may be read. The engine destroys a request
+ * after the last flush that the request can cause; once all are destroyed and that lock is left,
+ * the engine's thread touches the stream no more, and the loop may free it. */
 #include "coordinator/front/stream.h"
 #include "base/clock.h"
 #include "base/mem.h"
@@ -38,17 +39,15 @@ struct stream {
     struct front_loop *loop;
     struct stream_writer *writer;
     struct stream_queue queue;
-    /* the engine's thread */
-    uint32_t n_last_emitted;
-    bool overflow_emitted;
+    bool overflow_emitted; /* the engine's thread */
     /* under the loop's lock */
     struct stream *next_ready;
     bool queued, overflow_published;
     size_t published;
-    uint32_t n_last_published;
+    uint32_t n_gone_published;
     /* the loop's thread */
     uint64_t first_id;
-    uint32_t n_requests, n_choices, n_submitted, n_last, n_ended;
+    uint32_t n_requests, n_choices, n_submitted, n_gone, n_ended;
     uint32_t *cached; /* [n_requests] */
     bool overflow, want_tokens, pumping;
     int32_t min_tokens;
@@ -66,17 +65,15 @@ static void sink_emit(struct sink *sink, const struct emission *e)
 {
     struct stream *s = (struct stream *)sink;
     if (!stream_queue_put(&s->queue, e, clock_monotonic_us())) s->overflow_emitted = true;
-    s->n_last_emitted += e->last;
 }
 
-static void sink_flush(struct sink *sink)
+static void publish(struct stream *s, uint32_t n_gone)
 {
-    struct stream *s = (struct stream *)sink;
     struct front_loop *l = s->loop;
     struct http_loop *http = l->http;
     pthread_mutex_lock(&l->mutex);
     s->published = s->queue.written;
-    s->n_last_published = s->n_last_emitted;
+    s->n_gone_published += n_gone;
     s->overflow_published = s->overflow_emitted;
     if (!s->queued) {
         s->queued = true;
@@ -85,6 +82,16 @@ static void sink_flush(struct sink *sink)
     }
     pthread_mutex_unlock(&l->mutex);
     http_loop_wake(http);
+}
+
+static void sink_flush(struct sink *sink) { publish((struct stream *)sink, 0); }
+
+/* The engine forgets the request, after every flush that it may have caused. */
+static void request_gone(struct request *r)
+{
+    struct stream *s = (struct stream *)r->sink;
+    mem_free(r);
+    publish(s, 1);
 }
 
 /* --- the loop's thread --- */
@@ -190,7 +197,13 @@ enum err stream_submit(struct stream *s, struct request *r)
     r->sink = &s->sink;
     r->id = s->first_id + s->n_submitted;
     uint32_t n_tokens = r->n_tokens;
-    TRY(engine_loop_submit(s->front->config.engine, r));
+    void (*destroy)(struct request *) = r->destroy;
+    r->destroy = request_gone;
+    enum err e = engine_loop_submit(s->front->config.engine, r);
+    if (e) { /* still the caller's */
+        r->destroy = destroy;
+        return e;
+    }
     s->n_submitted++;
     s->usage.prompt_tokens += n_tokens;
     return OK;
@@ -202,16 +215,16 @@ static void cancel_all(struct stream *s)
         engine_loop_cancel(s->front->config.engine, s->first_id + i, -1, ENGINE_CANCEL_CLIENT);
 }
 
-/* Frees it when nobody needs it: no writer, and the engine has said its last word. */
+/* Frees it when nobody needs it: no writer, and the engine has forgotten every request. */
 static void free_when_done(struct stream *s)
 {
-    if (!s->writer && !s->pumping && s->n_last == s->n_submitted) stream_free(s);
+    if (!s->writer && !s->pumping && s->n_gone == s->n_submitted) stream_free(s);
 }
 
 void stream_abandon(struct stream *s)
 {
     s->writer = NULL;
-    if (s->n_last < s->n_submitted) cancel_all(s);
+    if (s->n_gone < s->n_submitted) cancel_all(s);
     free_when_done(s);
 }
 
@@ -407,7 +420,7 @@ static void stream_finish(struct stream *s, enum err e)
         if (s->choices[i].n_generated > most) most = s->choices[i].n_generated;
     histogram_observe(&m->histograms[METRIC_MAX_GENERATION_TOKENS], most, 1);
     s->writer = NULL;
-    if (e && s->n_last < s->n_submitted) cancel_all(s);
+    if (e && s->n_gone < s->n_submitted) cancel_all(s);
     w->finished(w, e, why);
 }
 
@@ -439,7 +452,7 @@ void stream_pump_ready(struct front_loop *l)
             l->ready = s->next_ready;
             s->queued = false;
             visible = s->published;
-            s->n_last = s->n_last_published;
+            s->n_gone = s->n_gone_published;
             s->overflow = s->overflow_published;
         }
         pthread_mutex_unlock(&l->mutex);

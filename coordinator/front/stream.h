@@ -63,8 +63,8 @@ struct stream_config {
 };
 
 enum err stream_create(const struct stream_config *config, struct stream **out);
-/* Submits request `index` (0, 1, ... in turn); takes it over on OK and sets its sink and id. When
- * one fails, stream_abandon must follow. */
+/* Submits the next request, made of one mem_alloc; takes it over on OK and sets its sink and id.
+ * When one fails, stream_abandon must follow. */
 enum err stream_submit(struct stream *s, struct request *r);
 /* The writer is gone: cancels what runs; the stream frees itself when the engine is through. */
 void stream_abandon(struct stream *s);
