@@ -101,6 +101,11 @@ void front_drain(struct front *f)
     http_server_drain(f->http);
 }
 
+bool front_is_quiet(struct front *f)
+{
+    return http_loop_connections(f->loops[0].http) == 0;
+}
+
 void front_stop(struct front *f)
 {
     http_server_stop(f->http);
