@@ -88,6 +88,7 @@ const struct conf_row option_rows[] = {
     {"prompt", "p", CONF_STRING, AT(prompt), 0, 0, NULL, NULL, VERB_CHAT, "Tools", "ask this once and leave"},
     {"temperature", NULL, CONF_NUMBER, AT(temperature), -1, 2, "-1", NULL, VERB_CHAT, "Tools", "-1 = the model's default"},
     {"max-tokens", "n", CONF_INT, AT(max_tokens), 1, 1e9, "256", NULL, VERB_CHAT, "Tools", "longest answer"},
+    {"stats", NULL, CONF_BOOL, AT(stats), 0, 0, "false", NULL, VERB_CHAT, "Tools", "print the times of each answer (always on a terminal)"},
     {"add-special-tokens", NULL, CONF_BOOL, AT(special_tokens), 0, 0, "true", NULL, VERB_TOKENIZE, "Tools", "with the tokens the model expects at the start"},
     {"json", NULL, CONF_BOOL, AT(json), 0, 0, "false", NULL, VERB_INSPECT | VERB_TOKENIZE | VERB_PLAN | VERB_DOCTOR, "Tools", "print JSON"},
 };

@@ -42,7 +42,7 @@ struct options {
     const char *url, *system, *prompt;
     double temperature;
     int64_t max_tokens;
-    bool special_tokens, json;
+    bool special_tokens, json, stats;
     const char *output;
 };
 
