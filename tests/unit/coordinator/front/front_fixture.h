@@ -256,15 +256,15 @@ static const json_t *at(const json_t *v, const char *path)
     }
     return v;
 }
-static const char *text_at(const json_t *v, const char *path)
+__attribute__((unused)) static const char *text_at(const json_t *v, const char *path)
 {
     const char *s = json_string_value(at(v, path));
     return s ? s : "(none)";
 }
-static long long int_at(const json_t *v, const char *path) { return json_integer_value(at(v, path)); }
+__attribute__((unused)) static long long int_at(const json_t *v, const char *path) { return json_integer_value(at(v, path)); }
 
 /* Calls each with every "data: " line of an event stream. Returns their number. */
-static int events(const struct buf *body, void (*each)(void *ctx, const char *line, size_t n), void *ctx)
+__attribute__((unused)) static int events(const struct buf *body, void (*each)(void *ctx, const char *line, size_t n), void *ctx)
 {
     int n_events = 0;
     for (const char *p = buf_string(body); *p;) {
@@ -279,7 +279,7 @@ static int events(const struct buf *body, void (*each)(void *ctx, const char *li
 }
 
 /* Waits until the engine holds no request. */
-static bool engine_idle(int wait_ms)
+__attribute__((unused)) static bool engine_idle(int wait_ms)
 {
     for (int i = 0; i < wait_ms; i++) {
         pthread_mutex_lock(&fake.mutex);
