@@ -842,8 +842,9 @@ static enum err gchannel_open(struct rpc_channel *base, const char *path, int ti
     alive_add(r, c);
     rpc_acquire(&c->base); /* the caller's */
     pthread_mutex_lock(&c->mutex);
-    c->call = grpc_channel_create_call(ch->channel, NULL, GRPC_PROPAGATE_DEFAULTS, r->cq,
-                                       grpc_slice_from_copied_string(path), NULL, deadline, NULL);
+    grpc_slice method = grpc_slice_from_copied_string(path);
+    c->call = grpc_channel_create_call(ch->channel, NULL, GRPC_PROPAGATE_DEFAULTS, r->cq, method, NULL, deadline, NULL);
+    grpc_slice_unref(method);
     grpc_op ops[2];
     memset(ops, 0, sizeof ops);
     ops[0].op = GRPC_OP_RECV_INITIAL_METADATA;

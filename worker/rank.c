@@ -265,9 +265,10 @@ void worker_close_group(struct worker *w)
     atomic_store(&w->abortable, NULL);
     for (int i = 0; i < STEPS_IN_FLIGHT; i++)
         w->steps[i].busy = false;
-    w->n_busy = 0;
     collective_close(w->decoder.collective);
     w->decoder.collective = NULL;
+    if (w->n_busy) (void)w->backend->ops->sync(w->backend); /* the steps' arrays are read no more */
+    w->n_busy = 0;
 }
 
 void worker_abort(struct worker *w)

@@ -39,5 +39,3 @@ struct replay {
 };
 /* ERR_FORMAT for a broken file, ERR_INTERNAL naming the first plan that differs. */
 enum err replay_bytes(const void *bytes, size_t n, struct replay *out);
-/* `heddle replay FILE` */
-int replay_main(int argc, char **argv);

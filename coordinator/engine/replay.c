@@ -4,6 +4,7 @@
 #include "base/mem.h"
 #include "coordinator/engine/record.h"
 #include "coordinator/engine/record_format.h"
+#include "coordinator/engine/sim.h"
 
 #include <inttypes.h>
 #include <stdio.h>
