@@ -1,9 +1,11 @@
 /* Sixteen floats as two 256-bit registers: the vocabulary that attention_lanes.h is written in. */
 #pragma once
+#include "kernels/cpu/cpu.h"
+
 #include <immintrin.h>
 #include <stdint.h>
 
-#define LANES_INLINE static inline __attribute__((always_inline))
+#define LANES_INLINE static inline __attribute__((always_inline)) KERNEL_UNCHECKED
 typedef struct {
     __m256 a, b;
 } lanes;

@@ -1,9 +1,11 @@
 /* Sixteen floats as one 512-bit register: the vocabulary that attention_lanes.h is written in. */
 #pragma once
+#include "kernels/cpu/cpu.h"
+
 #include <immintrin.h>
 #include <stdint.h>
 
-#define LANES_INLINE static inline __attribute__((always_inline))
+#define LANES_INLINE static inline __attribute__((always_inline)) KERNEL_UNCHECKED
 typedef __m512 lanes;
 
 enum { LANES_ROWS_MAX = 8 }; /* query rows that one kernel call holds in registers */

@@ -9,7 +9,7 @@
 
 #include <immintrin.h>
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE static inline __attribute__((always_inline)) KERNEL_UNCHECKED
 #define UNROLL        _Pragma("GCC unroll 16")
 /* acc += weight * activation */
 #define DOT_FLOAT(acc, w, x) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
