@@ -1,0 +1,94 @@
+/* A set of pieces: an array by id and a hash table by text. Knows nothing of their meaning. */
+#include "coordinator/text/vocab.h"
+#include "base/hash.h"
+#include "base/mem.h"
+
+#include <string.h>
+
+void vocab_init(struct vocab *v)
+{
+    *v = (struct vocab){0};
+    arena_init(&v->arena, 1 << 16, 0);
+}
+
+void vocab_fini(struct vocab *v)
+{
+    arena_fini(&v->arena);
+    mem_free(v->pieces);
+    mem_free(v->slots);
+    *v = (struct vocab){0};
+}
+
+static size_t slot_of(const struct vocab *v, const char *text, size_t n)
+{
+    size_t mask = v->n_slots - 1, i = hash_bytes(text, n, 0).low & mask;
+    for (;; i = (i + 1) & mask) {
+        int32_t id = v->slots[i];
+        if (id < 0) return i;
+        struct span p = v->pieces[id];
+        if (p.n == n && !memcmp(p.data, text, n)) return i;
+    }
+}
+
+int32_t vocab_find(const struct vocab *v, const char *text, size_t n)
+{
+    if (n > v->piece_bytes_max || !v->n_slots) return -1;
+    return v->slots[slot_of(v, text, n)];
+}
+
+struct span vocab_piece(const struct vocab *v, int32_t id)
+{
+    if (id < 0 || (size_t)id >= v->n_ids) return (struct span){0};
+    return v->pieces[id];
+}
+
+static enum err grow_slots(struct vocab *v)
+{
+    if (v->n_slots >= 2 * (v->n_pieces + 1)) return OK;
+    size_t n_slots = v->n_slots ? v->n_slots * 2 : 1024, n_old = v->n_slots;
+    int32_t *slots, *old = v->slots;
+    TRY(MEM_NEW_ARRAY(n_slots, &slots));
+    memset(slots, 0xff, n_slots * sizeof *slots);
+    v->slots = slots, v->n_slots = n_slots;
+    for (size_t i = 0; i < n_old; i++)
+        if (old[i] >= 0) slots[slot_of(v, v->pieces[old[i]].data, v->pieces[old[i]].n)] = old[i];
+    mem_free(old);
+    return OK;
+}
+
+static enum err grow_pieces(struct vocab *v, size_t id)
+{
+    if (id >= v->capacity) {
+        size_t capacity = v->capacity ? v->capacity : 1024;
+        while (capacity <= id)
+            capacity *= 2;
+        TRY(mem_resize((void **)&v->pieces, capacity * sizeof *v->pieces));
+        memset(v->pieces + v->capacity, 0, (capacity - v->capacity) * sizeof *v->pieces);
+        v->capacity = capacity;
+    }
+    if (id >= v->n_ids) v->n_ids = id + 1;
+    return OK;
+}
+
+enum err vocab_add(struct vocab *v, const char *text, size_t n, int64_t id)
+{
+    if (id < 0 || id >= VOCAB_IDS_MAX)
+        FAIL(ERR_FORMAT, "id %lld of piece '%.*s' is not from 0 to %d", (long long)id,
+             n < 40 ? (int)n : 40, text, VOCAB_IDS_MAX - 1);
+    if (n > VOCAB_PIECE_BYTES_MAX)
+        FAIL(ERR_FORMAT, "piece %lld is longer than %d bytes", (long long)id,
+             VOCAB_PIECE_BYTES_MAX);
+    if (vocab_piece(v, (int32_t)id).data)
+        FAIL(ERR_FORMAT, "id %lld is given to '%s' and to '%.*s'", (long long)id,
+             v->pieces[id].data, n < 40 ? (int)n : 40, text);
+    TRY(grow_slots(v));
+    TRY(grow_pieces(v, (size_t)id));
+    char *copy;
+    TRY(arena_copy_string(&v->arena, text, n, &copy));
+    size_t slot = slot_of(v, text, n);
+    if (v->slots[slot] < 0) v->n_pieces++;
+    v->pieces[id] = (struct span){copy, n};
+    v->slots[slot] = (int32_t)id;
+    if (n > v->piece_bytes_max) v->piece_bytes_max = n;
+    return OK;
+}

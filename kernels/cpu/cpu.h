@@ -1,0 +1,184 @@
+/* What the files of the CPU backend share: the device, weights, the KV cache, tables by ISA.
+ *
+ * The idea: one packed layout per weight format and per KV type whatever the instruction set; the
+ * ISA chosen at open selects rows of kernels that read those layouts. The reference reads the same
+ * layouts in plain C. Operations split into chunks that the pool runs; which thread runs a chunk,
+ * and how many there are, never changes a bit of the result. */
+#pragma once
+#include "kernels/backend.h"
+#include "kernels/cpu/pool.h"
+
+enum cpu_isa {
+    CPU_ISA_REFERENCE,
+    CPU_ISA_AVX2,
+    CPU_ISA_AVX512,
+    CPU_ISA_VNNI,
+    CPU_ISA_BF16,
+    CPU_ISA_COUNT
+};
+
+enum {
+    PANEL_OUTPUTS = 32,     /* outputs that one packed panel of a weight computes */
+    GROUP_INPUTS = 128,     /* inputs that share a scale in INT4 */
+    GROUP_STEPS = 32,       /* of 4 inputs each */
+    PANEL_ROWS_MAX = 12,    /* rows of activations that one microkernel call takes at most */
+    ACTIVATION_ROWS = 1024, /* rows packed at once; longer matmuls run in slices of this many */
+    WEIGHT_SIDE_MAX =
+        1 << 20, /* inputs or outputs of one weight; int32 sums are exact far beyond */
+    HEAD_DIM_MAX = 1024,
+    FORMATS = WEIGHT_FORMAT_COUNT,
+};
+
+/* A packed matrix: n_panels panels of 32 outputs, each n_steps steps long. A step is 4 bytes of a
+ * packed activation row: 1 input (F32, F16), 2 (BF16), or 4 (INT8, INT4). Bytes of a step of a
+ * panel, output-major: F32 [32] floats; F16 [32] halves; BF16 [32][2]; INT8 [32][4] of q + 128;
+ * INT4 two steps share [32][4] bytes of q + 8, the even step in the low nibble, and a group of 32
+ * steps begins with its 32 f16 scales. Outputs and inputs beyond the matrix are zeros. */
+struct weight {
+    enum weight_format format;
+    int64_t n_out, n_in, n_panels, n_steps;
+    size_t panel_bytes, packed_bytes;
+    uint8_t *panels;          /* huge pages, 64-byte aligned */
+    float *scale;             /* INT8: [n_panels * 32], else NULL */
+    float *bias;              /* [n_panels * 32] or NULL */
+    struct matrix_view table; /* of table_create; then nothing above is set */
+};
+
+/* Rows of a format: how inputs become steps. */
+struct format_info {
+    int inputs_per_step, step_bytes, header_bytes, steps_multiple;
+};
+extern const struct format_info format_infos[FORMATS];
+
+/* Activations of one matmul, packed for a format: row panels of 1..rows_max rows, each
+ * [n_steps][rows] words of 4 bytes. Sized at weight_create for the widest weight. */
+struct activations {
+    enum weight_format format;
+    int n_rows, rows_max, n_row_panels;
+    int64_t n_inputs, n_steps, n_groups;
+    uint32_t *words;
+    float *row_scale;    /* [n_rows]: INT8, INT4; else unused */
+    int32_t *correction; /* INT8: [n_rows]; INT4: [n_rows][n_groups]: -offset * sum of the row */
+};
+
+/* One call of a microkernel: `rows` rows by one panel by n_steps steps. Accumulators start from
+ * scratch unless first, and go back to scratch unless last; then they are scaled and stored. */
+struct panel_call {
+    const uint8_t *weights;
+    const uint32_t *words;
+    int64_t n_steps;
+    void *scratch; /* [rows][32] floats or int32 */
+    bool first, last;
+    const int32_t *correction; /* of the first row and group of this call */
+    int64_t correction_stride;
+    const float *row_scale, *column_scale;
+    const float *bias; /* [32] or NULL */
+    float *out;
+    int64_t out_stride;
+    const uint8_t
+        *prefetch; /* weights that are needed next: one line a step, `prefetch_bytes` apart */
+    int64_t prefetch_bytes;
+};
+typedef void panel_kernel(const struct panel_call *call, int rows);
+typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
+                             uint32_t *words);
+
+/* The kernels of one ISA; a NULL entry falls back to the ISA below. */
+struct matmul_kernels {
+    panel_kernel *panel[FORMATS];
+    int rows_max[FORMATS];
+    quantize_kernel *pack_rows[FORMATS];
+};
+extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
+    matmul_bf16;
+
+struct cpu_backend {
+    struct backend head;
+    struct backend_options options;
+    enum cpu_isa isa;
+    struct pool *pool;
+    struct matmul_kernels matmul; /* as chosen, no NULL among the formats it can do */
+    struct activations activations;
+    size_t words_bytes, correction_bytes;
+    int32_t *feedback; /* [n_slots_max] */
+    uint64_t ticket;
+};
+
+static inline struct cpu_backend *cpu_of(struct backend *b)
+{
+    return (struct cpu_backend *)b;
+}
+
+/* K and V of a (layer, block, head) lie together: K tiles, V tiles, then for I8 the scales.
+ * A tile is `tile` tokens. K tile: [head_dim / pair][tile][pair]. V tile: [tile /
+ * v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of vdpbf16ps), else 1. */
+struct kv_cache {
+    struct kv_cache_args args;
+    int tile, pair, v_pair, width, element_bytes; /* width: head_dim rounded up to pair */
+    size_t v_offset, scale_offset, head_bytes, block_bytes, layer_bytes;
+    uint8_t *data;
+    size_t bytes;
+};
+
+/* The piece of one head of one block. */
+static inline uint8_t *kv_head(const struct kv_cache *kv, int layer, int32_t block, int head)
+{
+    return kv->data + (size_t)layer * kv->layer_bytes + (size_t)block * kv->block_bytes +
+           (size_t)head * kv->head_bytes;
+}
+
+/* weight.c, pack.c */
+enum err cpu_weight_create(struct backend *b, const struct matrix_view *parts, int n_parts,
+                           const float *bias, enum weight_format format, struct weight **out);
+enum err cpu_table_create(struct backend *b, struct matrix_view table, struct weight **out);
+void cpu_weight_destroy(struct backend *b, struct weight *w);
+size_t cpu_weight_bytes(const struct weight *w);
+/* Packs output `row` of the weight from n_in floats. */
+void pack_row(struct weight *w, int64_t row, const float *inputs);
+
+/* matmul.c: the driver; quantize.c: rows of activations into words */
+enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w);
+void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w);
+void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
+                      enum activation kind);
+
+/* elementwise.c */
+void cpu_embed(struct backend *b, struct tensor out, const struct weight *table,
+               const struct batch *batch);
+void cpu_add_positions(struct backend *b, struct tensor x, const struct weight *table, int offset,
+                       const struct batch *batch);
+void cpu_add_norm(struct backend *b, struct tensor x, struct tensor delta,
+                  const struct norm_args *args, struct tensor out);
+void cpu_add(struct backend *b, struct tensor x, struct tensor y);
+void cpu_scale(struct backend *b, struct tensor x, float by, float softcap);
+void cpu_activate(struct backend *b, struct tensor out, struct tensor in, enum activation kind,
+                  bool gated);
+void cpu_gather(struct backend *b, struct tensor out, struct tensor x, const struct batch *batch);
+/* out[i] = act(gate[i]) * up[i], or act(gate[i]) when up is NULL. */
+void activate_row(float *out, const float *gate, const float *up, int64_t n, enum activation kind);
+
+/* kv.c */
+size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args);
+enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, struct kv_cache **out);
+void cpu_kv_destroy(struct backend *b, struct kv_cache *kv);
+void cpu_kv_copy(struct backend *b, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
+                 int n);
+void cpu_kv_save(struct backend *b, struct kv_cache *kv, int32_t block, void *host);
+void cpu_kv_load(struct backend *b, struct kv_cache *kv, int32_t block, const void *host);
+/* Writes K and V [head_dim] of one token; `last` = no later token of its sequence is in the cache.
+ */
+void kv_write(struct kv_cache *kv, int layer, int head, int32_t cache_slot, const float *k,
+              const float *v, bool last);
+float kv_read_k(const struct kv_cache *kv, const uint8_t *piece, int offset, int d);
+float kv_read_v(const struct kv_cache *kv, const uint8_t *piece, int offset, int d);
+
+/* attention.c */
+void cpu_qkv_prepare(struct backend *b, struct tensor qkv, struct kv_cache *kv,
+                     const struct attention_args *args, const struct batch *batch);
+void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct kv_cache *kv,
+                const struct attention_args *args, const struct batch *batch);
+
+/* sample.c */
+size_t sample_scratch_bytes(int vocab_size);
+void cpu_sample(struct backend *b, struct tensor logits, const struct sample_row *rows, int n_rows,
+                struct sample_result *results);

@@ -1,0 +1,235 @@
+/* Operations that look at one row at a time: embedding, norms, activations, sums.
+ *
+ * Rows are independent, so chunks of rows go to the pool when there is enough to do. Sums of a row
+ * run in one fixed order (eight lanes, then pairwise), whatever the batch. */
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/half.h"
+#include "kernels/cpu/vector_math.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { CHUNK_ELEMENTS = 16384, LANES = 8 };
+
+struct row_args {
+    struct tensor x, y, out;
+    const struct weight *table;
+    const struct batch *batch;
+    const int32_t *feedback;
+    const struct norm_args *norm;
+    float by, softcap;
+    enum activation kind;
+    bool gated;
+    int offset;
+    int64_t rows_per_chunk;
+    void (*row)(const struct row_args *a, int64_t row);
+};
+
+static float *row_at(struct tensor t, int64_t row)
+{
+    return (float *)t.data + row * t.stride;
+}
+
+static void rows_chunk(const void *args, int chunk, void *scratch)
+{
+    const struct row_args *a = args;
+    int64_t first = chunk * a->rows_per_chunk, end = first + a->rows_per_chunk;
+    (void)scratch;
+    for (int64_t r = first; r < end && r < a->out.rows; r++)
+        a->row(a, r);
+}
+
+/* Runs a->row for every row of a->out. */
+static void rows_run(struct backend *b, struct row_args *a)
+{
+    int64_t cols = a->out.cols > 0 ? a->out.cols : 1;
+    a->rows_per_chunk = CHUNK_ELEMENTS / cols > 0 ? CHUNK_ELEMENTS / cols : 1;
+    int64_t n = (a->out.rows + a->rows_per_chunk - 1) / a->rows_per_chunk;
+    ASSERT_CMP(a->out.dtype, ==, DTYPE_F32);
+    pool_run(cpu_of(b)->pool, &(struct pool_job){rows_chunk, NULL, a, sizeof *a, (int)n});
+}
+
+/* out[i] (+)= table[index][i] */
+static void table_row(const struct weight *table, int64_t index, float *out, bool add)
+{
+    const struct matrix_view *v = &table->table;
+    ASSERT_CMP(index, >=, 0);
+    ASSERT_CMP(index, <, v->rows);
+    size_t bytes = dtype_bytes(v->dtype);
+    const uint8_t *row = (const uint8_t *)v->data + (size_t)(index * v->row_stride) * bytes;
+    for (int64_t c = 0; c < v->cols; c++) {
+        float x = v->data ? load_float(row + (size_t)(c * v->col_stride) * bytes, v->dtype) : 0.0f;
+        out[c] = add ? out[c] + x : x;
+    }
+}
+
+static void embed_row(const struct row_args *a, int64_t r)
+{
+    int32_t id = a->batch->token_ids[r];
+    table_row(a->table, id < 0 ? a->feedback[a->batch->token_slot[r]] : id, row_at(a->out, r),
+              false);
+}
+
+void cpu_embed(struct backend *b, struct tensor out, const struct weight *table,
+               const struct batch *batch)
+{
+    ASSERT_CMP(out.cols, ==, table->table.cols);
+    struct row_args a = {.out = out,
+                         .table = table,
+                         .batch = batch,
+                         .feedback = cpu_of(b)->feedback,
+                         .row = embed_row};
+    rows_run(b, &a);
+}
+
+static void positions_row(const struct row_args *a, int64_t r)
+{
+    table_row(a->table, a->batch->positions[r] + a->offset, row_at(a->out, r), true);
+}
+
+void cpu_add_positions(struct backend *b, struct tensor x, const struct weight *table, int offset,
+                       const struct batch *batch)
+{
+    ASSERT_CMP(x.cols, ==, table->table.cols);
+    struct row_args a = {
+        .out = x, .table = table, .batch = batch, .offset = offset, .row = positions_row};
+    rows_run(b, &a);
+}
+
+static float lanes_sum(const float *lane)
+{
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+/* Sum of (x - shift)^2, or of x when squares is false. */
+static float row_sum(const float *x, int64_t n, float shift, bool squares)
+{
+    float lane[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            float v = x[i + j] - shift;
+            lane[j] += squares ? v * v : v;
+        }
+    for (int j = 0; i < n; i++, j++) {
+        float v = x[i] - shift;
+        lane[j] += squares ? v * v : v;
+    }
+    return lanes_sum(lane);
+}
+
+/* RMS norm: Zhang, Sennrich, "Root mean square layer normalization", 2019, equation 4. Layer norm:
+ * Ba, Kiros, Hinton, "Layer normalization", 2016, equation 4. */
+static void norm_row(const struct row_args *a, int64_t r)
+{
+    const struct norm_args *args = a->norm;
+    float *x = row_at(a->x, r), *out = row_at(a->out, r);
+    int64_t n = a->out.cols;
+    if (a->y.data) {
+        const float *delta = row_at(a->y, r);
+        for (int64_t i = 0; i < n; i++)
+            x[i] += delta[i];
+    }
+    float mean = args->kind == NORM_LAYER ? row_sum(x, n, 0, false) / (float)n : 0.0f;
+    float scale = 1.0f / sqrtf(row_sum(x, n, mean, true) / (float)n + args->epsilon);
+    for (int64_t i = 0; i < n; i++) {
+        float v = (x[i] - mean) * scale * args->weight[i];
+        out[i] = args->bias ? v + args->bias[i] : v;
+    }
+}
+
+void cpu_add_norm(struct backend *b, struct tensor x, struct tensor delta,
+                  const struct norm_args *args, struct tensor out)
+{
+    ASSERT_CMP(x.cols, ==, out.cols);
+    struct row_args a = {.x = x, .y = delta, .out = out, .norm = args, .row = norm_row};
+    rows_run(b, &a);
+}
+
+static void add_row(const struct row_args *a, int64_t r)
+{
+    float *x = row_at(a->out, r);
+    const float *y = row_at(a->y, r);
+    for (int64_t i = 0; i < a->out.cols; i++)
+        x[i] += y[i];
+}
+
+void cpu_add(struct backend *b, struct tensor x, struct tensor y)
+{
+    struct row_args a = {.out = x, .y = y, .row = add_row};
+    rows_run(b, &a);
+}
+
+static void scale_row(const struct row_args *a, int64_t r)
+{
+    float *x = row_at(a->out, r);
+    for (int64_t i = 0; i < a->out.cols; i++)
+        x[i] *= a->by;
+    if (a->softcap <= 0.0f) return;
+    float inverse = 1.0f / a->softcap;
+    for (int64_t i = 0; i < a->out.cols; i++)
+        x[i] = a->softcap * tanh_approx(x[i] * inverse);
+}
+
+void cpu_scale(struct backend *b, struct tensor x, float by, float softcap)
+{
+    struct row_args a = {.out = x, .by = by, .softcap = softcap, .row = scale_row};
+    rows_run(b, &a);
+}
+
+/* GELU: Hendrycks, Gimpel, 2016, section 2: x Phi(x), and its tanh form. */
+void activate_row(float *out, const float *gate, const float *up, int64_t n, enum activation kind)
+{
+    switch (kind) {
+    case ACTIVATION_SILU:
+        for (int64_t i = 0; i < n; i++)
+            out[i] = gate[i] / (1.0f + exp_approx(-gate[i]));
+        break;
+    case ACTIVATION_GELU_TANH:
+        for (int64_t i = 0; i < n; i++) {
+            float x = gate[i];
+            out[i] = 0.5f * x * (1.0f + tanh_approx(0.7978845608f * (x + 0.044715f * x * x * x)));
+        }
+        break;
+    case ACTIVATION_GELU_ERF:
+        for (int64_t i = 0; i < n; i++)
+            out[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.7071067812f));
+        break;
+    case ACTIVATION_RELU:
+        for (int64_t i = 0; i < n; i++)
+            out[i] = gate[i] > 0.0f ? gate[i] : 0.0f * gate[i];
+        break;
+    }
+    if (!up) return;
+    for (int64_t i = 0; i < n; i++)
+        out[i] *= up[i];
+}
+
+static void activate_one(const struct row_args *a, int64_t r)
+{
+    const float *gate = row_at(a->x, r);
+    activate_row(row_at(a->out, r), gate, a->gated ? gate + a->out.cols : NULL, a->out.cols,
+                 a->kind);
+}
+
+void cpu_activate(struct backend *b, struct tensor out, struct tensor in, enum activation kind,
+                  bool gated)
+{
+    ASSERT_CMP(in.cols, ==, gated ? 2 * out.cols : out.cols);
+    struct row_args a = {.x = in, .out = out, .kind = kind, .gated = gated, .row = activate_one};
+    rows_run(b, &a);
+}
+
+static void gather_row(const struct row_args *a, int64_t r)
+{
+    memcpy(row_at(a->out, r), row_at(a->x, a->batch->rows_out[r]),
+           (size_t)a->out.cols * sizeof(float));
+}
+
+void cpu_gather(struct backend *b, struct tensor out, struct tensor x, const struct batch *batch)
+{
+    ASSERT_CMP(out.rows, ==, batch->n_rows_out);
+    struct row_args a = {.x = x, .out = out, .batch = batch, .row = gather_row};
+    rows_run(b, &a);
+}

@@ -1,0 +1,210 @@
+/* The KV cache: its layout, writing a token, reading one element, moving blocks.
+ *
+ * For each layer and block the heads lie one after another, each with all its K, then all its V: a
+ * decode step streams long contiguous pieces. Within a piece tokens are grouped in tiles of 16, so
+ * that a vector lane is a token in K and a dimension in V. Blocks shorter than 16 tokens are one
+ * tile each. See struct kv_cache. */
+#include "base/mem.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/half.h"
+#include "kernels/cpu/quantize.h"
+
+#include <string.h>
+
+enum { TILE_TOKENS = 16 };
+
+static enum err kv_shape(const struct kv_cache_args *args, struct kv_cache *kv)
+{
+    if (args->dtype != DTYPE_F32 && args->dtype != DTYPE_F16 && args->dtype != DTYPE_BF16 &&
+        args->dtype != DTYPE_I8)
+        FAIL(ERR_UNSUPPORTED, "a KV cache of type %s is not supported on the CPU",
+             dtype_name(args->dtype));
+    if (args->block_size < 1 || args->block_size & (args->block_size - 1) ||
+        args->block_size > 4096)
+        FAIL(ERR_INVALID, "a KV block of %d tokens: not a power of two up to 4096",
+             args->block_size);
+    if (args->n_layers < 0 || args->n_kv_heads < 0 || args->head_dim < 1 ||
+        args->head_dim > HEAD_DIM_MAX || args->n_blocks < 0)
+        FAIL(ERR_INVALID, "a KV cache of %d layers, %d heads of %d, %d blocks", args->n_layers,
+             args->n_kv_heads, args->head_dim, args->n_blocks);
+    memset(kv, 0, sizeof *kv);
+    kv->args = *args;
+    kv->tile = args->block_size < TILE_TOKENS ? args->block_size : TILE_TOKENS;
+    kv->pair = args->dtype == DTYPE_BF16 ? 2 : 1;
+    kv->v_pair = kv->pair < kv->tile ? kv->pair : kv->tile;
+    kv->width = (args->head_dim + kv->pair - 1) / kv->pair * kv->pair;
+    kv->element_bytes = (int)dtype_bytes(args->dtype);
+    size_t tokens = (size_t)args->block_size,
+           half = tokens * (size_t)kv->width * (size_t)kv->element_bytes;
+    half = (half + 63) & ~(size_t)63;
+    kv->v_offset = half;
+    kv->scale_offset = 2 * half;
+    kv->head_bytes =
+        2 * half + (args->dtype == DTYPE_I8 ? (2 * tokens * sizeof(float) + 63) & ~(size_t)63 : 0);
+    kv->block_bytes = kv->head_bytes * (size_t)args->n_kv_heads;
+    if (!size_mul(kv->block_bytes, (size_t)args->n_blocks, &kv->layer_bytes) ||
+        !size_mul(kv->layer_bytes, (size_t)args->n_layers, &kv->bytes))
+        FAIL(ERR_NO_MEMORY, "a KV cache of %d layers, %d blocks", args->n_layers, args->n_blocks);
+    return OK;
+}
+
+size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args)
+{
+    struct kv_cache kv;
+    (void)b;
+    return kv_shape(args, &kv) ? 0 : kv.bytes;
+}
+
+enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, struct kv_cache **out)
+{
+    struct kv_cache shape, *kv;
+    (void)b;
+    TRY(kv_shape(args, &shape));
+    TRY(MEM_NEW(&kv));
+    *kv = shape;
+    enum err e = mem_alloc_huge(kv->bytes, (void **)&kv->data);
+    if (e) {
+        mem_free(kv);
+        return e;
+    }
+    *out = kv;
+    return OK;
+}
+
+void cpu_kv_destroy(struct backend *b, struct kv_cache *kv)
+{
+    if (!kv) return;
+    pool_quiesce(cpu_of(b)->pool);
+    mem_free_huge(kv->data, kv->bytes);
+    mem_free(kv);
+}
+
+/* Element index of dimension d of the token at offset in its block. */
+static size_t k_index(const struct kv_cache *kv, int offset, int d)
+{
+    size_t tile = (size_t)(offset / kv->tile) * (size_t)(kv->tile * kv->width);
+    return tile + (size_t)((d / kv->pair * kv->tile + offset % kv->tile) * kv->pair + d % kv->pair);
+}
+
+static size_t v_index(const struct kv_cache *kv, int offset, int d)
+{
+    size_t tile = (size_t)(offset / kv->tile) * (size_t)(kv->tile * kv->width);
+    int in_tile = offset % kv->tile;
+    return tile +
+           (size_t)((in_tile / kv->v_pair * kv->width + d) * kv->v_pair + in_tile % kv->v_pair);
+}
+
+static void element_write(const struct kv_cache *kv, uint8_t *base, size_t index, float x,
+                          float inverse)
+{
+    uint16_t half;
+    switch (kv->args.dtype) {
+    case DTYPE_F32:
+        memcpy(base + index * 4, &x, 4);
+        return;
+    case DTYPE_I8:
+        base[index] = (uint8_t)(int8_t)((x * inverse + 12582912.0f) - 12582912.0f);
+        return;
+    case DTYPE_BF16:
+        half = bf16_from_float(x);
+        break;
+    default:
+        half = f16_from_float(x);
+    }
+    memcpy(base + index * 2, &half, 2);
+}
+
+/* The scale of one token's K or V in an I8 cache. */
+static float token_scale(const float *x, int n, float *out_inverse)
+{
+    uint32_t max_bits = 0;
+    for (int d = 0; d < n; d++) {
+        uint32_t u = float_bits(x[d]) & 0x7fffffff;
+        max_bits = u > max_bits ? u : max_bits;
+    }
+    return quantize_scale(max_bits, out_inverse);
+}
+
+/* Later tokens of the tile are read with weight 0; what an earlier owner of the block left there
+ * must not be a NaN, for 0 * NaN is NaN. */
+static void tile_clear_after(const struct kv_cache *kv, uint8_t *piece, int offset)
+{
+    float *scales = (float *)(piece + kv->scale_offset);
+    for (int o = offset + 1; o % kv->tile; o++) {
+        for (int d = 0; d < kv->width; d++) {
+            element_write(kv, piece, k_index(kv, o, d), 0, 0);
+            element_write(kv, piece + kv->v_offset, v_index(kv, o, d), 0, 0);
+        }
+        if (kv->args.dtype == DTYPE_I8) scales[o] = scales[kv->args.block_size + o] = 0;
+    }
+}
+
+void kv_write(struct kv_cache *kv, int layer, int head, int32_t cache_slot, const float *k,
+              const float *v, bool last)
+{
+    int size = kv->args.block_size, offset = cache_slot % size, n = kv->args.head_dim;
+    ASSERT_CMP(cache_slot, >=, 0);
+    ASSERT_CMP(cache_slot / size, <, kv->args.n_blocks);
+    uint8_t *piece = kv_head(kv, layer, cache_slot / size, head);
+    float k_inverse = 0, v_inverse = 0;
+    if (kv->args.dtype == DTYPE_I8) {
+        float *scales = (float *)(piece + kv->scale_offset);
+        scales[offset] = token_scale(k, n, &k_inverse);
+        scales[size + offset] = token_scale(v, n, &v_inverse);
+    }
+    for (int d = 0; d < kv->width; d++) {
+        element_write(kv, piece, k_index(kv, offset, d), d < n ? k[d] : 0, k_inverse);
+        element_write(kv, piece + kv->v_offset, v_index(kv, offset, d), d < n ? v[d] : 0,
+                      v_inverse);
+    }
+    if (last) tile_clear_after(kv, piece, offset);
+}
+
+static float element_read(const struct kv_cache *kv, const uint8_t *base, size_t index)
+{
+    if (kv->args.dtype == DTYPE_I8) return (float)(int8_t)base[index];
+    return load_float(base + index * (size_t)kv->element_bytes, kv->args.dtype);
+}
+
+float kv_read_k(const struct kv_cache *kv, const uint8_t *piece, int offset, int d)
+{
+    float x = element_read(kv, piece, k_index(kv, offset, d));
+    return kv->args.dtype == DTYPE_I8 ? x * ((const float *)(piece + kv->scale_offset))[offset] : x;
+}
+
+float kv_read_v(const struct kv_cache *kv, const uint8_t *piece, int offset, int d)
+{
+    float x = element_read(kv, piece + kv->v_offset, v_index(kv, offset, d));
+    if (kv->args.dtype != DTYPE_I8) return x;
+    return x * ((const float *)(piece + kv->scale_offset))[kv->args.block_size + offset];
+}
+
+void cpu_kv_copy(struct backend *b, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
+                 int n)
+{
+    (void)b;
+    for (int i = 0; i < n; i++) {
+        ASSERT(src[i] >= 0 && src[i] < kv->args.n_blocks && dst[i] >= 0 &&
+               dst[i] < kv->args.n_blocks);
+        for (int layer = 0; src[i] != dst[i] && layer < kv->args.n_layers; layer++)
+            memcpy(kv_head(kv, layer, dst[i], 0), kv_head(kv, layer, src[i], 0), kv->block_bytes);
+    }
+}
+
+void cpu_kv_save(struct backend *b, struct kv_cache *kv, int32_t block, void *host)
+{
+    (void)b;
+    ASSERT(block >= 0 && block < kv->args.n_blocks);
+    for (int layer = 0; layer < kv->args.n_layers; layer++)
+        memcpy((uint8_t *)host + (size_t)layer * kv->block_bytes, kv_head(kv, layer, block, 0),
+               kv->block_bytes);
+}
+
+void cpu_kv_load(struct backend *b, struct kv_cache *kv, int32_t block, const void *host)
+{
+    (void)b;
+    ASSERT(block >= 0 && block < kv->args.n_blocks);
+    for (int layer = 0; layer < kv->args.n_layers; layer++)
+        memcpy(kv_head(kv, layer, block, 0),
+               (const uint8_t *)host + (size_t)layer * kv->block_bytes, kv->block_bytes);
+}

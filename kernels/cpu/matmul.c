@@ -1,0 +1,282 @@
+/* out = x w^T + bias: the driver that turns a matmul into chunks of microkernel calls.
+ *
+ * Rows are packed once (quantize.c), split evenly into row panels of at most rows_max rows. A chunk
+ * is a few weight panels by a block of row panels; it walks K in blocks whose weights fit in L1,
+ * with the accumulators parked in scratch between blocks. An element's sum runs over K in one order
+ * whatever the batch: that is what keeps law 4. The driver knows formats only as rows of tables. */
+#include "base/mem.h"
+#include "kernels/cpu/cpu.h"
+
+#include <string.h>
+
+enum {
+    CHUNK_ROWS = 144,  /* rows of a chunk at most: their words stay in L2 */
+    BLOCK_STEPS = 256, /* of K: 32 KiB of weights; a multiple of GROUP_STEPS */
+    CHUNK_PANELS = 2,
+    FEW_ROW_PANELS = 4,     /* up to here fetching weights takes as long as computing */
+    PREFETCH_AHEAD = 8192,  /* bytes */
+    PARALLEL_PACK_ROWS = 8, /* fewer rows are packed by the caller alone */
+};
+
+struct matmul_args {
+    const struct weight *w;
+    const struct activations *a;
+    panel_kernel *kernel;
+    float *out;
+    int64_t out_stride, n_columns;
+    int n_panel_chunks, panels_per_chunk, row_panels_per_chunk;
+    bool gated;
+    enum activation activation;
+};
+
+static int row_panel_first(const struct activations *a, int i)
+{
+    int n = a->n_row_panels, more = a->n_rows % n;
+    return i * (a->n_rows / n) + (i < more ? i : more);
+}
+
+enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
+{
+    struct activations *a = &cpu->activations;
+    size_t words = (size_t)w->n_steps * ACTIVATION_ROWS * 4;
+    size_t corrections = ((size_t)w->n_steps / GROUP_STEPS + 1) * ACTIVATION_ROWS * 4;
+    void *bigger;
+    if (words > cpu->words_bytes) {
+        TRY(mem_alloc_huge(words, &bigger));
+        pool_quiesce(cpu->pool);
+        mem_free_huge(a->words, cpu->words_bytes);
+        a->words = bigger, cpu->words_bytes = words;
+    }
+    if (corrections > cpu->correction_bytes) {
+        TRY(mem_alloc_aligned(64, corrections, &bigger));
+        pool_quiesce(cpu->pool);
+        mem_free(a->correction);
+        a->correction = bigger, cpu->correction_bytes = corrections;
+    }
+    if (!a->row_scale) TRY(mem_alloc_aligned(64, ACTIVATION_ROWS * 4, (void **)&a->row_scale));
+    return OK;
+}
+
+struct pack_rows_args {
+    const struct activations *a;
+    quantize_kernel *pack;
+    const float *x;
+    int64_t stride;
+};
+
+static void pack_rows_chunk(const void *args, int chunk, void *scratch)
+{
+    const struct pack_rows_args *p = args;
+    int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
+    (void)scratch;
+    for (int r = 0; r < rows; r++)
+        p->pack(p->a, p->x + (first + r) * p->stride, first + r, rows,
+                p->a->words + first * p->a->n_steps + r);
+}
+
+static void activations_pack(struct cpu_backend *cpu, const struct weight *w, const float *x,
+                             int64_t stride, int n_rows)
+{
+    struct activations *a = &cpu->activations;
+    a->format = w->format;
+    a->n_rows = n_rows;
+    a->rows_max = cpu->matmul.rows_max[w->format];
+    a->n_row_panels = (n_rows + a->rows_max - 1) / a->rows_max;
+    a->n_inputs = w->n_in;
+    a->n_steps = w->n_steps;
+    a->n_groups = w->format == WEIGHT_INT4 ? w->n_steps / GROUP_STEPS : 1;
+    struct pack_rows_args args = {a, cpu->matmul.pack_rows[w->format], x, stride};
+    if (n_rows <= PARALLEL_PACK_ROWS)
+        for (int i = 0; i < a->n_row_panels; i++)
+            pack_rows_chunk(&args, i, NULL);
+    else
+        pool_run(cpu->pool,
+                 &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
+}
+
+/* Where the weights of the next K block begin to be fetched into L2 while this one is computed. One
+ * row panel runs through a whole weight panel and looks a fixed distance ahead; of a few row panels
+ * the first two share the next block; with many the time to fetch it is short beside the rest. */
+static void prefetch_plan(const struct format_info *f, int n_row_panels, int i,
+                          struct panel_call *call)
+{
+    int64_t stride =
+        f->header_bytes ? 2 * f->step_bytes : f->step_bytes; /* INT4 takes two steps at once */
+    call->prefetch = call->weights;
+    call->prefetch_bytes = 0;
+    if (n_row_panels == 1) {
+        call->prefetch = call->weights + PREFETCH_AHEAD;
+        call->prefetch_bytes = stride;
+    } else if (n_row_panels <= FEW_ROW_PANELS && i < 2) {
+        int64_t block = call->n_steps * f->step_bytes;
+        call->prefetch = call->weights + block + i * block / 2;
+        call->prefetch_bytes = stride / 2;
+    }
+}
+
+/* One weight panel by row panels [i0, i1): out is [rows][out_stride]. */
+static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, int i1, float *parked,
+                          float *out, int64_t out_stride)
+{
+    const struct weight *w = m->w;
+    const struct activations *a = m->a;
+    const struct format_info *f = &format_infos[w->format];
+    int row0 = row_panel_first(a, i0);
+    int n_row_panels = i1 - i0;
+    int64_t block = n_row_panels == 1                ? a->n_steps
+                    : n_row_panels <= FEW_ROW_PANELS ? BLOCK_STEPS / 2
+                                                     : BLOCK_STEPS;
+    for (int64_t s = 0; s < a->n_steps; s += block) {
+        int64_t n = a->n_steps - s < block ? a->n_steps - s : block;
+        size_t header = (size_t)(f->header_bytes ? s / GROUP_STEPS * f->header_bytes : 0);
+        const uint8_t *weights =
+            w->panels + (size_t)panel * w->panel_bytes + (size_t)(s * f->step_bytes) + header;
+        for (int i = i0; i < i1; i++) {
+            int first = row_panel_first(a, i), rows = row_panel_first(a, i + 1) - first;
+            struct panel_call call = {
+                .weights = weights,
+                .words = a->words + first * a->n_steps + s * rows,
+                .n_steps = n,
+                .scratch = parked + (first - row0) * PANEL_OUTPUTS,
+                .first = s == 0,
+                .last = s + n == a->n_steps,
+                .correction =
+                    a->correction + first * a->n_groups + (a->n_groups > 1 ? s / GROUP_STEPS : 0),
+                .correction_stride = a->n_groups,
+                .row_scale = f->inputs_per_step == 4 ? a->row_scale + first : NULL,
+                .column_scale = w->scale ? w->scale + panel * PANEL_OUTPUTS : NULL,
+                .bias = w->bias ? w->bias + panel * PANEL_OUTPUTS : NULL,
+                .out = out + (first - row0) * out_stride,
+                .out_stride = out_stride,
+            };
+            prefetch_plan(f, n_row_panels, i - i0, &call);
+            m->kernel(&call, rows);
+        }
+    }
+}
+
+struct chunk_range {
+    int i0, i1, row0, n_rows;
+    int64_t panel0, n_panels;
+};
+
+static struct chunk_range chunk_range(const struct matmul_args *m, int chunk)
+{
+    int64_t panels = (m->n_columns + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
+    struct chunk_range c;
+    c.panel0 = (int64_t)(chunk % m->n_panel_chunks) * m->panels_per_chunk;
+    c.n_panels = panels - c.panel0 < m->panels_per_chunk ? panels - c.panel0 : m->panels_per_chunk;
+    c.i0 = chunk / m->n_panel_chunks * m->row_panels_per_chunk;
+    c.i1 = c.i0 + m->row_panels_per_chunk < m->a->n_row_panels ? c.i0 + m->row_panels_per_chunk
+                                                               : m->a->n_row_panels;
+    c.row0 = row_panel_first(m->a, c.i0);
+    c.n_rows = row_panel_first(m->a, c.i1) - c.row0;
+    return c;
+}
+
+/* Scratch of a chunk: accumulators [CHUNK_ROWS][32], results [panels][CHUNK_ROWS][32], and for the
+ * gated form two panels of up beside the gate. */
+static void matmul_compute(const void *args, int chunk, void *scratch)
+{
+    const struct matmul_args *m = args;
+    struct chunk_range c = chunk_range(m, chunk);
+    float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
+    for (int64_t p = 0; p < c.n_panels; p++)
+        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked, result + p * CHUNK_ROWS * PANEL_OUTPUTS,
+                      PANEL_OUTPUTS);
+}
+
+/* The gate's panel, then the panel or two that hold the same columns of up. When the number of
+ * columns is no multiple of 32, a panel of up is computed for two chunks: rare and right. */
+static void gated_compute(const void *args, int chunk, void *scratch)
+{
+    const struct matmul_args *m = args;
+    struct chunk_range c = chunk_range(m, chunk);
+    int64_t up0 = (m->n_columns + c.panel0 * PANEL_OUTPUTS) / PANEL_OUTPUTS;
+    int64_t shift = (m->n_columns + c.panel0 * PANEL_OUTPUTS) % PANEL_OUTPUTS;
+    float *parked = scratch, *gate = parked + CHUNK_ROWS * PANEL_OUTPUTS;
+    float *up = gate + CHUNK_ROWS * PANEL_OUTPUTS;
+    panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS);
+    panel_by_rows(m, up0, c.i0, c.i1, parked, up, 2 * PANEL_OUTPUTS);
+    if (shift && up0 + 1 < m->w->n_panels)
+        panel_by_rows(m, up0 + 1, c.i0, c.i1, parked, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS);
+    for (int r = 0; r < c.n_rows; r++) {
+        float *row = gate + r * PANEL_OUTPUTS;
+        activate_row(row, row, up + r * 2 * PANEL_OUTPUTS + shift, PANEL_OUTPUTS, m->activation);
+    }
+}
+
+static void matmul_commit(const void *args, int chunk, void *scratch)
+{
+    const struct matmul_args *m = args;
+    struct chunk_range c = chunk_range(m, chunk);
+    const float *result = (const float *)scratch + CHUNK_ROWS * PANEL_OUTPUTS;
+    for (int64_t p = 0; p < c.n_panels; p++) {
+        int64_t column = (c.panel0 + p) * PANEL_OUTPUTS;
+        int64_t n = m->n_columns - column < PANEL_OUTPUTS ? m->n_columns - column : PANEL_OUTPUTS;
+        for (int r = 0; r < c.n_rows; r++)
+            memcpy(m->out + (c.row0 + r) * m->out_stride + column,
+                   result + (p * CHUNK_ROWS + r) * PANEL_OUTPUTS, (size_t)n * sizeof(float));
+    }
+}
+
+static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
+{
+    const struct activations *a = &cpu->activations;
+    int64_t panels = (m->n_columns + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
+    int per_block = CHUNK_ROWS / a->rows_max;
+    int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
+    m->a = a;
+    m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
+    m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
+    m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
+    struct pool_job job = {m->gated ? gated_compute : matmul_compute, matmul_commit, m, sizeof *m,
+                           0};
+    job.n_chunks = m->n_panel_chunks * n_row_chunks;
+    pool_run(cpu->pool, &job);
+}
+
+/* Rows of one slice: what the packed activations hold, and what the pool has chunk states for. */
+static int64_t slice_rows(int64_t n_columns)
+{
+    int64_t panel_chunks = (n_columns / PANEL_OUTPUTS + 1) / CHUNK_PANELS + 1;
+    int64_t row_chunks = POOL_CHUNKS_MAX / panel_chunks;
+    ASSERT_CMP(row_chunks, >, 0);
+    int64_t rows = (row_chunks - 1) * (CHUNK_ROWS / 2);
+    return rows < PANEL_ROWS_MAX ? PANEL_ROWS_MAX : rows < ACTIVATION_ROWS ? rows : ACTIVATION_ROWS;
+}
+
+static void matmul_run(struct backend *b, struct tensor out, struct tensor x,
+                       const struct weight *w, bool gated, enum activation kind)
+{
+    struct cpu_backend *cpu = cpu_of(b);
+    ASSERT_CMP(x.cols, ==, w->n_in);
+    ASSERT_CMP(out.cols, ==, gated ? w->n_out / 2 : w->n_out);
+    ASSERT_CMP(out.rows, ==, x.rows);
+    int64_t slice = slice_rows(out.cols);
+    for (int64_t row = 0; row < x.rows; row += slice) {
+        int n = (int)(x.rows - row < slice ? x.rows - row : slice);
+        struct matmul_args m = {
+            .w = w,
+            .kernel = cpu->matmul.panel[w->format],
+            .out = (float *)out.data + row * out.stride,
+            .out_stride = out.stride,
+            .n_columns = out.cols,
+            .gated = gated,
+            .activation = kind,
+        };
+        activations_pack(cpu, w, (const float *)x.data + row * x.stride, x.stride, n);
+        matmul_slice(cpu, &m);
+    }
+}
+
+void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w)
+{
+    matmul_run(b, out, x, w, false, ACTIVATION_SILU);
+}
+
+void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
+                      enum activation kind)
+{
+    matmul_run(b, out, x, w, true, kind);
+}

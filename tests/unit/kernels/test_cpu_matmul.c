@@ -1,0 +1,345 @@
+/* Goal: matmul equals the sum written down in double precision, for every weight format,
+ * instruction set and odd shape; a row's result has the same bits alone and in any batch; INT8 and
+ * INT4 have the same bits on every instruction set. Method: the test rounds inputs itself (to f16,
+ * bf16, int8 or 4 bits) where the format says so, so that only the order of additions is left to
+ * the tolerance. */
+#include "unit/kernels/cpu_test.h"
+
+struct format_case {
+    enum weight_format format;
+    const char *name;
+    double tolerance;    /* of sum |x w|: error of the additions */
+    double quantization; /* rms of the error against the unrounded product, relative to its rms */
+};
+static const struct format_case formats[] = {
+    {WEIGHT_F32, "f32", 1e-6, 1e-6},   {WEIGHT_F16, "f16", 1e-6, 1e-3},
+    {WEIGHT_BF16, "bf16", 2e-6, 6e-3}, {WEIGHT_INT8, "int8", 1e-6, 2e-2},
+    {WEIGHT_INT4, "int4", 2e-6, 0.14},
+};
+enum { FORMAT_CASES = 5 };
+
+struct shape {
+    int64_t n, k;
+};
+static const struct shape shapes[] = {{1, 1}, {31, 7}, {33, 130}, {96, 64}, {70, 301}, {65, 650}};
+enum { SHAPES = 6, ROWS = 29 };
+
+/* The weights as the format keeps them, learnt from the backend itself: rows of the identity. INT8
+ * and INT4 activations of the identity are exact (127 / 127), so column k of the product is exact
+ * up to float rounding. */
+static double *weights_kept(struct backend *b, const struct weight *w, int64_t n, int64_t k)
+{
+    double *kept;
+    float *x = test_floats(NULL, k, 0), *y = test_floats(NULL, n, 0);
+    CHECK(MEM_NEW_ARRAY(n * k, &kept));
+    for (int64_t i = 0; i < k; i++) {
+        x[i] = 1;
+        backend_cpu.matmul(b, test_tensor(y, 1, n), test_tensor(x, 1, k), w);
+        for (int64_t j = 0; j < n; j++)
+            kept[j * k + i] = y[j];
+        x[i] = 0;
+    }
+    mem_free(x);
+    mem_free(y);
+    return kept;
+}
+
+/* The activations as the format sees them: [ROWS][k]. */
+static double *activations_seen(enum weight_format format, const float *x, int64_t k)
+{
+    double *seen;
+    CHECK(MEM_NEW_ARRAY(ROWS * k, &seen));
+    for (int r = 0; r < ROWS; r++) {
+        float max = 0;
+        for (int64_t i = 0; i < k; i++)
+            max = fmaxf(max, fabsf(x[r * k + i]));
+        float scale = max / 127.0f;
+        for (int64_t i = 0; i < k; i++) {
+            float v = x[r * k + i];
+            seen[r * k + i] = format == WEIGHT_F32 || format == WEIGHT_F16 ? v
+                              : format == WEIGHT_BF16
+                                  ? bf16_round(v)
+                                  : (double)scale * nearbyintf(v * (1.0f / scale));
+        }
+    }
+    return seen;
+}
+
+static void check_product(const char *isa, const struct format_case *f, struct shape s,
+                          const float *weights, const double *kept, const float *x, const float *y)
+{
+    double error = 0, total = 0, *seen = activations_seen(f->format, x, s.k);
+    for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t j = 0; j < s.n; j++) {
+            double sum = 0, size = 0, exact = 0;
+            for (int64_t i = 0; i < s.k; i++) {
+                double t = seen[r * s.k + i] * kept[j * s.k + i];
+                sum += t, size += fabs(t);
+                exact += (double)x[r * s.k + i] * weights[j * s.k + i];
+            }
+            double d = y[r * s.n + j] - sum;
+            if (!(fabs(d) <= f->tolerance * (size + 1e-3)))
+                fail_msg("%s %s %lldx%lld row %lld column %lld: %.9g, should be %.9g", isa, f->name,
+                         (long long)s.n, (long long)s.k, (long long)r, (long long)j, y[r * s.n + j],
+                         sum);
+            error += (y[r * s.n + j] - exact) * (y[r * s.n + j] - exact), total += exact * exact;
+        }
+    mem_free(seen);
+    if (!(sqrt(error / total) <= f->quantization))
+        fail_msg("%s %s %lldx%lld: rms error of rounding %g", isa, f->name, (long long)s.n,
+                 (long long)s.k, sqrt(error / total));
+}
+
+static void equals_double_sums(void **state)
+{
+    (void)state;
+    for (int isa = 0; isa < TEST_ISAS; isa++) {
+        struct backend *b = test_open(test_isas[isa]);
+        for (int c = 0; b && c < FORMAT_CASES * SHAPES; c++) {
+            struct rand r = rand_seeded((uint64_t)c);
+            struct shape s = shapes[c / FORMAT_CASES];
+            float *weights = test_floats(&r, s.n * s.k, 0.1f), *x = test_floats(&r, ROWS * s.k, 1);
+            float *y = test_floats(NULL, ROWS * s.n, 0);
+            struct matrix_view view = test_view(weights, s.n, s.k);
+            struct weight *w;
+            CHECK(b->ops->weight_create(b, &view, 1, NULL, formats[c % FORMAT_CASES].format, &w));
+            double *kept = weights_kept(b, w, s.n, s.k);
+            b->ops->matmul(b, test_tensor(y, ROWS, s.n), test_tensor(x, ROWS, s.k), w);
+            check_product(test_isas[isa], &formats[c % FORMAT_CASES], s, weights, kept, x, y);
+            b->ops->weight_destroy(b, w);
+            mem_free(weights), mem_free(x), mem_free(y), mem_free(kept);
+        }
+        if (b) b->ops->close(b);
+    }
+}
+
+/* Every row of a product of 160 rows has the same bits alone and in batches of other heights. */
+static void rows_do_not_see_each_other(void **state)
+{
+    enum { M = 160, N = 40, K = 1160 };
+    static const int heights[] = {1, 2, 3, 5, 7, 8, 11, 12, 13, 25, 145};
+    (void)state;
+    for (int c = 0; c < TEST_ISAS * FORMAT_CASES; c++) {
+        struct backend *b = test_open(test_isas[c / FORMAT_CASES]);
+        if (!b) continue;
+        struct rand r = rand_seeded(7);
+        float *weights = test_floats(&r, N * K, 0.1f), *x = test_floats(&r, M * K, 1);
+        float *all = test_floats(NULL, M * N, 0), *some = test_floats(NULL, M * N, 0);
+        struct matrix_view view = test_view(weights, N, K);
+        struct weight *w;
+        CHECK(b->ops->weight_create(b, &view, 1, weights, formats[c % FORMAT_CASES].format, &w));
+        b->ops->matmul(b, test_tensor(all, M, N), test_tensor(x, M, K), w);
+        for (size_t h = 0; h < sizeof heights / sizeof *heights; h++)
+            for (int at = 0; at + heights[h] <= M && at < 20; at += 15) {
+                b->ops->matmul(b, test_tensor(some, heights[h], N),
+                               test_tensor(x + at * K, heights[h], K), w);
+                test_same_bits(formats[c % FORMAT_CASES].name, some, all + at * N,
+                               (int64_t)heights[h] * N);
+            }
+        b->ops->weight_destroy(b, w);
+        b->ops->close(b);
+        mem_free(weights), mem_free(x), mem_free(all), mem_free(some);
+    }
+}
+
+/* Integer sums are exact, so INT8 and INT4 agree bit for bit across instruction sets. */
+static void isas_agree_on_integers(void **state)
+{
+    enum { M = 17, N = 75, K = 650 };
+    (void)state;
+    for (int f = 3; f < FORMAT_CASES; f++) {
+        float *first = NULL;
+        for (int isa = 0; isa < TEST_ISAS; isa++) {
+            struct backend *b = test_open(test_isas[isa]);
+            if (!b) continue;
+            struct rand r = rand_seeded(11);
+            float *weights = test_floats(&r, N * K, 0.1f), *x = test_floats(&r, M * K, 1);
+            float *y = test_floats(NULL, M * N, 0);
+            struct matrix_view view = test_view(weights, N, K);
+            struct weight *w;
+            CHECK(b->ops->weight_create(b, &view, 1, weights, formats[f].format, &w));
+            b->ops->matmul(b, test_tensor(y, M, N), test_tensor(x, M, K), w);
+            if (first) test_same_bits(test_isas[isa], y, first, M * N);
+            if (first)
+                mem_free(y);
+            else
+                first = y;
+            b->ops->weight_destroy(b, w);
+            b->ops->close(b);
+            mem_free(weights), mem_free(x);
+        }
+        mem_free(first);
+    }
+}
+
+/* Extreme activations: all zero, tiny, huge, and a NaN that must stay in its row. */
+static void extremes(void **state)
+{
+    enum { M = 5, N = 40, K = 96 };
+    (void)state;
+    for (int c = 0; c < TEST_ISAS * FORMAT_CASES; c++) {
+        struct backend *b = test_open(test_isas[c / FORMAT_CASES]);
+        if (!b) continue;
+        struct rand r = rand_seeded(3);
+        float *weights = test_floats(&r, N * K, 0.1f), *x = test_floats(&r, M * K, 1),
+              *y = test_floats(NULL, M * N, 0);
+        for (int i = 0; i < K; i++)
+            x[i] = 0, x[K + i] *= 1e-41f, x[2 * K + i] *= 1e30f;
+        x[3 * K + 17] = NAN;
+        struct matrix_view view = test_view(weights, N, K);
+        struct weight *w;
+        CHECK(b->ops->weight_create(b, &view, 1, NULL, formats[c % FORMAT_CASES].format, &w));
+        b->ops->matmul(b, test_tensor(y, M, N), test_tensor(x, M, K), w);
+        for (int j = 0; j < N; j++) {
+            if (y[j] != 0.0f) fail_msg("%s: zeros give %g", formats[c % FORMAT_CASES].name, y[j]);
+            if (!(fabsf(y[N + j]) < 1e-37f))
+                fail_msg("%s: tiny gives %g", formats[c % FORMAT_CASES].name, y[N + j]);
+            assert_true(isfinite(y[2 * N + j]) && isnan(y[3 * N + j]) && isfinite(y[4 * N + j]));
+        }
+        b->ops->weight_destroy(b, w);
+        b->ops->close(b);
+        mem_free(weights), mem_free(x), mem_free(y);
+    }
+}
+
+/* Parts of several types, transposed and absent, stacked, with a bias: equals one plain matrix. */
+static void parts_are_stacked(void **state)
+{
+    enum { K = 37, N1 = 5, N2 = 30, N3 = 9, N = N1 + N2 + N3 };
+    struct rand r = rand_seeded(5);
+    float *a = test_floats(&r, N1 * K, 1), *c = test_floats(&r, K * N2, 1),
+          *bias = test_floats(&r, N, 1);
+    float *x = test_floats(&r, 2 * K, 1), *y = test_floats(NULL, 2 * N, 0);
+    uint16_t half[N2 * K];
+    (void)state;
+    for (int i = 0; i < N2 * K; i++)
+        half[i] = f16_from_float(c[i]), c[i] = f16_to_float(half[i]);
+    struct matrix_view parts[3] = {test_view(a, N1, K),
+                                   {half, DTYPE_F16, N2, K, 1, N2}, /* stored [K][N2] */
+                                   {NULL, DTYPE_BF16, N3, K, K, 1}};
+    struct backend *b = test_open("reference");
+    struct weight *w;
+    CHECK(b->ops->weight_create(b, parts, 3, bias, WEIGHT_AUTO, &w));
+    b->ops->matmul(b, test_tensor(y, 2, N), test_tensor(x, 2, K), w);
+    double want[2 * N];
+    for (int i = 0; i < 2 * N; i++) {
+        int row = i / N, n = i % N;
+        want[i] = bias[n];
+        for (int k = 0; k < K; k++)
+            want[i] += (double)x[row * K + k] * (n < N1        ? a[n * K + k]
+                                                 : n < N1 + N2 ? c[k * N2 + n - N1]
+                                                               : 0);
+    }
+    test_close("stacked parts", y, want, 2 * N, 1e-5);
+    assert_true(b->ops->weight_bytes(w) >= N * K * 4);
+    b->ops->weight_destroy(b, w);
+    b->ops->close(b);
+    mem_free(a), mem_free(c), mem_free(bias), mem_free(x), mem_free(y);
+}
+
+/* matmul_gated is matmul and then activate, bit for bit, also where halves are not whole panels. */
+static void gated_equals_two_steps(void **state)
+{
+    static const int widths[] = {1, 32, 45, 96, 100, 127};
+    enum { K = 40, M = 27 };
+    (void)state;
+    for (int c = 0; c < TEST_ISAS * 6; c++) {
+        struct backend *b = test_open(test_isas[c / 6]);
+        if (!b) continue;
+        int f = widths[c % 6];
+        struct rand r = rand_seeded((uint64_t)f);
+        float *weights = test_floats(&r, 2 * f * K, 0.3f), *x = test_floats(&r, M * K, 1);
+        float *both = test_floats(NULL, M * 2 * f, 0), *want = test_floats(NULL, M * f, 0),
+              *got = test_floats(NULL, M * f, 0);
+        struct matrix_view view = test_view(weights, 2 * f, K);
+        struct weight *w;
+        CHECK(b->ops->weight_create(b, &view, 1, NULL, WEIGHT_INT8, &w));
+        b->ops->matmul(b, test_tensor(both, M, 2 * f), test_tensor(x, M, K), w);
+        b->ops->activate(b, test_tensor(want, M, f), test_tensor(both, M, 2 * f), ACTIVATION_SILU,
+                         true);
+        b->ops->matmul_gated(b, test_tensor(got, M, f), test_tensor(x, M, K), w, ACTIVATION_SILU);
+        test_same_bits("gated", got, want, (int64_t)M * f);
+        b->ops->weight_destroy(b, w);
+        b->ops->close(b);
+        mem_free(weights), mem_free(x), mem_free(both), mem_free(want), mem_free(got);
+    }
+}
+
+/* More rows than are packed at once, and any number of threads: the same bits. */
+static void threads_and_slices(void **state)
+{
+    enum { M = 1500, N = 70, K = 64 };
+    struct rand r = rand_seeded(9);
+    float *weights = test_floats(&r, N * K, 0.3f), *x = test_floats(&r, M * K, 1);
+    float *one = test_floats(NULL, M * N, 0), *many = test_floats(NULL, M * N, 0);
+    struct matrix_view view = test_view(weights, N, K);
+    (void)state;
+    for (int f = 0; f < FORMAT_CASES; f++)
+        for (int threads = 1; threads <= 3; threads += 2) {
+            struct backend *b = test_open_with(NULL, threads, 16);
+            struct weight *w;
+            CHECK(b->ops->weight_create(b, &view, 1, NULL, formats[f].format, &w));
+            float *y = threads == 1 ? one : many;
+            b->ops->matmul(b, test_tensor(y, M, N), test_tensor(x, M, K), w);
+            if (threads > 1) test_same_bits("threads", many, one, M * N);
+            b->ops->matmul(b, test_tensor(many, 1, N), test_tensor(x + (M - 1) * K, 1, K), w);
+            test_same_bits("slices", many, one + (M - 1) * N, N);
+            b->ops->weight_destroy(b, w);
+            b->ops->close(b);
+        }
+    mem_free(weights), mem_free(x), mem_free(one), mem_free(many);
+}
+
+static void refusals(void **state)
+{
+    struct backend *b = test_open("reference");
+    float data[6] = {0};
+    struct weight *w;
+    struct matrix_view two[2] = {test_view(data, 2, 3), test_view(data, 3, 2)};
+    struct matrix_view wrong = {data, DTYPE_I32, 2, 3, 3, 1}, empty = test_view(data, 0, 3);
+    (void)state;
+    assert_int_equal(b->ops->weight_create(b, two, 2, NULL, WEIGHT_F32, &w), ERR_FORMAT);
+    assert_int_equal(b->ops->weight_create(b, &wrong, 1, NULL, WEIGHT_F32, &w), ERR_UNSUPPORTED);
+    assert_int_equal(b->ops->weight_create(b, &empty, 1, NULL, WEIGHT_F32, &w), ERR_FORMAT);
+    assert_int_equal(b->ops->weight_create(b, two, 1, NULL, WEIGHT_FP8, &w), ERR_UNSUPPORTED);
+    b->ops->close(b);
+    struct backend_options o = {.vocab_size = 4, .isa = "sse9"};
+    assert_int_equal(backend_cpu.open(&o, &b), ERR_UNSUPPORTED);
+}
+
+/* Every allocation of open and of weight_create may fail, and nothing is left behind. */
+static void allocations_fail(void **state)
+{
+    float data[64] = {1};
+    struct matrix_view view = test_view(data, 8, 8);
+    int64_t live = mem_live();
+    (void)state;
+    for (int64_t n = 1; n < 100; n++) {
+        struct backend_options o = {
+            .n_threads = 2, .vocab_size = 8, .n_slots_max = 1, .isa = "reference"};
+        struct backend *b = NULL;
+        struct weight *w = NULL;
+        mem_fail_at(n);
+        enum err e = backend_cpu.open(&o, &b);
+        if (!e) e = b->ops->weight_create(b, &view, 1, data, WEIGHT_INT8, &w);
+        mem_fail_at(0);
+        if (b) b->ops->weight_destroy(b, w);
+        if (b) b->ops->close(b);
+        assert_int_equal(mem_live(), live);
+        if (!e) return;
+        assert_int_equal(e, ERR_NO_MEMORY);
+    }
+    fail_msg("never succeeded");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(equals_double_sums),     cmocka_unit_test(rows_do_not_see_each_other),
+        cmocka_unit_test(isas_agree_on_integers), cmocka_unit_test(extremes),
+        cmocka_unit_test(parts_are_stacked),      cmocka_unit_test(gated_equals_two_steps),
+        cmocka_unit_test(threads_and_slices),     cmocka_unit_test(refusals),
+        cmocka_unit_test(allocations_fail),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,63 @@
+/* config.json as numbers: every field that the forward pass and the loader need, checked.
+ *
+ * One table of aliases serves all architectures ("hidden_size", "n_embd", ...). What this program
+ * cannot compute is refused by name, because a field ignored is a wrong answer later. */
+#pragma once
+#include "base/err.h"
+#include "kernels/tensor.h"
+#include "worker/model/arch.h"
+#include <stdint.h>
+
+enum { CONFIG_LAYERS_MAX = 512, CONFIG_PATH_MAX = 1024 };
+
+enum rope_type { ROPE_NONE, ROPE_DEFAULT, ROPE_LINEAR, ROPE_DYNAMIC, ROPE_LLAMA3, ROPE_YARN };
+struct rope_config {
+    enum rope_type type;
+    double theta, factor;
+    double low_freq_factor, high_freq_factor;      /* llama3 */
+    double beta_fast, beta_slow, attention_factor; /* yarn; 0 = from the factor */
+    double mscale, mscale_all_dim;                 /* yarn, 0 = absent */
+    bool truncate;                                 /* yarn */
+    int64_t original_context;
+    int rotary_dim;
+};
+
+struct model_config {
+    char path[CONFIG_PATH_MAX]; /* of config.json, for errors */
+    const struct arch *arch;
+    int n_layers, n_heads, n_kv_heads, head_dim;
+    int hidden, embed_dim, ffn, vocab_size;
+    int context_max; /* positions that the model knows */
+    int n_positions; /* rows of learned positions, offset included; 0 with rope */
+    float norm_epsilon;
+    enum activation activation;
+    enum norm_place norm_place;
+    bool final_norm, gated;
+    bool tied, tied_said; /* output projection is the embedding; config.json says so itself */
+    bool qkv_bias, out_bias, ffn_bias;
+    float attention_scale;
+    bool scale_by_layer;                 /* attention_scale / (layer + 1) */
+    int window;                          /* of the layers that have one, 0 = none */
+    int layer_window[CONFIG_LAYERS_MAX]; /* [n_layers], 0 = sees all */
+    struct rope_config rope;
+    enum dtype dtype;       /* of the checkpoint as config.json says; BF16 where it does not */
+    int32_t bos_id, eos_id; /* -1 = not said */
+};
+
+/* Reads MODEL_DIR/config.json. ERR_FORMAT and ERR_UNSUPPORTED name the file and the field. */
+enum err config_read(const char *model_dir, struct model_config *out);
+/* The same from text; `path` stands for it in errors. */
+enum err config_parse(const char *path, const char *text, size_t n, struct model_config *out);
+
+bool config_has_bias(const struct model_config *c, enum role role);
+/* Whether the role exists in this model. */
+bool config_has_role(const struct model_config *c, enum role role);
+int64_t config_dim(const struct model_config *c, enum dim dim);
+/* 0 when some layer sees all, else the widest window. */
+int config_window(const struct model_config *c);
+/* Parameters of the whole model; a tied output counts once. */
+uint64_t config_parameters(const struct model_config *c);
+
+/* cos and sin of every position and frequency, scaling folded in: [n_positions][rotary_dim / 2]. */
+void config_rope_tables(const struct model_config *c, int n_positions, float *out_cos,
+                        float *out_sin);
