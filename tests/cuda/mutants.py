@@ -17,7 +17,7 @@ MUTANTS = [
     ("act.cu", "load8(up, in + c.cols + i", "load8(up, in + i", "ops"),
     ("embed.cu", "id >= 0 && id < n_rows", "true", "ops"),
     ("prep.cu", "? c.feedback[slot] : 0", "? c.feedback[0] : 0", "steps"),
-    ("prep.cu", "for (int p = 0; p < part; p++)", "for (int p = 1; p < part; p++)", "steps"),
+    ("prep.cu", "for (int p = 0; p < part; p++)", "for (int p = 1; p < part; p++)", "attention"),
     ("quantize.cu", "if (raw.col_scale) v *= raw.col_scale[c];", "", "ops"),
     ("quantize.cu", "i < cols ? code_of", "i < cols - 1 ? code_of", "ops"),
     ("rope.cu", "head[second] = y * c + x * s;", "head[second] = y * c - x * s;", "attention"),
