@@ -43,7 +43,7 @@ enum err cuda_steps_open(struct cuda_backend *b)
     const struct backend_options *o = &b->options;
     size_t tokens = (size_t)o->n_tokens_max, slots = (size_t)o->n_slots_max, edits = (size_t)o->vocab_size * 40;
     b->tile_ints = 2 * (tokens * (GROUP_MAX / PREFILL_ROWS) + slots);
-    b->edit_bytes = edits + (4 << 20) + tokens * sizeof(struct sample_task);
+    b->edit_bytes = edits + (1 << 20) + tokens * sizeof(struct sample_task);
     TRY(cuda_alloc(b, (ints_max(b) + b->tile_ints) * sizeof(int32_t), (void **)&b->batch_ints));
     TRY(cuda_alloc(b, slots * sizeof(int32_t), (void **)&b->feedback));
     TRY(cuda_alloc(b, b->edit_bytes, (void **)&b->edits));

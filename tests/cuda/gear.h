@@ -85,6 +85,7 @@ static inline void both_send(struct backend *b, struct both *m)
 {
     size_t n = (size_t)(m->t.rows * m->t.stride), item = dtype_bytes(m->t.dtype);
     uint8_t *raw = take(n * item);
+    memset(raw, 0xff, n * item); /* NaN between the rows: nobody may read it */
     for (int64_t r = 0; r < m->t.rows; r++)
         for (int64_t c = 0; c < m->t.cols; c++) {
             float *v = &m->host[r * m->t.cols + c];

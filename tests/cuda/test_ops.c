@@ -26,8 +26,7 @@ static void norm_case(struct backend *b, int rows, int cols, int stride, enum no
     for (int i = 0; i < rows * cols; i++) sum[i] = (double)(x.host[i] = delta ? rounded(x.host[i] + d.host[i]) : x.host[i]);
     for (int r = 0; r < rows; r++)
         norm_reference(x.host + r * cols, cols, &args, w.host, bias ? v.host : NULL, want + r * cols);
-    if (!delta) d.t.data = NULL;
-    b->ops->add_norm(b, x.t, d.t, &args, out.t);
+    b->ops->add_norm(b, x.t, delta ? d.t : (struct tensor){.data = NULL}, &args, out.t);
     expect_near(b, &x, sum, 0, 0, "x after add_norm");
     expect_near(b, &out, want, STEP, 2e-5, "add_norm");
     both_free(b, &x), both_free(b, &d), both_free(b, &w), both_free(b, &v), both_free(b, &out);
@@ -151,7 +150,7 @@ struct product {
 /* How far a result may be off: the product of the sizes of its terms times what each may be off. */
 static double product_slack(enum weight_format f)
 {
-    return f == WEIGHT_INT4 ? 0.09 : f == WEIGHT_INT8 ? 0.012 : f == WEIGHT_FP8 ? 0.07 : 0.0;
+    return f == WEIGHT_INT4 ? 0.13 : f == WEIGHT_INT8 ? 0.012 : f == WEIGHT_FP8 ? 0.07 : 0.0;
 }
 
 static void stored_write(void *to, enum dtype t, int64_t i, float *v)
@@ -207,6 +206,7 @@ static void products(struct backend *b, enum weight_format format)
         {70, 128, {80, 0}, 0, 0, format, true, false, DTYPE_F16, true},
         {17, 200, {24, 0}, 208, 0, format, false, true, DTYPE_BF16, true},
         {5, 37, {19, 3}, 0, 0, format, true, false, DTYPE_F32, false},   /* odd everything */
+        {3, 37, {24, 0}, 40, 0, format, false, false, DTYPE_F32, false}, /* aligned rows, an odd end */
         {4, 256, {33, 0}, 256, 40, format, true, true, DTYPE_F32, false},
         {2, 130, {9, 0}, 131, 9, format, false, false, DTYPE_BF16, false}, /* rows not aligned */
     };

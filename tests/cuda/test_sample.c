@@ -109,6 +109,7 @@ static void logits_fill(float *x, int vocab, int kind)
         if (kind == 1) x[t] = (float)rand_int(-3, 3); /* nothing but ties */
         if (kind == 2) x[t] = 1.5f;                    /* flat */
         if (kind == 3 && t % 3) x[t] = t % 3 == 1 ? -INFINITY : x[t] * 5;
+        if (kind == 5) x[t] = 1 + rand_float(0.01f); /* all in one bucket, so its mass carries */
         if (kind == 4) x[t] = rand_float(1) * rand_float(1) * rand_float(1) * 40; /* a few far above */
     }
 }
@@ -161,8 +162,9 @@ static void vocab_case(struct backend *b, int vocab, int first)
     float *logits = take((size_t)(N * vocab) * 4);
     double *x = take((size_t)vocab * 8);
     for (int i = 0; i < N; i++) {
-        logits_fill(logits + i * vocab, vocab, (first + i) % 5);
+        logits_fill(logits + i * vocab, vocab, (first + i) % 6);
         row_fill(&rows[i], &lists[i], vocab, first + i);
+        if ((first + i) % 6 == 5) rows[i].top_p = 0.4f, rows[i].top_k = 0, rows[i].min_p = 0, rows[i].temperature = 1;
     }
     memset(results, 0xee, sizeof results);
     sample_rows(b, logits, vocab, rows, N, results);
@@ -238,8 +240,25 @@ static void test_strange_logits(void **state)
         rows[i] = (struct sample_row){.slot = i, .temperature = 0.8f, .top_p = 0.9f, .top_k = 5, .repetition_penalty = 1, .forced_token = -1, .n_logprobs = 2};
     sample_rows(b, logits, V, rows, 3, results);
     assert_int_equal(results[0].token, 7);
+    assert_int_equal(results[0].top_tokens[0], 7);
     assert_int_equal(results[1].token, 11);
     assert_int_equal(results[2].token, 0);
+    gear_close(b);
+}
+
+/* Repetition makes a seen token less likely whatever the sign of its logit. */
+static void test_penalty_signs(void **state)
+{
+    struct backend *b = gear_open();
+    static const float logits[2][3] = {{-1, -2, -9}, {3, 2, -9}};
+    static const int32_t seen[1] = {0};
+    struct sample_result result;
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        struct sample_row row = {.slot = -1, .top_p = 1, .repetition_penalty = 3, .forced_token = -1, .n_logprobs = -1, .prompt_tokens = seen, .n_prompt_tokens = 1};
+        sample_rows(b, logits[i], 3, &row, 1, &result);
+        assert_int_equal(result.token, 1);
+    }
     gear_close(b);
 }
 
@@ -292,7 +311,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rule),      cmocka_unit_test(test_distribution), cmocka_unit_test(test_strange_logits),
-        cmocka_unit_test(test_any_batch), cmocka_unit_test(test_long_lists),
+        cmocka_unit_test(test_penalty_signs), cmocka_unit_test(test_any_batch), cmocka_unit_test(test_long_lists),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
