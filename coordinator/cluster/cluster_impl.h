@@ -79,7 +79,7 @@ struct cluster {
     struct rank *ranks;   /* [n_groups, n_ranks] */
     struct stream *pending;
     struct group *dirty;
-    uint32_t n_pending, n_groups_up, block_size, vocab_size;
+    uint32_t n_pending, n_joined, n_groups_up, block_size, vocab_size;
     uint64_t n_refused;
     char model_digest[72], model_name[128];
 };

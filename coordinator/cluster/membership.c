@@ -66,6 +66,15 @@ static void refuse(struct cluster *c, struct stream *s, const char *format, ...)
     refuse_send(s, reason);
 }
 
+/* Nobody is here: the next to come may bring another model, unless the configuration names one. */
+static void model_forget(struct cluster *c)
+{
+    if (!c->config.model_digest) *c->model_digest = 0;
+    c->vocab_size = c->config.vocab_size;
+    c->block_size = 0;
+    *c->model_name = 0;
+}
+
 void rank_lose(struct cluster *c, struct group *g, uint32_t rank, bool refused, const char *format, ...)
 {
     struct rank *r = &g->ranks[rank];
@@ -80,6 +89,7 @@ void rank_lose(struct cluster *c, struct group *g, uint32_t rank, bool refused, 
     r->state = CLUSTER_RANK_ABSENT;
     r->n_losses++;
     g->n_joined--;
+    if (--c->n_joined == 0) model_forget(c);
     bool alive = g->state != CLUSTER_GROUP_JOINING;
     if (!alive) log_warn("group %u: %s", g->index, why);
     s->state = STREAM_DEAD;
@@ -137,6 +147,7 @@ static void seat(struct cluster *c, struct stream *s, int64_t now_us)
     r->state = CLUSTER_RANK_JOINED;
     r->heard_us = r->joined_us = now_us;
     g->n_joined++;
+    c->n_joined++;
     if (!*c->model_digest) snprintf(c->model_digest, sizeof c->model_digest, "%s", j->model_digest);
     if (!*c->model_name) words_copy(c->model_name, sizeof c->model_name, j->model_name);
     c->vocab_size = j->vocab_size;
