@@ -17,7 +17,7 @@ static const struct {
     {"guided_grammar", NULL},   {"structured_outputs", NULL},  {"logits_processors", NULL},
     {"allowed_token_ids", NULL}, {"bad_words", NULL},          {"prompt_embeds", NULL},
     {"truncate_prompt_tokens", NULL}, {"kv_transfer_params", NULL}, {"audio", NULL},
-    {"web_search_options", NULL},
+    {"web_search_options", NULL}, {"moderation", NULL},
     {"prompt_logprobs", "use echo with logprobs on /v1/completions"},
 };
 

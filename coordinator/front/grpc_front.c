@@ -12,8 +12,8 @@ void grpc_call_end(struct grpc_call *c, enum err e, const char *why)
 {
     if (c->ended) return;
     c->ended = true;
+    grpc_generate_leave(c); /* first: once the client knows, it may use the id again */
     rpc_finish(c->rpc, e ? err_grpc(e) : RPC_OK, e ? (*why ? why : err_text(e)) : NULL);
-    grpc_generate_leave(c);
 }
 
 enum err grpc_call_send(struct grpc_call *c, const ProtobufCMessage *message)

@@ -70,6 +70,7 @@ static void cuda_close(struct backend *base)
     cuda_free(b->x_scales);
     cuda_free(b->scratch);
     if (b->stream) cudaStreamDestroy(b->stream);
+    if (b->side) cudaStreamDestroy(b->side);
     mem_free(b);
 }
 
@@ -88,6 +89,7 @@ static enum err device_open(struct cuda_backend *b)
     TRY(cuda_check(cudaDeviceGetAttribute(&b->n_sms, cudaDevAttrMultiProcessorCount, device),
                    "asking the device"));
     TRY(cuda_check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "making a stream"));
+    TRY(cuda_check(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), "making a stream"));
     b->base.stream = b->stream;
     TRY(cuda_steps_open(b));
     if (lt_open(b->stream, &b->lt) != OK) log_warn("CUDA: products by own kernels: %s", err_detail());

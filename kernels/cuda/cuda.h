@@ -57,7 +57,7 @@ struct kv_cache {
 struct cuda_backend {
     struct backend base;
     struct backend_options options;
-    cudaStream_t stream;
+    cudaStream_t stream, side; /* side: copies while stream records a graph */
     int n_sms, capability; /* 80, 90, ... */
     int wait_ms_max;
     enum err failed; /* the first failure, and its words */
@@ -68,7 +68,8 @@ struct cuda_backend {
     int32_t *batch_ints;       /* the memory of batch, but for its block table */
     int32_t *landing;          /* device [landing_ints]: the step's integers as they arrive */
     size_t landing_ints, tile_ints, table_ints;
-    int tiles_group, n_tiles; /* the group that this step's list of tiles was made for, -1 = none yet */
+    int tiles_group, n_tiles; /* the group that this step's list of tiles was made for, 0 = none yet */
+    int group_last;           /* the group of the last attention, 0 = none yet */
     int32_t *feedback;        /* device [n_slots_max] token last sampled for a slot */
     uint8_t *edits;           /* device [edit_bytes] */
     size_t edit_bytes;

@@ -1,8 +1,8 @@
 /* One step's operations recorded and replayed: a graph for each size of batch.
  *
  * batch_begin, sample, step_end stay outside: they carry the host's numbers of one step. A graph
- * serves every step of the same shape whose sequences have one token each; a step with tiles of
- * prefill refuses to be recorded. */
+ * serves every step of the same shape whose sequences have one token each; a step that reads a
+ * prompt refuses to be recorded. */
 #include "kernels/cuda/cuda.h"
 
 enum err cuda_capture_begin(struct backend *base)

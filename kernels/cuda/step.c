@@ -38,7 +38,7 @@ static enum err pinned(size_t bytes, void **out)
     return cuda_check(cudaMallocHost(out, bytes), "pinned host memory");
 }
 
-static enum err steps_alloc(struct cuda_backend *b)
+enum err cuda_steps_open(struct cuda_backend *b)
 {
     const struct backend_options *o = &b->options;
     size_t tokens = (size_t)o->n_tokens_max, slots = (size_t)o->n_slots_max, edits = (size_t)o->vocab_size * 40;
@@ -57,12 +57,6 @@ static enum err steps_alloc(struct cuda_backend *b)
     }
     batch_place(b);
     return cuda_step_table_reserve(b, slots);
-}
-
-enum err cuda_steps_open(struct cuda_backend *b)
-{
-    b->tiles_group = -1;
-    return steps_alloc(b);
 }
 
 void cuda_steps_close(struct cuda_backend *b)
@@ -173,16 +167,55 @@ static void parts_put(struct cuda_step *s, const struct batch *batch, int32_t *n
     for (int p = 0; p < STEP_PARTS; p++) n[p] = (int32_t)sizes[p];
 }
 
-static cudaError_t staged_copy(struct cuda_backend *b, void *to, const void *from, size_t ints)
+/* A sequence's last tile sees the most keys and goes first, so that the last to run are short.
+ * Returns the integers written; *out_long: some sequence in them has more than one token. */
+static size_t tiles_list(const struct cuda_backend *b, const struct batch *batch, int group, int32_t *tiles, size_t room,
+                         bool *out_long)
 {
-    return cudaMemcpyAsync(to, from, ints * sizeof(int32_t), cudaMemcpyHostToDevice, b->stream);
+    size_t n = 0;
+    *out_long = false;
+    for (int q = 0; q < batch->n_seqs; q++) {
+        int32_t tokens = batch->seq_start[q + 1] - batch->seq_start[q];
+        int64_t rows = (int64_t)tokens * group;
+        if (rows == 0 || (!b->options.deterministic && rows <= DECODE_ROWS)) continue;
+        *out_long |= tokens > 1;
+        for (int64_t t = (rows + PREFILL_ROWS - 1) / PREFILL_ROWS - 1; t >= 0; t--, n += 2) {
+            ASSERT_CMP(n + 2, <=, b->tile_ints);
+            ASSERT_CMP(n + 2, <=, room);
+            tiles[n] = q, tiles[n + 1] = (int32_t)t;
+        }
+    }
+    return n;
+}
+
+void cuda_tiles_prepare(struct cuda_backend *b, const struct batch *batch, int group)
+{
+    struct cuda_step *s = cuda_step_now(b);
+    bool is_long;
+    if (b->tiles_group == group || !group) return;
+    ASSERT_CMP(group, <=, GROUP_MAX);
+    int32_t *tiles = s->staging + s->staging_ints;
+    size_t n = tiles_list(b, batch, group, tiles, b->landing_ints - s->staging_ints, &is_long);
+    b->tiles_group = b->group_last = group;
+    b->n_tiles = (int)(n / 2);
+    s->staging_ints += n;
+    if (n == 0) return;
+    if (b->capturing && is_long) {
+        b->capture_refused = true; /* these tiles are of one step, a graph is of many */
+        return;
+    }
+    cudaStream_t stream = b->capturing ? b->side : b->stream;
+    cudaError_t r = cudaMemcpyAsync(b->batch.tiles, tiles, n * sizeof *tiles, cudaMemcpyHostToDevice, stream);
+    if (r == cudaSuccess && b->capturing) r = cudaStreamSynchronize(stream);
+    cuda_ok(b, r, "the tiles");
 }
 
 void cuda_batch_begin(struct backend *base, const struct batch *batch)
 {
     struct cuda_backend *b = cuda_of(base);
     struct cuda_step *s = cuda_step_now(b);
-    b->tiles_group = -1;
+    b->tiles_group = 0;
+    b->n_tiles = 0;
     b->quantized.of = NULL;
     if (b->failed) return;
     ASSERT_CMP(batch->n_tokens, <=, b->options.n_tokens_max);
@@ -196,33 +229,11 @@ void cuda_batch_begin(struct backend *base, const struct batch *batch)
                              .n_slots = b->options.n_slots_max};
     size_t first = s->staging_ints;
     parts_put(s, batch, call.part_ints);
-    if (!cuda_ok(b, staged_copy(b, b->landing, s->staging + first, s->staging_ints - first), "the batch")) return;
+    size_t bytes = (s->staging_ints - first) * sizeof(int32_t);
+    cudaError_t r = cudaMemcpyAsync(b->landing, s->staging + first, bytes, cudaMemcpyHostToDevice, b->stream);
+    if (!cuda_ok(b, r, "the batch")) return;
     cuda_ok(b, (cudaError_t)launch_prep(&call, b->stream), "preparing the step");
-}
-
-/* A sequence's last tile sees the most keys and goes first, so that the last to run are short. */
-void cuda_tiles_prepare(struct cuda_backend *b, const struct batch *batch, int group)
-{
-    struct cuda_step *s = cuda_step_now(b);
-    if (b->tiles_group == group) return;
-    ASSERT_CMP(group, <=, GROUP_MAX);
-    int32_t *tiles = s->staging + s->staging_ints;
-    size_t room = b->landing_ints - s->staging_ints, n = 0;
-    for (int q = 0; q < batch->n_seqs; q++) {
-        int64_t rows = (int64_t)(batch->seq_start[q + 1] - batch->seq_start[q]) * group;
-        if (rows == 0 || (!b->options.deterministic && rows <= DECODE_ROWS)) continue;
-        for (int64_t t = (rows + PREFILL_ROWS - 1) / PREFILL_ROWS - 1; t >= 0; t--, n += 2) {
-            ASSERT_CMP(n + 2, <=, b->tile_ints);
-            ASSERT_CMP(n + 2, <=, room);
-            tiles[n] = q, tiles[n + 1] = (int32_t)t;
-        }
-    }
-    b->tiles_group = group;
-    b->n_tiles = (int)(n / 2);
-    s->staging_ints += n;
-    if (n == 0) return;
-    if (b->capturing) b->capture_refused = true; /* tiles are of one step, a graph is of many */
-    else cuda_ok(b, staged_copy(b, b->batch.tiles, tiles, n), "the tiles");
+    cuda_tiles_prepare(b, batch, b->group_last); /* before a graph that will need them */
 }
 
 void cuda_feed(struct backend *base, int32_t slot, int32_t token)

@@ -30,7 +30,6 @@
 #define __align__(n)    __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
-#define __noinline__ __attribute__((noinline))
 
 struct dim3 {
     unsigned x, y, z;
@@ -213,8 +212,8 @@ float emu_fp8_decode(uint8_t v);
 uint8_t emu_fp8_encode(float v);
 
 template <class T> static inline T __ldg(const T *p) { return *p; }
-static inline float __expf(float x) { return expf(x); }
-static inline float __logf(float x) { return logf(x); }
+#define __expf(x) expf(x)
+#define __logf(x) logf(x)
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -4,7 +4,8 @@
  * cudaEventQuery asks. So the host code that reads results too early, refills pinned memory too soon
  * or passes a pointer of the wrong side fails here as it would on a GPU. Recording a graph keeps the
  * list instead. HEDDLE_FAKE_GPU sets what device is played: "sm=75", "driver=0", "devices=0",
- * "memory_mb=64", "fail_after=N" (the N-th piece of work faults), "hang_after=N" (never ends). */
+ * "memory_mb=64", "fail_now=N" (the N-th piece of work from now faults), "hang=1" (nothing ends any
+ * more), "reset=1" (as after a new start of the process). */
 #include "cuda_emu.h"
 
 #include <deque>
@@ -34,8 +35,7 @@ static std::recursive_mutex lock;
 static std::map<uintptr_t, size_t> device_memory, pinned_memory;
 static size_t device_bytes;
 static cudaError_t sticky = cudaSuccess;
-static long work_done;
-static bool hung;
+static long fail_countdown = -1;
 typedef std::lock_guard<std::recursive_mutex> guard;
 
 long emu_setting(const char *name, long otherwise)
@@ -58,13 +58,14 @@ static bool within(const std::map<uintptr_t, size_t> &set, const void *p, size_t
 /* Runs the oldest piece of work of a stream. False: nothing can run. */
 static bool step(CUstream_st *s)
 {
-    if (s->work.empty() || hung) return false;
+    if (s->work.empty() || emu_setting("hang", 0)) return false;
     auto work = std::move(s->work.front());
     s->work.pop_front();
-    work_done++;
-    if (work_done == emu_setting("fail_after", -1)) sticky = cudaErrorIllegalAddress;
-    if (work_done == emu_setting("hang_after", -1)) hung = true;
-    if (sticky == cudaSuccess && !hung) work();
+    if (emu_setting("fail_now", -1) < 0) fail_countdown = -1;
+    else if (fail_countdown < 0) fail_countdown = emu_setting("fail_now", -1);
+    else fail_countdown--;
+    if (fail_countdown == 0) sticky = cudaErrorIllegalAddress;
+    if (sticky == cudaSuccess) work();
     return true;
 }
 static void drain(CUstream_st *s)
@@ -122,6 +123,7 @@ cudaError_t cudaGetLastError(void) { return sticky; }
 cudaError_t cudaDriverGetVersion(int *version)
 {
     *version = (int)emu_setting("driver", CUDART_VERSION);
+    if (emu_setting("reset", 0)) sticky = cudaSuccess;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int *count)
@@ -217,7 +219,7 @@ cudaError_t cudaStreamQuery(cudaStream_t s)
     guard hold(lock);
     if (s->capturing) return unsupported_in_capture(s);
     bool ran = step(s);
-    return sticky != cudaSuccess ? sticky : ran || hung ? cudaErrorNotReady : cudaSuccess;
+    return sticky != cudaSuccess ? sticky : ran || !s->work.empty() ? cudaErrorNotReady : cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
 {
