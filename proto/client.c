@@ -13,28 +13,48 @@
 
 #define API __attribute__((visibility("default")))
 
-enum { UNARY_TIMEOUT_MS = 30000, QUEUE_BYTES_MAX = 1 << 20, QUEUE_MESSAGES_MAX = 1024, TOP_MAX = 64 };
+enum {
+    UNARY_TIMEOUT_MS = 30000,
+    QUEUE_BYTES_MAX = 1 << 20,
+    QUEUE_MESSAGES_MAX = 1024,
+    TOP_MAX = 64
+};
 
 struct heddle_client {
     struct rpc_channel *channel;
 };
 
-static char *text_of(const char *s) { return (char *)(uintptr_t)(s ? s : ""); }
-static int status_of(enum err e) { return e ? err_grpc(e) : HEDDLE_OK; }
+static char *text_of(const char *s)
+{
+    return (char *)(uintptr_t)(s ? s : "");
+}
+static int status_of(enum err e)
+{
+    return e ? err_grpc(e) : HEDDLE_OK;
+}
 
-API const char *heddle_last_error(void) { return err_detail(); }
-API const char *heddle_version(void) { return HEDDLE_VERSION; }
+API const char *heddle_last_error(void)
+{
+    return err_detail();
+}
+API const char *heddle_version(void)
+{
+    return HEDDLE_VERSION;
+}
 
 API int heddle_connect(const struct heddle_options *options, struct heddle_client **out)
 {
     struct heddle_client *c;
-    struct rpc_channel_config config = {.address = options->address,
-                                        .token = options->token,
-                                        .tls = {options->ca_file, options->cert_file, options->key_file, options->server_name}};
+    struct rpc_channel_config config = {
+        .address = options->address,
+        .token = options->token,
+        .tls = {options->ca_file, options->cert_file, options->key_file, options->server_name}};
     if (MEM_NEW(&c)) return status_of(ERR_NO_MEMORY);
     enum err e = rpc_channel_create(&config, &c->channel);
-    if (e) mem_free(c);
-    else *out = c;
+    if (e)
+        mem_free(c);
+    else
+        *out = c;
     return status_of(e);
 }
 
@@ -49,10 +69,10 @@ API void heddle_close(struct heddle_client *c)
 
 static void sampling_fill(const struct heddle_sampling *s, Heddle__V1__SamplingParams *p)
 {
-#define GIVE(FLAG, NAME, field)                                                                                      \
-    if (s->given & FLAG) {                                                                                           \
-        p->field##_given_case = HEDDLE__V1__SAMPLING_PARAMS__##NAME##_GIVEN_##NAME;                                  \
-        p->field = s->field;                                                                                         \
+#define GIVE(FLAG, NAME, field)                                                                    \
+    if (s->given & FLAG) {                                                                         \
+        p->field##_given_case = HEDDLE__V1__SAMPLING_PARAMS__##NAME##_GIVEN_##NAME;                \
+        p->field = s->field;                                                                       \
     }
     GIVE(HEDDLE_TEMPERATURE, TEMPERATURE, temperature)
     GIVE(HEDDLE_TOP_K, TOP_K, top_k)
@@ -174,7 +194,8 @@ static struct rpc_bytes *reply_take(struct generation *g)
 {
     struct rpc_bytes *bytes = NULL;
     pthread_mutex_lock(&g->mutex);
-    while (!g->n && !g->ended) pthread_cond_wait(&g->news, &g->mutex);
+    while (!g->n && !g->ended)
+        pthread_cond_wait(&g->news, &g->mutex);
     if (g->n) {
         bytes = g->queue[g->head];
         g->head = (g->head + 1) % QUEUE_MESSAGES_MAX;
@@ -192,31 +213,39 @@ static struct rpc_bytes *reply_take(struct generation *g)
 static struct heddle_logprob logprob_of(const Heddle__V1__Logprob *from)
 {
     if (!from) return (struct heddle_logprob){.text = ""};
-    return (struct heddle_logprob){from->token, from->logprob, from->text.data ? (const char *)from->text.data : "", from->text.len};
+    return (struct heddle_logprob){from->token, from->logprob,
+                                   from->text.data ? (const char *)from->text.data : "",
+                                   from->text.len};
 }
 
 /* Two arrays in one block: of tokens, then of all their alternatives. */
-static enum err logprobs_make(const Heddle__V1__GenerateReply *m, struct heddle_token_logprobs **out)
+static enum err logprobs_make(const Heddle__V1__GenerateReply *m,
+                              struct heddle_token_logprobs **out)
 {
     size_t n_top = 0, bytes;
-    for (size_t i = 0; i < m->n_logprobs; i++) n_top += m->logprobs[i]->n_top;
-    bytes = m->n_logprobs * sizeof(struct heddle_token_logprobs) + n_top * sizeof(struct heddle_logprob);
+    for (size_t i = 0; i < m->n_logprobs; i++)
+        n_top += m->logprobs[i]->n_top;
+    bytes = m->n_logprobs * sizeof(struct heddle_token_logprobs) +
+            n_top * sizeof(struct heddle_logprob);
     TRY(mem_alloc(bytes, (void **)out));
     struct heddle_logprob *top = (struct heddle_logprob *)(*out + m->n_logprobs);
     for (size_t i = 0; i < m->n_logprobs; i++) {
         const Heddle__V1__TokenLogprobs *from = m->logprobs[i];
         (*out)[i] = (struct heddle_token_logprobs){logprob_of(from->chosen), top, from->n_top};
-        for (size_t k = 0; k < from->n_top; k++) *top++ = logprob_of(from->top[k]);
+        for (size_t k = 0; k < from->n_top; k++)
+            *top++ = logprob_of(from->top[k]);
     }
     return OK;
 }
 
 /* Unpacks one reply and shows it to the caller. out_stop: what the callback said. */
-static enum err reply_show(struct rpc_bytes *bytes, heddle_reply_fn on_reply, void *ctx, int *out_stop)
+static enum err reply_show(struct rpc_bytes *bytes, heddle_reply_fn on_reply, void *ctx,
+                           int *out_stop)
 {
     struct span span = rpc_bytes_span(bytes);
     struct heddle_token_logprobs *logprobs = NULL;
-    Heddle__V1__GenerateReply *m = heddle__v1__generate_reply__unpack(NULL, span.n, (const uint8_t *)span.data);
+    Heddle__V1__GenerateReply *m =
+        heddle__v1__generate_reply__unpack(NULL, span.n, (const uint8_t *)span.data);
     if (!m) FAIL(ERR_FORMAT, "the server's reply of %zu bytes is malformed", span.n);
     enum err e = m->n_logprobs ? logprobs_make(m, &logprobs) : OK;
     struct heddle_reply reply = {.request_id = m->request_id,
@@ -251,7 +280,8 @@ static int generation_run(struct generation *g, heddle_reply_fn on_reply, void *
     if (g->no_memory) e = err_set(ERR_NO_MEMORY, "no memory for a reply");
     if (e) return status_of(e);
     if (stop) return err_grpc(err_set(ERR_CANCELLED, "stopped by the callback"));
-    if (g->code != RPC_OK) err_set(rpc_err(g->code), "%s", *g->text ? g->text : "the call failed without words");
+    if (g->code != RPC_OK)
+        err_set(rpc_err(g->code), "%s", *g->text ? g->text : "the call failed without words");
     return g->code;
 }
 
@@ -272,17 +302,20 @@ static void generation_destroy(struct generation *g)
     mem_free(g);
 }
 
-API int heddle_generate(struct heddle_client *c, const struct heddle_request *request, heddle_reply_fn on_reply, void *ctx)
+API int heddle_generate(struct heddle_client *c, const struct heddle_request *request,
+                        heddle_reply_fn on_reply, void *ctx)
 {
     struct generation *g = NULL;
     struct rpc_bytes *bytes = NULL;
-    int status = HEDDLE_OK, timeout_ms = request->timeout_ms > INT32_MAX ? INT32_MAX : (int)request->timeout_ms;
+    int status = HEDDLE_OK,
+        timeout_ms = request->timeout_ms > INT32_MAX ? INT32_MAX : (int)request->timeout_ms;
     enum err e = request_pack(request, &bytes);
     if (!e) e = generation_create(&g);
     struct rpc_handler handler = {on_message, on_end, g};
     if (!e) e = rpc_open(c->channel, "/heddle.v1.Heddle/Generate", timeout_ms, &handler, &g->call);
     if (!e) {
-        (void)rpc_send_shared(g->call, bytes); /* refused only when the call has ended, which is told */
+        (void)rpc_send_shared(g->call,
+                              bytes); /* refused only when the call has ended, which is told */
         rpc_half_close(g->call);
         status = generation_run(g, on_reply, ctx);
     }
@@ -294,8 +327,8 @@ API int heddle_generate(struct heddle_client *c, const struct heddle_request *re
 /* ---- Unary calls ---- */
 
 /* Asks and unpacks; the reply is freed by the caller with protobuf_c_message_free_unpacked. */
-static int ask(struct heddle_client *c, const char *path, const ProtobufCMessage *request, const ProtobufCMessageDescriptor *type,
-               ProtobufCMessage **out)
+static int ask(struct heddle_client *c, const char *path, const ProtobufCMessage *request,
+               const ProtobufCMessageDescriptor *type, ProtobufCMessage **out)
 {
     struct rpc_bytes *bytes;
     struct buf reply;
@@ -307,7 +340,8 @@ static int ask(struct heddle_client *c, const char *path, const ProtobufCMessage
     rpc_bytes_release(bytes);
     if (!e) {
         *out = protobuf_c_message_unpack(type, NULL, reply.n, (const uint8_t *)buf_string(&reply));
-        if (!*out) e = err_set(ERR_FORMAT, "%s: the reply of %zu bytes is malformed", path, reply.n);
+        if (!*out)
+            e = err_set(ERR_FORMAT, "%s: the reply of %zu bytes is malformed", path, reply.n);
     }
     buf_fini(&reply);
     if (e && code != RPC_OK && code != RPC_UNKNOWN) return code;
@@ -319,45 +353,56 @@ API int heddle_cancel(struct heddle_client *c, const char *request_id)
     Heddle__V1__CancelRequest q = HEDDLE__V1__CANCEL_REQUEST__INIT;
     ProtobufCMessage *reply;
     q.request_id = text_of(request_id);
-    int status = ask(c, "/heddle.v1.Heddle/Cancel", &q.base, &heddle__v1__cancel_reply__descriptor, &reply);
+    int status =
+        ask(c, "/heddle.v1.Heddle/Cancel", &q.base, &heddle__v1__cancel_reply__descriptor, &reply);
     if (status) return status;
     bool found = ((Heddle__V1__CancelReply *)reply)->found;
     protobuf_c_message_free_unpacked(reply, NULL);
-    return found ? HEDDLE_OK : err_grpc(err_set(ERR_NOT_FOUND, "no request '%s' is running", text_of(request_id)));
+    return found ? HEDDLE_OK
+                 : err_grpc(
+                       err_set(ERR_NOT_FOUND, "no request '%s' is running", text_of(request_id)));
 }
 
-API int heddle_tokenize(struct heddle_client *c, const char *model, const char *text, int add_special_tokens, uint32_t *out_ids,
-                        size_t capacity, size_t *out_n)
+API int heddle_tokenize(struct heddle_client *c, const char *model, const char *text,
+                        int add_special_tokens, uint32_t *out_ids, size_t capacity, size_t *out_n)
 {
     Heddle__V1__TokenizeRequest q = HEDDLE__V1__TOKENIZE_REQUEST__INIT;
     ProtobufCMessage *reply;
     q.model = text_of(model);
     q.text = text_of(text);
     q.add_special_tokens = add_special_tokens != 0;
-    int status = ask(c, "/heddle.v1.Heddle/Tokenize", &q.base, &heddle__v1__tokenize_reply__descriptor, &reply);
+    int status = ask(c, "/heddle.v1.Heddle/Tokenize", &q.base,
+                     &heddle__v1__tokenize_reply__descriptor, &reply);
     if (status) return status;
     const Heddle__V1__TokenizeReply *r = (Heddle__V1__TokenizeReply *)reply;
     *out_n = r->n_ids;
-    if (r->n_ids > capacity) status = err_grpc(err_set(ERR_FULL, "%zu tokens do not fit into room for %zu", r->n_ids, capacity));
-    else if (r->n_ids) memcpy(out_ids, r->ids, r->n_ids * sizeof *out_ids);
+    if (r->n_ids > capacity)
+        status = err_grpc(
+            err_set(ERR_FULL, "%zu tokens do not fit into room for %zu", r->n_ids, capacity));
+    else if (r->n_ids)
+        memcpy(out_ids, r->ids, r->n_ids * sizeof *out_ids);
     protobuf_c_message_free_unpacked(reply, NULL);
     return status;
 }
 
-API int heddle_detokenize(struct heddle_client *c, const char *model, const uint32_t *ids, size_t n, char *out_text, size_t capacity,
-                          size_t *out_n)
+API int heddle_detokenize(struct heddle_client *c, const char *model, const uint32_t *ids, size_t n,
+                          char *out_text, size_t capacity, size_t *out_n)
 {
     Heddle__V1__DetokenizeRequest q = HEDDLE__V1__DETOKENIZE_REQUEST__INIT;
     ProtobufCMessage *reply;
     q.model = text_of(model);
     q.ids = (uint32_t *)(uintptr_t)ids;
     q.n_ids = n;
-    int status = ask(c, "/heddle.v1.Heddle/Detokenize", &q.base, &heddle__v1__detokenize_reply__descriptor, &reply);
+    int status = ask(c, "/heddle.v1.Heddle/Detokenize", &q.base,
+                     &heddle__v1__detokenize_reply__descriptor, &reply);
     if (status) return status;
     const char *text = ((Heddle__V1__DetokenizeReply *)reply)->text;
     *out_n = strlen(text);
-    if (*out_n + 1 > capacity) status = err_grpc(err_set(ERR_FULL, "a text of %zu bytes does not fit into %zu", *out_n, capacity));
-    else memcpy(out_text, text, *out_n + 1);
+    if (*out_n + 1 > capacity)
+        status = err_grpc(
+            err_set(ERR_FULL, "a text of %zu bytes does not fit into %zu", *out_n, capacity));
+    else
+        memcpy(out_text, text, *out_n + 1);
     protobuf_c_message_free_unpacked(reply, NULL);
     return status;
 }
@@ -367,11 +412,16 @@ API int heddle_model_info(struct heddle_client *c, const char *model, struct hed
     Heddle__V1__ModelInfoRequest q = HEDDLE__V1__MODEL_INFO_REQUEST__INIT;
     ProtobufCMessage *reply;
     q.model = text_of(model);
-    int status = ask(c, "/heddle.v1.Heddle/ModelInfo", &q.base, &heddle__v1__model_info_reply__descriptor, &reply);
+    int status = ask(c, "/heddle.v1.Heddle/ModelInfo", &q.base,
+                     &heddle__v1__model_info_reply__descriptor, &reply);
     if (status) return status;
     const Heddle__V1__ModelInfoReply *r = (Heddle__V1__ModelInfoReply *)reply;
-    *out = (struct heddle_model){.context_max = r->context_max, .vocab_size = r->vocab_size, .eos_token = r->eos_token_id,
-                                 .tensor_parallel = r->tensor_parallel, .groups = r->groups, .groups_ready = r->groups_ready};
+    *out = (struct heddle_model){.context_max = r->context_max,
+                                 .vocab_size = r->vocab_size,
+                                 .eos_token = r->eos_token_id,
+                                 .tensor_parallel = r->tensor_parallel,
+                                 .groups = r->groups,
+                                 .groups_ready = r->groups_ready};
     snprintf(out->name, sizeof out->name, "%s", r->model);
     snprintf(out->version, sizeof out->version, "%s", r->version);
     protobuf_c_message_free_unpacked(reply, NULL);
@@ -383,9 +433,11 @@ API int heddle_health(struct heddle_client *c, const char *service, int *out_ser
     Grpc__Health__V1__HealthCheckRequest q = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
     ProtobufCMessage *reply;
     q.service = text_of(service);
-    int status = ask(c, "/grpc.health.v1.Health/Check", &q.base, &grpc__health__v1__health_check_response__descriptor, &reply);
+    int status = ask(c, "/grpc.health.v1.Health/Check", &q.base,
+                     &grpc__health__v1__health_check_response__descriptor, &reply);
     if (status) return status;
-    *out_serving = ((Grpc__Health__V1__HealthCheckResponse *)reply)->status == GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
+    *out_serving = ((Grpc__Health__V1__HealthCheckResponse *)reply)->status ==
+                   GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
     protobuf_c_message_free_unpacked(reply, NULL);
     return HEDDLE_OK;
 }

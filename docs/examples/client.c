@@ -1,8 +1,10 @@
-/* Talks to a Heddle server from C: says what it serves, then streams a completion of the words given.
+/* Talks to a Heddle server from C: says what it serves, then streams a completion of the words
+ * given.
  *
  *     cc client.c -lheddle_client -o client && ./client 127.0.0.1:8001 "Once upon a time"
  *
- * HEDDLE_API_KEY holds the key where the server wants one. Ctrl-C ends the request, not the server. */
+ * HEDDLE_API_KEY holds the key where the server wants one. Ctrl-C ends the request, not the server.
+ */
 #include <heddle/client.h>
 
 #include <signal.h>
@@ -23,8 +25,8 @@ static int print_reply(void *ctx, const struct heddle_reply *reply)
     fputs(reply->text, stdout);
     fflush(stdout);
     if (*reply->finish_reason)
-        printf("\n[%s: %u prompt tokens, %u of them cached; %u new]\n", reply->finish_reason, reply->prompt_tokens,
-               reply->cached_tokens, reply->completion_tokens);
+        printf("\n[%s: %u prompt tokens, %u of them cached; %u new]\n", reply->finish_reason,
+               reply->prompt_tokens, reply->cached_tokens, reply->completion_tokens);
     return interrupted; /* not 0 cancels the request */
 }
 
@@ -41,9 +43,14 @@ int main(int argc, char **argv)
     if (status == HEDDLE_OK) {
         signal(SIGINT, on_interrupt);
         status = heddle_model_info(client, NULL, &model);
-        if (status == HEDDLE_OK) printf("%s, context %u, %u of %u groups ready\n", model.name, model.context_max, model.groups_ready, model.groups);
-        struct heddle_request request = {.text = argv[2],
-                                         .sampling = {.given = HEDDLE_MAX_TOKENS | HEDDLE_TEMPERATURE, .max_tokens = 64, .temperature = 0.7f}};
+        if (status == HEDDLE_OK)
+            printf("%s, context %u, %u of %u groups ready\n", model.name, model.context_max,
+                   model.groups_ready, model.groups);
+        struct heddle_request request = {
+            .text = argv[2],
+            .sampling = {.given = HEDDLE_MAX_TOKENS | HEDDLE_TEMPERATURE,
+                         .max_tokens = 64,
+                         .temperature = 0.7f}};
         if (status == HEDDLE_OK) status = heddle_generate(client, &request, print_reply, NULL);
         heddle_close(client);
     }

@@ -1,10 +1,9 @@
 /* Heddle's client library for C: generate, cancel, tokenize, and ask how a server is.
  *
- *     struct heddle_options options = {.address = "127.0.0.1:8001", .token = getenv("HEDDLE_API_KEY")};
- *     struct heddle_client *client;
- *     if (heddle_connect(&options, &client)) die(heddle_last_error());
- *     struct heddle_request request = {.text = "Once upon a time"};
- *     if (heddle_generate(client, &request, print_reply, NULL)) die(heddle_last_error());
+ *     struct heddle_options options = {.address = "127.0.0.1:8001", .token =
+ * getenv("HEDDLE_API_KEY")}; struct heddle_client *client; if (heddle_connect(&options, &client))
+ * die(heddle_last_error()); struct heddle_request request = {.text = "Once upon a time"}; if
+ * (heddle_generate(client, &request, print_reply, NULL)) die(heddle_last_error());
  *     heddle_close(client);
  *
  * Link with -lheddle_client. A client may be used by many threads at once. Every function that can
@@ -23,14 +22,14 @@ extern "C" {
 /* The numbers of gRPC statuses. */
 enum heddle_status {
     HEDDLE_OK = 0,
-    HEDDLE_CANCELLED = 1,          /* by the callback, heddle_cancel or the server */
-    HEDDLE_INVALID = 3,            /* the request is refused: heddle_last_error() says why */
+    HEDDLE_CANCELLED = 1, /* by the callback, heddle_cancel or the server */
+    HEDDLE_INVALID = 3,   /* the request is refused: heddle_last_error() says why */
     HEDDLE_DEADLINE = 4,
-    HEDDLE_NOT_FOUND = 5,          /* no such model */
-    HEDDLE_BUSY = 8,               /* a queue or limit is full: try again later */
+    HEDDLE_NOT_FOUND = 5, /* no such model */
+    HEDDLE_BUSY = 8,      /* a queue or limit is full: try again later */
     HEDDLE_UNSUPPORTED = 12,
     HEDDLE_INTERNAL = 13,
-    HEDDLE_UNAVAILABLE = 14,       /* nobody answers at the address, or no worker is ready */
+    HEDDLE_UNAVAILABLE = 14, /* nobody answers at the address, or no worker is ready */
     HEDDLE_UNAUTHENTICATED = 16
 };
 const char *heddle_last_error(void); /* "" before any failure; valid until the thread's next one */
@@ -76,12 +75,12 @@ struct heddle_sampling {
     uint64_t seed;
     uint32_t max_tokens, min_tokens, choices;
     int ignore_eos;
-    const char *const *stop;      /* [n_stop] strings that end a choice */
+    const char *const *stop; /* [n_stop] strings that end a choice */
     size_t n_stop;
-    const uint32_t *stop_tokens;  /* [n_stop_tokens] */
+    const uint32_t *stop_tokens; /* [n_stop_tokens] */
     size_t n_stop_tokens;
-    const uint32_t *bias_tokens;  /* [n_bias] */
-    const float *bias_values;     /* [n_bias] */
+    const uint32_t *bias_tokens; /* [n_bias] */
+    const float *bias_values;    /* [n_bias] */
     size_t n_bias;
 };
 
@@ -112,7 +111,7 @@ struct heddle_token_logprobs {
 struct heddle_reply {
     const char *request_id;
     uint32_t choice;
-    const char *text; /* complete characters that are new */
+    const char *text;       /* complete characters that are new */
     const uint32_t *tokens; /* [n_tokens] */
     size_t n_tokens;
     const struct heddle_token_logprobs *logprobs; /* [n_logprobs], when asked for */
@@ -125,7 +124,8 @@ struct heddle_reply {
 typedef int (*heddle_reply_fn)(void *ctx, const struct heddle_reply *reply);
 
 /* Generates, calling on_reply for every piece, until the last one. */
-int heddle_generate(struct heddle_client *client, const struct heddle_request *request, heddle_reply_fn on_reply, void *ctx);
+int heddle_generate(struct heddle_client *client, const struct heddle_request *request,
+                    heddle_reply_fn on_reply, void *ctx);
 /* Ends a request by its id, from any thread or process. HEDDLE_NOT_FOUND when it is not running. */
 int heddle_cancel(struct heddle_client *client, const char *request_id);
 
@@ -133,11 +133,11 @@ int heddle_cancel(struct heddle_client *client, const char *request_id);
 
 /* Writes at most capacity ids and how many there are; HEDDLE_BUSY when that is more than capacity
  * (nothing is written then but the number). model may be NULL. */
-int heddle_tokenize(struct heddle_client *client, const char *model, const char *text, int add_special_tokens, uint32_t *out_ids,
-                    size_t capacity, size_t *out_n);
+int heddle_tokenize(struct heddle_client *client, const char *model, const char *text,
+                    int add_special_tokens, uint32_t *out_ids, size_t capacity, size_t *out_n);
 /* Writes the text, NUL-terminated, and its length; HEDDLE_BUSY when capacity does not hold both. */
-int heddle_detokenize(struct heddle_client *client, const char *model, const uint32_t *ids, size_t n, char *out_text,
-                      size_t capacity, size_t *out_n);
+int heddle_detokenize(struct heddle_client *client, const char *model, const uint32_t *ids,
+                      size_t n, char *out_text, size_t capacity, size_t *out_n);
 
 /* ---- The server ---- */
 
@@ -146,7 +146,8 @@ struct heddle_model {
     uint32_t context_max, vocab_size, eos_token, tensor_parallel;
     uint32_t groups, groups_ready; /* replicas configured, and those that can answer now */
 };
-int heddle_model_info(struct heddle_client *client, const char *model, struct heddle_model *out_model);
+int heddle_model_info(struct heddle_client *client, const char *model,
+                      struct heddle_model *out_model);
 /* service: "" or NULL the whole, "liveness", "readiness". Needs no token. */
 int heddle_health(struct heddle_client *client, const char *service, int *out_serving);
 

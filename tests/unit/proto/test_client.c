@@ -19,7 +19,8 @@
 #include <string.h>
 #include <unistd.h>
 
-static char word_r1[] = "r1", word_length[] = "length", word_hello[] = "h\xc3\xa9llo", word_tiny[] = "tiny", word_version[] = "0.1";
+static char word_r1[] = "r1", word_length[] = "length", word_hello[] = "h\xc3\xa9llo",
+            word_tiny[] = "tiny", word_version[] = "0.1";
 static atomic_int n_cancelled, ready;
 static struct rpc_call *_Atomic running;
 
@@ -29,23 +30,29 @@ static void reply_send(struct rpc_call *call, uint32_t i, bool last)
 {
     Heddle__V1__GenerateReply m = HEDDLE__V1__GENERATE_REPLY__INIT;
     Heddle__V1__TokenLogprobs of_token = HEDDLE__V1__TOKEN_LOGPROBS__INIT, *list = &of_token;
-    Heddle__V1__Logprob chosen = HEDDLE__V1__LOGPROB__INIT, other = HEDDLE__V1__LOGPROB__INIT, *tops[] = {&chosen, &other};
+    Heddle__V1__Logprob chosen = HEDDLE__V1__LOGPROB__INIT, other = HEDDLE__V1__LOGPROB__INIT,
+                        *tops[] = {&chosen, &other};
     char text[16];
     snprintf(text, sizeof text, "<%u>", i);
     m.request_id = word_r1, m.text = text, m.tokens = &i, m.n_tokens = 1;
-    chosen.token = i, chosen.logprob = -0.5f, chosen.text = (ProtobufCBinaryData){2, (uint8_t *)(uintptr_t) "\xc3\x00"};
+    chosen.token = i, chosen.logprob = -0.5f,
+    chosen.text = (ProtobufCBinaryData){2, (uint8_t *)(uintptr_t) "\xc3\x00"};
     other.token = i + 1, other.logprob = -1.5f;
     of_token.chosen = &chosen, of_token.n_top = 2, of_token.top = tops;
     m.n_logprobs = 1, m.logprobs = &list;
-    if (last) m.finish_reason = word_length, m.prompt_tokens = 4, m.completion_tokens = i + 1, m.cached_tokens = 3;
-    while (envelope_send(call, &m.base) == ERR_FULL) usleep(500);
+    if (last)
+        m.finish_reason = word_length, m.prompt_tokens = 4, m.completion_tokens = i + 1,
+        m.cached_tokens = 3;
+    while (envelope_send(call, &m.base) == ERR_FULL)
+        usleep(500);
 }
 
 static void *stream_run(void *ctx)
 {
     struct rpc_call *call = ctx;
     uint32_t n = (uint32_t)(uintptr_t)rpc_user(call);
-    for (uint32_t i = 0; i < n; i++) reply_send(call, i, i + 1 == n);
+    for (uint32_t i = 0; i < n; i++)
+        reply_send(call, i, i + 1 == n);
     rpc_finish(call, RPC_OK, NULL);
     rpc_release(call);
     return NULL;
@@ -53,7 +60,8 @@ static void *stream_run(void *ctx)
 
 static void check_sampling(const Heddle__V1__SamplingParams *p)
 {
-    assert_int_equal(p->temperature_given_case, HEDDLE__V1__SAMPLING_PARAMS__TEMPERATURE_GIVEN_TEMPERATURE);
+    assert_int_equal(p->temperature_given_case,
+                     HEDDLE__V1__SAMPLING_PARAMS__TEMPERATURE_GIVEN_TEMPERATURE);
     assert_true(p->temperature == 0.0f); /* given, and 0 */
     assert_int_equal(p->top_k_given_case, 0);
     assert_int_equal(p->seed_given_case, HEDDLE__V1__SAMPLING_PARAMS__SEED_GIVEN_SEED);
@@ -70,7 +78,8 @@ static void generate(struct rpc_call *call, void *ctx, struct span bytes)
 {
     pthread_t thread;
     (void)ctx;
-    Heddle__V1__GenerateRequest *r = heddle__v1__generate_request__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
+    Heddle__V1__GenerateRequest *r =
+        heddle__v1__generate_request__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
     assert_non_null(r);
     if (r->prompt_case == HEDDLE__V1__GENERATE_REQUEST__PROMPT_TOKENS) {
         assert_int_equal(r->tokens->n_ids, 3);
@@ -143,7 +152,8 @@ static void model_info(struct rpc_call *call, void *ctx, struct span bytes)
         rpc_finish(call, RPC_NOT_FOUND, "no model of this name");
         return;
     }
-    r.model = word_tiny, r.context_max = 2048, r.vocab_size = 32000, r.eos_token_id = 2, r.groups = 2, r.groups_ready = 1;
+    r.model = word_tiny, r.context_max = 2048, r.vocab_size = 32000, r.eos_token_id = 2,
+    r.groups = 2, r.groups_ready = 1;
     r.tensor_parallel = 4, r.version = word_version;
     answer(call, &r.base);
 }
@@ -151,7 +161,8 @@ static void model_info(struct rpc_call *call, void *ctx, struct span bytes)
 static enum health_status status_of(void *ctx, const char *service)
 {
     (void)ctx;
-    return strcmp(service, "readiness") || atomic_load(&ready) ? HEALTH_SERVING : HEALTH_NOT_SERVING;
+    return strcmp(service, "readiness") || atomic_load(&ready) ? HEALTH_SERVING
+                                                               : HEALTH_NOT_SERVING;
 }
 
 struct fixture {
@@ -163,7 +174,10 @@ struct fixture {
 static int setup(void **state)
 {
     struct rpc_method methods[16] = {
-        {.path = "/heddle.v1.Heddle/Generate", .kind = RPC_SERVER_STREAM, .on_message = generate, .on_close = generate_close,
+        {.path = "/heddle.v1.Heddle/Generate",
+         .kind = RPC_SERVER_STREAM,
+         .on_message = generate,
+         .on_close = generate_close,
          .send_bytes_max = 4096},
         {.path = "/heddle.v1.Heddle/Cancel", .kind = RPC_UNARY, .on_message = cancel},
         {.path = "/heddle.v1.Heddle/Tokenize", .kind = RPC_UNARY, .on_message = tokenize},
@@ -176,7 +190,8 @@ static int setup(void **state)
     struct health_config hc = {.status = status_of};
     assert_int_equal(health_create(&hc, &f->health), OK);
     size_t n = 5 + health_methods(f->health, methods + 5);
-    struct rpc_server_config sc = {.address = "127.0.0.1:0", .token = "key", .methods = methods, .n_methods = n};
+    struct rpc_server_config sc = {
+        .address = "127.0.0.1:0", .token = "key", .methods = methods, .n_methods = n};
     assert_int_equal(rpc_server_create(&sc, &f->server), OK);
     snprintf(address, sizeof address, "127.0.0.1:%d", rpc_server_port(f->server));
     struct heddle_options options = {.address = address, .token = "key"};
@@ -235,10 +250,17 @@ static void test_generate(void **state)
     static const uint32_t tokens[] = {1, 200, 300}, stop_tokens[] = {7}, bias_tokens[] = {8, 9};
     static const float bias[] = {1, -2.5f};
     struct seen s = {0};
-    struct heddle_request r = {.tokens = tokens, .n_tokens = 3, .cache_salt = "salt", .priority = -5};
-    r.sampling = (struct heddle_sampling){.given = HEDDLE_TEMPERATURE | HEDDLE_SEED, .seed = UINT64_MAX, .stop = stop, .n_stop = 2,
-                                          .stop_tokens = stop_tokens, .n_stop_tokens = 1, .bias_tokens = bias_tokens,
-                                          .bias_values = bias, .n_bias = 2};
+    struct heddle_request r = {
+        .tokens = tokens, .n_tokens = 3, .cache_salt = "salt", .priority = -5};
+    r.sampling = (struct heddle_sampling){.given = HEDDLE_TEMPERATURE | HEDDLE_SEED,
+                                          .seed = UINT64_MAX,
+                                          .stop = stop,
+                                          .n_stop = 2,
+                                          .stop_tokens = stop_tokens,
+                                          .n_stop_tokens = 1,
+                                          .bias_tokens = bias_tokens,
+                                          .bias_values = bias,
+                                          .n_bias = 2};
     assert_int_equal(heddle_generate(f->client, &r, on_reply, &s), HEDDLE_OK);
     assert_int_equal(s.n, 5);
     struct seen slow = {.slow = 1}; /* 3000 replies through a queue of 4 KiB and a slow callback */
@@ -254,7 +276,8 @@ static void test_generate_ends(void **state)
     struct heddle_request r = {.text = "x"};
     assert_int_equal(heddle_generate(f->client, &r, on_reply, &s), HEDDLE_CANCELLED);
     assert_int_equal(s.n, 3);
-    for (int i = 0; i < 2000 && !atomic_load(&n_cancelled); i++) usleep(1000);
+    for (int i = 0; i < 2000 && !atomic_load(&n_cancelled); i++)
+        usleep(1000);
     assert_int_equal(atomic_load(&n_cancelled), 1);
     r.text = "bad";
     assert_int_equal(heddle_generate(f->client, &r, on_reply, &s), HEDDLE_INVALID);
@@ -273,7 +296,8 @@ static void test_generate_ends(void **state)
 
 static void *cancel_run(void *ctx)
 {
-    while (!atomic_load(&running)) usleep(1000);
+    while (!atomic_load(&running))
+        usleep(1000);
     assert_int_equal(heddle_cancel(ctx, "r1"), HEDDLE_OK);
     return NULL;
 }
@@ -361,8 +385,16 @@ static void test_wrong_key(void **state)
 
 int main(void)
 {
-#define CASE(f) {#f, f, setup, teardown, NULL}
-    const struct CMUnitTest tests[] = {CASE(test_generate), CASE(test_generate_ends), CASE(test_cancel), CASE(test_tokens),
-                                       CASE(test_server),   CASE(test_wrong_key),     cmocka_unit_test(test_nobody)};
+#define CASE(f)                                                                                    \
+    {                                                                                              \
+#f, f, setup, teardown, NULL                                                               \
+    }
+    const struct CMUnitTest tests[] = {CASE(test_generate),
+                                       CASE(test_generate_ends),
+                                       CASE(test_cancel),
+                                       CASE(test_tokens),
+                                       CASE(test_server),
+                                       CASE(test_wrong_key),
+                                       cmocka_unit_test(test_nobody)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
