@@ -74,6 +74,26 @@ enum err envelope_number(struct span body, uint32_t field, uint64_t *out)
     return OK;
 }
 
+bool envelope_bytes(struct span message, uint32_t field, size_t *at, struct span *out)
+{
+    const unsigned char *start = (const unsigned char *)message.data;
+    struct reader r = {start + *at, start + message.n};
+    while (r.at < r.end) {
+        uint32_t number;
+        int wire;
+        uint64_t value;
+        if (!read_field(&r, &number, &wire, &value)) return false;
+        if (wire != WIRE_BYTES) continue;
+        const unsigned char *bytes = r.at;
+        if (!skip_bytes(&r, value)) return false;
+        if (number != field) continue;
+        *out = (struct span){(const char *)bytes, (size_t)value};
+        *at = (size_t)(r.at - start);
+        return true;
+    }
+    return false;
+}
+
 enum err envelope_pack(const ProtobufCMessage *message, struct rpc_bytes **out)
 {
     struct buf b;

@@ -23,8 +23,8 @@ enum {
     SILENCE_MS_MIN = 3000,
     DIAL_MS_MIN = 50,
     DIAL_MS_MAX = 1000,
-    PLANS_DEFAULT = 16,
-    PLANS_MAX = 1024
+    PLANS_DEFAULT = 256,
+    PLANS_MAX = 4096
 };
 
 struct plan {
@@ -194,7 +194,7 @@ static void on_end(struct rpc_call *call, void *ctx, int code, const char *text)
         else epoch_over(l, LINK_LOST, why);
         l->dial_us = now_us + l->dial_ms * 1000;
         l->dial_ms = 2 * l->dial_ms > DIAL_MS_MAX ? DIAL_MS_MAX : 2 * l->dial_ms;
-        if (!l->warned && !l->leaving && !l->final) {
+        if (!l->warned && !l->leaving && !l->final && !l->stop) {
             l->warned = true; /* once for each loss, not for each try */
             log_info("link: no coordinator at %s (%s); dialling until it is there", l->config.address, *text ? text : "closed");
         }

@@ -144,7 +144,7 @@ void cluster_destroy(struct cluster *c)
     pthread_mutex_unlock(&c->mutex);
     if (c->has_monitor) pthread_join(c->monitor, NULL);
     rpc_server_destroy(c->server);
-    for (uint32_t i = 0; c->groups && i < c->config.n_groups; i++) group_fini(c, &c->groups[i]);
+    for (uint32_t i = 0; c->groups && i < c->config.n_groups; i++) cluster_group_fini(c, &c->groups[i]);
     pthread_cond_destroy(&c->work);
     pthread_mutex_destroy(&c->mutex);
     mem_free(c->groups);

@@ -107,5 +107,5 @@ void group_ready(struct cluster *c, struct group *g, uint32_t rank, uint64_t epo
 const char *group_exchange(struct cluster *c, struct group *g, uint32_t rank, const Heddle__Cluster__Exchange *x);
 void group_heard_step(struct group *g, uint32_t rank, struct span body, uint64_t step, int64_t now_us);
 void group_tick(struct cluster *c, struct group *g, int64_t now_us);
-void group_fini(struct cluster *c, struct group *g);
+void cluster_group_fini(struct cluster *c, struct group *g);
 void group_mark_dirty(struct cluster *c, struct group *g);

@@ -234,7 +234,7 @@ void group_tick(struct cluster *c, struct group *g, int64_t now_us)
         }
 }
 
-void group_fini(struct cluster *c, struct group *g)
+void cluster_group_fini(struct cluster *c, struct group *g)
 {
     for (int i = 0; i < EXCHANGES_MAX; i++) exchange_clear(c, &g->exchanges[i]);
 }

@@ -17,7 +17,7 @@ static const struct {
     {"guided_grammar", NULL},   {"structured_outputs", NULL},  {"logits_processors", NULL},
     {"allowed_token_ids", NULL}, {"bad_words", NULL},          {"prompt_embeds", NULL},
     {"truncate_prompt_tokens", NULL}, {"kv_transfer_params", NULL}, {"audio", NULL},
-    {"web_search_options", NULL},
+    {"web_search_options", NULL}, {"moderation", NULL},
     {"prompt_logprobs", "use echo with logprobs on /v1/completions"},
 };
 
@@ -367,6 +367,11 @@ static enum err prompts_read(struct front *f, const json_t *body, struct api_cal
 enum err api_completions_parse(struct front *f, struct span body, struct api_call *call)
 {
     TRY(api_object_parse(body, &call->body));
+    return api_completions_read(f, 16, call);
+}
+
+enum err api_completions_read(struct front *f, int64_t max_tokens, struct api_call *call)
+{
     TRY(common_read(f, call->body, call));
     const char *suffix = NULL;
     TRY(json_read_string(call->body, "suffix", &suffix));
@@ -375,7 +380,7 @@ enum err api_completions_parse(struct front *f, struct span body, struct api_cal
     int64_t logprobs = -1;
     TRY(json_read_int(call->body, "logprobs", 0, f->config.max_logprobs, &logprobs));
     call->n_logprobs = (int)logprobs;
-    if (call->max_tokens < 0) call->max_tokens = 16;
+    if (call->max_tokens < 0) call->max_tokens = max_tokens;
     TRY(prompts_read(f, call->body, call));
     return api_call_check(f, call);
 }

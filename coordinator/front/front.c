@@ -6,6 +6,7 @@
 #include "coordinator/front/routes.h"
 #include "coordinator/front/stream.h"
 
+#include <signal.h>
 #include <string.h>
 #include <sys/random.h>
 
@@ -73,6 +74,7 @@ static void on_loop(void *ctx, struct http_loop *http, unsigned index)
 enum err front_create(const struct front_config *config, struct front **out)
 {
     struct front *f = NULL;
+    signal(SIGPIPE, SIG_IGN); /* a client that left is an error of write, not the end of all */
     TRY(MEM_NEW(&f));
     f->config = *config;
     ASSERT_CMP(config->n_names, >, 0);
@@ -99,6 +101,11 @@ void front_drain(struct front *f)
 {
     atomic_store(&f->draining, true);
     http_server_drain(f->http);
+}
+
+bool front_is_quiet(struct front *f)
+{
+    return http_loop_connections(f->loops[0].http) == 0;
 }
 
 void front_stop(struct front *f)

@@ -69,6 +69,7 @@ void front_drain(struct front *f);
  * must then be destroyed, which ends what is left, and the front after it. */
 void front_stop(struct front *f);
 void front_destroy(struct front *f); /* accepts NULL */
+bool front_is_quiet(struct front *f); /* no connection is left */
 
 bool front_ready(struct front *f);       /* a full group can answer, and we are not draining */
 uint32_t front_context_max(struct front *f);

@@ -380,7 +380,7 @@ static void finish(struct http_exchange *x)
 {
     report_ended(x, x->status);
     x->closed = NULL;
-    if (x->close_after) {
+    if (x->close_after || atomic_load(&x->loop->server->draining)) {
         x->state = HTTP_CONN_FLUSH;
         deadline_set(x, x->loop->server->config.write_timeout_s);
         if (!evbuffer_get_length(output_of(x))) conn_linger(x);

@@ -78,7 +78,7 @@ static void error_reply(struct front *f, struct http_exchange *x, int status, en
     buf_init(&body, 0);
     api_error_write(&body, e, why);
     count_rejection(f, e, status);
-    if (status >= 500 && e != ERR_NOT_READY && e != ERR_DEADLINE)
+    if (status >= 500 && status != 501 && e != ERR_NOT_READY && e != ERR_DEADLINE)
         log_error("http: %s answered with %d: %s", http_exchange_name(x), status, why);
     if (status == 429) http_exchange_header(x, "Retry-After", "1");
     if (status == 503) http_exchange_header(x, "Retry-After", "2");

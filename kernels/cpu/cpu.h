@@ -75,6 +75,9 @@ struct panel_call {
     const float *bias; /* [32] or NULL */
     float *out;
     int64_t out_stride;
+    const uint8_t
+        *prefetch; /* weights that are needed next: one line a step, `prefetch_bytes` apart */
+    int64_t prefetch_bytes;
 };
 typedef void panel_kernel(const struct panel_call *call, int rows);
 typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,

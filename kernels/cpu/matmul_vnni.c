@@ -13,6 +13,7 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
     __m512i sum[PANEL_ROWS_MAX][2];
     const uint8_t *weights = c->weights;
     const uint32_t *words = c->words;
+    const uint8_t *ahead = c->prefetch;
     int32_t *parked = c->scratch;
     UNROLL for (int r = 0; r < rows; r++)
     {
@@ -27,6 +28,7 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
         UNROLL for (int u = 0; u < 2; u++)
         {
             __m512i w0 = _mm512_loadu_si512(weights), w1 = _mm512_loadu_si512(weights + 64);
+            PREFETCH(ahead);
             UNROLL for (int r = 0; r < rows; r++)
             {
                 __m512i x = broadcast_word(words, r);
@@ -35,6 +37,7 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
             }
             weights += 128;
             words += rows;
+            ahead += c->prefetch_bytes;
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
@@ -52,11 +55,14 @@ ALL_HEIGHTS(panel_int8)
 
 /* The exact sums of one group: 16 pairs of steps. */
 ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, const int rows,
+                              const uint8_t *ahead, int64_t prefetch_bytes,
                               __m512i sum[PANEL_ROWS_MAX][2])
 {
     const __m512i low = _mm512_set1_epi8(15);
     for (int s = 0; s < GROUP_STEPS; s += 2) {
         __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
+        PREFETCH(ahead);
+        ahead += prefetch_bytes;
         __m512i w0 = _mm512_and_si512(v0, low), w1 = _mm512_and_si512(v1, low);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -100,7 +106,8 @@ ALWAYS_INLINE void panel_int4_few(const struct panel_call *c, const int rows)
             sum[r][0] = _mm512_set1_epi32(c->correction[r * c->correction_stride + g]);
             sum[r][1] = sum[r][0];
         }
-        group_sums(group + 64, c->words + g * GROUP_STEPS * rows, rows, sum);
+        group_sums(group + 64, c->words + g * GROUP_STEPS * rows, rows,
+                   c->prefetch + g * 16 * c->prefetch_bytes, c->prefetch_bytes, sum);
         __m512 scale0 = group_scale(group, 0), scale1 = group_scale(group, 1);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -127,6 +134,8 @@ struct group_call {
     const int32_t *correction;
     int64_t correction_stride;
     float *total; /* [rows][32] */
+    const uint8_t *prefetch;
+    int64_t prefetch_bytes;
     bool first;
 };
 
@@ -144,7 +153,7 @@ ALWAYS_INLINE void group_many(const struct group_call *c, const int rows)
     {
         sum[r][0] = sum[r][1] = _mm512_set1_epi32(c->correction[r * c->correction_stride]);
     }
-    group_sums(c->group + 64, c->words, rows, sum);
+    group_sums(c->group + 64, c->words, rows, c->prefetch, c->prefetch_bytes, sum);
     __m512 scale0 = group_scale(c->group, 0), scale1 = group_scale(c->group, 1);
     UNROLL for (int r = 0; r < rows; r++)
     {
@@ -156,14 +165,15 @@ ALWAYS_INLINE void group_many(const struct group_call *c, const int rows)
 ALWAYS_INLINE void panel_int4_many(const struct panel_call *c, int rows,
                                    void (*one)(const struct group_call *))
 {
-    struct group_call call = {c->weights,           c->words,   c->correction,
-                              c->correction_stride, c->scratch, c->first};
+    struct group_call call = {c->weights, c->words,    c->correction,     c->correction_stride,
+                              c->scratch, c->prefetch, c->prefetch_bytes, c->first};
     for (int64_t s = 0; s < c->n_steps; s += GROUP_STEPS) {
         one(&call);
         call.first = false;
         call.group += GROUP_BYTES;
         call.words += GROUP_STEPS * rows;
         call.correction++;
+        call.prefetch += 16 * call.prefetch_bytes;
     }
     if (!c->last) return;
     for (int r = 0; r < rows; r++) {
