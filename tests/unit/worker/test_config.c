@@ -254,7 +254,8 @@ static void test_rope_llama3_golden(void **state)
 {
     (void)state;
     rope_golden("long_rope_llama3_neox_f32_bands",
-                "{" LLAMA_BASE ",\"rope_parameters\":{\"rope_type\":\"llama3\",\"rope_theta\":10000.0,"
+                "{" LLAMA_BASE
+                ",\"rope_parameters\":{\"rope_type\":\"llama3\",\"rope_theta\":10000.0,"
                 "\"factor\":4.0,\"low_freq_factor\":1.0,\"high_freq_factor\":4.0,"
                 "\"original_max_position_embeddings\":32}}",
                 128, 8);
