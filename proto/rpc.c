@@ -219,7 +219,7 @@ static bool is_local(const char *address) { return !strncmp(address, "local:", 6
 enum err rpc_server_create(const struct rpc_server_config *config, struct rpc_server **out)
 {
     if (!config->address || !*config->address) FAIL(ERR_INVALID, "a server needs an address");
-    return is_local(config->address) ? rpc_local_server_create(config, out) : rpc_grpc_server_create(config, out);
+    return is_local(config->address) ? rpc_local_server_create(config, out) : rpc_net_server_create(config, out);
 }
 
 int rpc_server_port(const struct rpc_server *s) { return s->ops->port(s); }
@@ -255,7 +255,7 @@ void rpc_channel_fini(struct rpc_channel *ch)
 enum err rpc_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out)
 {
     if (!config->address || !*config->address) FAIL(ERR_INVALID, "a channel needs an address");
-    return is_local(config->address) ? rpc_local_channel_create(config, out) : rpc_grpc_channel_create(config, out);
+    return is_local(config->address) ? rpc_local_channel_create(config, out) : rpc_net_channel_create(config, out);
 }
 
 void rpc_channel_destroy(struct rpc_channel *ch)

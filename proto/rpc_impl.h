@@ -82,7 +82,7 @@ struct rpc_channel {
 enum err rpc_channel_init(struct rpc_channel *ch, const struct rpc_channel_config *config);
 void rpc_channel_fini(struct rpc_channel *ch);
 
-enum err rpc_grpc_server_create(const struct rpc_server_config *config, struct rpc_server **out);
-enum err rpc_grpc_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out);
+enum err rpc_net_server_create(const struct rpc_server_config *config, struct rpc_server **out);
+enum err rpc_net_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out);
 enum err rpc_local_server_create(const struct rpc_server_config *config, struct rpc_server **out);
 enum err rpc_local_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out);

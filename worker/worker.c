@@ -144,7 +144,7 @@ static enum err event_handle(struct loop *l, const struct link_event *event, boo
         log_warn("%s: %s", event->kind == LINK_HALT ? "the group ended" : "the coordinator is lost",
                  event->text);
         group_leave(l);
-        if (is_given_up(event)) FAIL(ERR_PEER, "%s", event->text);
+        if (is_given_up(event)) FAIL(ERR_PEER, "%s: %s", l->worker->config.coordinator, event->text);
         return OK;
     case LINK_DRAIN:
         TRY(group_fail(l, steps_drain(l, 0)));
@@ -213,6 +213,7 @@ static enum err worker_serve(struct loop *l)
     char host[128] = "";
     struct link_config config = {.address = l->worker->config.coordinator,
                                  .token = l->worker->config.token,
+                                 .patience_ms = (uint32_t)l->worker->config.patience_ms,
                                  .tls = {.ca_file = l->worker->config.tls_ca,
                                          .cert_file = l->worker->config.tls_cert,
                                          .key_file = l->worker->config.tls_key}};

@@ -18,6 +18,7 @@ struct worker_config {
     const char *coordinator;                 /* HOST:PORT */
     const char *token;                       /* cluster token, NULL = none */
     const char *tls_ca, *tls_cert, *tls_key; /* PEM files, NULL = no TLS */
+    int patience_ms; /* how long to look for the coordinator, also after a loss; 0 = for ever */
     int replica;                             /* data-parallel index */
     int rank, size;                          /* -1 = from the launcher's environment, else 0 of 1 */
     const char *device;                      /* "auto" (NULL), "cpu", "cuda" */
