@@ -353,7 +353,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
 
 static enum err link_init(struct link *l, const struct link_config *config)
 {
-    char *address, *token;
+    char *address = NULL, *token = NULL;
     l->config = *config;
     l->config.n_plans_max = config->n_plans_max ? config->n_plans_max : PLANS_DEFAULT;
     if (l->config.n_plans_max > PLANS_MAX)
