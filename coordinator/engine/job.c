@@ -161,7 +161,6 @@ static void drop_deadline(struct engine *e, struct job *job)
 void job_destroy(struct engine *e, struct job *job)
 {
     struct request *r = job->request;
-    drop_deadline(e, job);
     job_free(e, job);
     if (r->destroy) r->destroy(r);
 }
@@ -239,6 +238,7 @@ void job_emit(struct engine *e, struct sequence *s, const struct step_token *tok
 static void job_done(struct engine *e, struct job *job)
 {
     job->done = true;
+    drop_deadline(e, job);
     map_remove(&e->jobs, job);
     job->next_done = e->done;
     e->done = job;
@@ -370,6 +370,7 @@ void job_abort(struct engine *e, struct job *job, int32_t choice, const struct e
         job_end_beams(e, job, end);
         return;
     }
+    if (job->buffered && choice >= 0) return; /* which one it will be is not known before the end */
     for (uint32_t i = 0; i < job->n_sequences; i++) {
         struct sequence *s = job->sequences[i];
         if (!s || s->state == SEQUENCE_DONE || (choice >= 0 && (uint32_t)choice != i)) continue;

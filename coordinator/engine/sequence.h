@@ -84,6 +84,7 @@ struct sequence {
     bool given;             /* among the choices emitted at the end */
     uint64_t run_step;      /* the plan whose run run_index is its own */
     uint32_t run_index;
+    bool run_scores; /* each of its tokens needs a row of logits */
     /* drafts */
     uint32_t n_drafting; /* sent and not answered */
     uint8_t n_draft;     /* length to try next */
