@@ -558,6 +558,7 @@ void link_fault(struct link *l, const char *reason, bool fatal)
     m.kind_case = HEDDLE__CLUSTER__FROM_WORKER__KIND_FAULT;
     m.fault = &f;
     pthread_mutex_lock(&l->mutex);
+    f.epoch = l->delivered_epoch; /* one that has ended meanwhile is not ended again */
     (void)send_words(l, &m);
     pthread_mutex_unlock(&l->mutex);
 }
