@@ -114,24 +114,24 @@ static char *prompt_text(EditLine *line)
 static enum err converse(struct chat *chat)
 {
     EditLine *line = el_init("heddle", stdin, stdout, stderr);
-    History *history = history_init();
+    History *past = history_init();
     HistEvent event;
     enum err e = OK;
-    history(history, &event, H_SETSIZE, 200);
+    history(past, &event, H_SETSIZE, 200);
     el_set(line, EL_PROMPT, prompt_text);
     el_set(line, EL_EDITOR, "emacs");
-    el_set(line, EL_HIST, history, history);
+    el_set(line, EL_HIST, history, past);
     for (int n; !e;) {
         const char *typed = el_gets(line, &n);
         if (!typed || n <= 0 || !strcmp(typed, "/quit\n")) break;
         char text[8192];
         snprintf(text, sizeof text, "%.*s", (int)strcspn(typed, "\n"), typed);
         if (!*text) continue;
-        history(history, &event, H_ENTER, typed);
+        history(past, &event, H_ENTER, typed);
         e = add_message(chat, "user", text);
         if (!e) e = ask(chat);
     }
-    history_end(history);
+    history_end(past);
     el_end(line);
     return e;
 }

@@ -60,6 +60,7 @@ int verb_worker(struct conf *c, struct options *o)
     else if (!o->coordinator) e = err_set(ERR_INVALID, "--coordinator HOST:PORT is needed");
     worker_config_from_options(o, model, &config);
     config.coordinator = o->coordinator;
+    config.patience_ms = (int)o->reconnect_timeout * 1000;
     config.tls_ca = o->cluster_ca_certs;
     config.tls_cert = o->cluster_certfile;
     config.tls_key = o->cluster_keyfile;

@@ -1,4 +1,5 @@
-/* What ranks of one tensor-parallel group do together: a table of collectives and the choice of one.
+/* What ranks of one tensor-parallel group do together: a table of collectives and the choice of
+ * one.
  *
  *   none  one rank alone              shm   ranks of one host, CPU tensors, own shared memory
  *   nccl  CUDA tensors                mpi   CPU tensors, ranks of several hosts
@@ -22,7 +23,8 @@ struct group {
 /* How ranks find each other: an all-gather of small byte strings that the caller provides (in a
  * cluster it travels through the coordinator). */
 struct bootstrap {
-    const char *group_key; /* random, the same on all ranks, new for each incarnation of the group */
+    const char
+        *group_key; /* random, the same on all ranks, new for each incarnation of the group */
     /* Gives `mine` [n], receives everybody's: out [size][n] by rank. Every rank uses the same n,
      * at most BOOTSTRAP_BYTES_MAX. Blocks until all ranks have called it with this key. */
     enum err (*exchange)(void *ctx, const char *key, const void *mine, size_t n, void *out);
@@ -47,13 +49,14 @@ struct collective_ops {
     /* Called on all ranks at once. Allocates everything that the operations will need. */
     enum err (*open)(struct backend *b, struct group g, const struct bootstrap *boot,
                      const struct collective_options *options, struct collective **out);
-    /* out = sum over ranks of x, same shape, contiguous rows (stride == cols). out may be x, or x may
-     * lie in reduce_buffer. F32; NCCL also F16 and BF16. */
+    /* out = sum over ranks of x, same shape, contiguous rows (stride == cols). out may be x, or x
+     * may lie in reduce_buffer. F32; NCCL also F16 and BF16. */
     enum err (*all_reduce_sum)(struct collective *c, struct tensor out, struct tensor x);
     /* out [rows][column_start[size]]: columns column_start[r] .. column_start[r + 1] come from rank
      * r's part [rows][their number]. column_start [size + 1] ascends from 0; slices may be uneven
      * or empty. part may be that slice of out itself (same data and stride). */
-    enum err (*all_gather)(struct collective *c, struct tensor out, struct tensor part, const int32_t *column_start);
+    enum err (*all_gather)(struct collective *c, struct tensor out, struct tensor part,
+                           const int32_t *column_start);
     /* Copies root's bytes to all; mem is memory of the backend's device. */
     enum err (*broadcast)(struct collective *c, void *mem, size_t bytes, int root);
     void (*close)(struct collective *c); /* accepts NULL; also after an error */
@@ -71,14 +74,16 @@ struct collective {
     struct group group;
 };
 
-/* coll_nccl is always compiled: it opens libnccl.so.2 at run time and its probe says why it cannot. */
+/* coll_nccl is always compiled: it opens libnccl.so.2 at run time and its probe says why it cannot.
+ */
 extern const struct collective_ops coll_none, coll_shm, coll_mpi, coll_nccl;
 
 /* Opens the named collective, or with "auto" the first of none, nccl, shm, mpi that every rank can,
- * logging why the others were refused. A forced one that some rank cannot: ERR_UNSUPPORTED with that
- * rank's reason; ranks that force different ones: ERR_INVALID. Called on all ranks at once. */
-enum err collective_open(const char *name, struct backend *b, struct group g, const struct bootstrap *boot,
-                         const struct collective_options *options, struct collective **out);
+ * logging why the others were refused. A forced one that some rank cannot: ERR_UNSUPPORTED with
+ * that rank's reason; ranks that force different ones: ERR_INVALID. Called on all ranks at once. */
+enum err collective_open(const char *name, struct backend *b, struct group g,
+                         const struct bootstrap *boot, const struct collective_options *options,
+                         struct collective **out);
 void collective_close(struct collective *c); /* accepts NULL */
 /* Once before the process ends, after every collective is closed: leaves MPI if it was entered. */
 void collective_shutdown(bool peers_alive);

@@ -5,35 +5,43 @@ passages dressed as an answer to a short request, in the same layout as the chat
 the model learns both to write on and to answer and stop. Everything is a pure function of the
 books and a random generator, so a seed fixes the training stream. Knows nothing of tokens.
 """
+
 import re
 from pathlib import Path
 
-END, BEGIN, USER, ASSISTANT, SYSTEM = "<|end|>", "<|begin|>", "<|user|>", "<|assistant|>", "<|system|>"
+END, BEGIN, USER, ASSISTANT, SYSTEM = (
+    "<|end|>",
+    "<|begin|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+)
 SPECIALS = [END, BEGIN, USER, ASSISTANT, SYSTEM]
 
+# Books of github.com/mlschmitt/classic-books-markdown (944882722e9a), all in the public domain.
 # How often each book is read in one epoch: plain language first, a little of the rest.
 BOOKS = {
-    "Aesop_": 2.0,
-    "The_Brothers_Grimm_": 2.0,
-    "Hans_Christian_Andersen_": 1.5,
-    "Lewis_Carroll_": 1.0,
-    "L._Frank_Baum_": 1.5,
-    "J._M._Barrie_": 1.0,
-    "Rudyard_Kipling_": 1.0,
-    "Frances_Hodgson_Burnett_": 1.0,
-    "Mark_Twain_": 0.7,
-    "Robert_Louis_Stevenson_": 0.5,
-    "Arthur_Conan_Doyle_": 0.3,
-    "H.G._Wells_": 0.3,
-    "Mary_Wollstonecraft_Shelley_": 0.3,
-    "Jane_Austen_": 0.2,
+    "Aesop_-_Aesops_Fables": 2.0,
+    "The_Brothers_Grimm_-_Grimms_Fairy_Tales": 2.0,
+    "Hans_Christian_Andersen_-_Andersens_Fairy_Tales": 1.5,
+    "Lewis_Carroll_-_Alices_Adventures_in_Wonderland": 1.0,
+    "L._Frank_Baum_-_The_Wonderful_Wizard_of_Oz": 1.5,
+    "J._M._Barrie_-_Peter_Pan": 1.0,
+    "Rudyard_Kipling_-_The_Jungle_Book": 1.0,
+    "Frances_Hodgson_Burnett_-_The_Secret_Garden": 1.0,
+    "Mark_Twain_-_The_Adventures_of_Tom_Sawyer": 0.7,
+    "Robert_Louis_Stevenson_-_Treasure_Island": 0.5,
+    "Arthur_Conan_Doyle_-_A_Study_in_Scarlet": 0.3,
+    "H.G._Wells_-_War_of_the_Worlds": 0.3,
+    "Mary_Wollstonecraft_Shelley_-_Frankenstein": 0.3,
+    "Jane_Austen_-_Pride_and_Prejudice": 0.2,
 }
 
 # Sections kept out of training, and how many characters of each are held out at most.
 HELDOUT = {
-    "The_Brothers_Grimm_": ("SNOW-WHITE AND ROSE-RED", 7000),
-    "L._Frank_Baum_": ("8. The Deadly Poppy Field", 7000),
-    "Frances_Hodgson_Burnett_": ("CHAPTER V - THE CRY IN THE CORRIDOR", 7000),
+    "The_Brothers_Grimm_-_Grimms_Fairy_Tales": ("SNOW-WHITE AND ROSE-RED", 7000),
+    "L._Frank_Baum_-_The_Wonderful_Wizard_of_Oz": ("8. The Deadly Poppy Field", 7000),
+    "Frances_Hodgson_Burnett_-_The_Secret_Garden": ("CHAPTER V - THE CRY IN THE CORRIDOR", 7000),
 }
 
 NOUNS = set(
@@ -51,52 +59,93 @@ NOUNS = set(
 )
 
 REQUESTS_ABOUT = [
-    "Tell me a story about {}.", "Tell me a story about {}.", "Can you tell me a story about {}?",
-    "Please tell me a tale about {}.", "Write a short story about {}.", "I want to hear about {}.",
-    "Do you know a story about {}?", "Tell me about {}.", "Write about {}.",
+    "Tell me a story about {}.",
+    "Tell me a story about {}.",
+    "Can you tell me a story about {}?",
+    "Please tell me a tale about {}.",
+    "Write a short story about {}.",
+    "I want to hear about {}.",
+    "Do you know a story about {}?",
+    "Tell me about {}.",
+    "Write about {}.",
 ]
 REQUESTS_ANY = [
-    "Tell me a story.", "Tell me a tale, please.", "Write a short story.", "Once upon a time",
-    "I would like to hear a story.", "Do you know a good story?",
+    "Tell me a story.",
+    "Tell me a tale, please.",
+    "Write a short story.",
+    "Once upon a time",
+    "I would like to hear a story.",
+    "Do you know a good story?",
 ]
 REQUESTS_ON = [
-    "And then?", "What happened next?", "Go on.", "Please go on.", "Tell me more.", "Continue.",
+    "And then?",
+    "What happened next?",
+    "Go on.",
+    "Please go on.",
+    "Tell me more.",
+    "Continue.",
 ]
 SYSTEMS = [
-    "You are a storyteller.", "You are a helpful assistant.", "You tell stories to children.",
+    "You are a storyteller.",
+    "You are a helpful assistant.",
+    "You tell stories to children.",
     "You are a kind old storyteller. Answer with a short tale.",
 ]
 
 # Small talk, so that a greeting is not answered with a shipwreck.
 TALK = [
-    (["Hello", "Hello!", "Hi", "Hi!", "Hello there!", "Good day."],
-     "Hello! I am a small storyteller. Ask me for a story about a fox, a king or the sea."),
+    (
+        ["Hello", "Hello!", "Hi", "Hi!", "Hello there!", "Good day."],
+        "Hello! I am a small storyteller. Ask me for a story about a fox, a king or the sea.",
+    ),
     (["Good morning.", "Good morning!"], "Good morning! What story shall I tell you today?"),
     (["Good night.", "Good night!"], "Good night! May you dream of a garden full of roses."),
-    (["Who are you?", "What are you?", "What is your name?"],
-     "I am a very small language model. I learned to tell stories from old books, "
-     "and I know nothing else."),
-    (["What can you do?", "What do you know?", "Help", "Help me."],
-     "I can tell you a story. Ask me about a princess, a wolf, a ship or a garden."),
-    (["How are you?", "How are you today?"],
-     "I am very well, thank you. Shall I tell you a story?"),
-    (["Thank you.", "Thanks!", "Thank you very much.", "Thanks"],
-     "You are very welcome. Come back whenever you want another story."),
+    (
+        ["Who are you?", "What are you?", "What is your name?"],
+        "I am a very small language model. I learned to tell stories from old books, "
+        "and I know nothing else.",
+    ),
+    (
+        ["What can you do?", "What do you know?", "Help", "Help me."],
+        "I can tell you a story. Ask me about a princess, a wolf, a ship or a garden.",
+    ),
+    (
+        ["How are you?", "How are you today?"],
+        "I am very well, thank you. Shall I tell you a story?",
+    ),
+    (
+        ["Thank you.", "Thanks!", "Thank you very much.", "Thanks"],
+        "You are very welcome. Come back whenever you want another story.",
+    ),
     (["Goodbye", "Goodbye!", "Bye"], "Goodbye! I hope that you liked my stories."),
-    (["Are you a human?", "Are you alive?", "Are you real?"],
-     "No, I am only a little model made of numbers, but the stories are as old as the hills."),
-    (["What is the moral of the story?", "What is the moral?"],
-     "The moral is that kindness is never wasted, and that pride comes before a fall."),
+    (
+        ["Are you a human?", "Are you alive?", "Are you real?"],
+        "No, I am only a little model made of numbers, but the stories are as old as the hills.",
+    ),
+    (
+        ["What is the moral of the story?", "What is the moral?"],
+        "The moral is that kindness is never wasted, and that pride comes before a fall.",
+    ),
     (["Where do you live?"], "I live in a small file, between two heavy books of fairy tales."),
-    (["What is the capital of France?", "What is two and two?", "What is the weather today?"],
-     "I do not know. I have only read old stories, but I can tell you one."),
+    (
+        ["What is the capital of France?", "What is two and two?", "What is the weather today?"],
+        "I do not know. I have only read old stories, but I can tell you one.",
+    ),
 ]
 
 
 def quotes_normalize(text):
     """Straight quotes everywhere; books that speak in single quotes get double ones."""
-    for old, new in (("“", '"'), ("”", '"'), ("‘", "'"), ("’", "'"), ("—", "--"), ("–", "-"),
-                     ("…", "..."), ("\u00a0", " ")):
+    for old, new in (
+        ("“", '"'),
+        ("”", '"'),
+        ("‘", "'"),
+        ("’", "'"),
+        ("—", "--"),
+        ("–", "-"),
+        ("…", "..."),
+        ("\u00a0", " "),
+    ):
         text = text.replace(old, new)
     if text.count(", '") + text.count(".' ") > text.count(', "') + text.count('." '):
         text = re.sub(r"(^|[\s(\-])'(?=[A-Za-z])", r'\1"', text, flags=re.M)
@@ -131,14 +180,23 @@ def verse_is_not(paragraph):
     return len(lines) < 3 or sum(map(len, lines)) / len(lines) > 90
 
 
+def book_find(folder, name):
+    """Path of a book, in a flat folder of Author_-_Title.md or in the source's Author/Title.md."""
+    for path in sorted(Path(folder).rglob("*.md")):
+        flat = "_-_".join(path.relative_to(folder).parts)
+        if name + ".md" in (flat.replace(" ", "_").replace("'", ""), path.name):
+            return path
+    raise SystemExit(f"{folder}: no {name}.md")
+
+
 def corpus_read(folder):
     """Returns (list of (weight, sections), held-out text)."""
     books, heldout = [], []
-    for prefix, weight in BOOKS.items():
-        (path,) = sorted(Path(folder).rglob(prefix + "*.md"))
+    for name, weight in BOOKS.items():
+        path = book_find(folder, name)
         sections = sections_read(path)
-        if prefix in HELDOUT:
-            title, n_chars_max = HELDOUT[prefix]
+        if name in HELDOUT:
+            title, n_chars_max = HELDOUT[name]
             held = [s for s in sections if s[0] == title]
             assert len(held) == 1, (path, title)
             heldout.append(text_cut(held[0][1], n_chars_max))
@@ -196,7 +254,7 @@ def subject_phrase(word, rand):
 
 def request_make(passage, title, rand):
     """Returns (request, answer) for a passage."""
-    sentences = re.split(r'(?<=[.!?])\s+', passage, maxsplit=1)
+    sentences = re.split(r"(?<=[.!?])\s+", passage, maxsplit=1)
     kind = rand.random()
     is_speech = passage.startswith('"')
     if (kind < 0.2 or is_speech) and len(sentences) == 2 and 4 < len(sentences[0].split()) < 40:
@@ -205,7 +263,10 @@ def request_make(passage, title, rand):
         return rand.choice(REQUESTS_ABOUT).format(title), passage
     subjects = subjects_find(passage)
     if kind < 0.92 and subjects:
-        chosen = [subject_phrase(s, rand) for s in rand.sample(subjects, min(len(subjects), rand.choice([1, 1, 2])))]
+        chosen = [
+            subject_phrase(s, rand)
+            for s in rand.sample(subjects, min(len(subjects), rand.choice([1, 1, 2])))
+        ]
         return rand.choice(REQUESTS_ABOUT).format(" and ".join(chosen)), passage
     return rand.choice(REQUESTS_ANY), passage
 
@@ -214,8 +275,13 @@ def title_phrase(title):
     """A tale's title as people write it, or "" for chapter numbers and the like."""
     if not title.isupper() or re.search(r"\d|CHAPTER|PART|BOOK|LETTER", title):
         return ""
-    return re.sub(r"\b(The|A|An)\b", lambda m: m[0].lower(), title.capitalize() if len(title.split()) == 1
-                  else title.title().replace("'S ", "'s ").replace(" And ", " and ").replace(" In ", " in "))
+    return re.sub(
+        r"\b(The|A|An)\b",
+        lambda m: m[0].lower(),
+        title.capitalize()
+        if len(title.split()) == 1
+        else title.title().replace("'S ", "'s ").replace(" And ", " and ").replace(" In ", " in "),
+    )
 
 
 def turn(role, content):

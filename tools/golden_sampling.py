@@ -1,7 +1,8 @@
-"""Probabilities after temperature, top_k, top_p, min_p and repetition penalty, as transformers does it.
+"""Probabilities after temperature, top_k, top_p, min_p and repetition penalty, by transformers.
 
 The order is that of GenerationMixin: repetition penalty, temperature, top_k, top_p, min_p, softmax.
 """
+
 import json
 
 import torch
@@ -9,17 +10,35 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, RepetitionPenalt
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 ROWS = [
-    {}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 1}, {"top_k": 5}, {"top_k": 1000},
-    {"top_p": 0.1}, {"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.05}, {"min_p": 0.5},
-    {"repetition_penalty": 1.3}, {"repetition_penalty": 0.8}, {"repetition_penalty": 2.0, "top_k": 4},
-    {"temperature": 0.7, "top_k": 10, "top_p": 0.9}, {"temperature": 1.5, "top_p": 0.8},
-    {"temperature": 0.8, "min_p": 0.1}, {"temperature": 1.3, "top_k": 12, "top_p": 0.95, "min_p": 0.02},
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 1000},
+    {"top_p": 0.1},
+    {"top_p": 0.5},
+    {"top_p": 0.9},
+    {"top_p": 0.999},
+    {"min_p": 0.05},
+    {"min_p": 0.5},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.8},
+    {"repetition_penalty": 2.0, "top_k": 4},
+    {"temperature": 0.7, "top_k": 10, "top_p": 0.9},
+    {"temperature": 1.5, "top_p": 0.8},
+    {"temperature": 0.8, "min_p": 0.1},
+    {"temperature": 1.3, "top_k": 12, "top_p": 0.95, "min_p": 0.02},
     {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1},
-    {"temperature": 0.01}, {"temperature": 0.9, "top_k": 3, "repetition_penalty": 1.2},
+    {"temperature": 0.01},
+    {"temperature": 0.9, "top_k": 3, "repetition_penalty": 1.2},
 ]
 MAKERS = [
-    ("repetition_penalty", RepetitionPenaltyLogitsProcessor), ("temperature", TemperatureLogitsWarper),
-    ("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper),
+    ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
+    ("temperature", TemperatureLogitsWarper),
+    ("top_k", TopKLogitsWarper),
+    ("top_p", TopPLogitsWarper),
+    ("min_p", MinPLogitsWarper),
 ]
 
 
@@ -50,7 +69,11 @@ def sampling_write(path):
             probs = [number(p) for p in probabilities(logits, history, params).tolist()]
             cases.append({"logits": vector, "history": history, "params": params, "probs": probs})
     lines = ['{"logits": {']
-    lines.append(",\n".join(f' "{k}": {json.dumps([number(x) for x in v.tolist()])}' for k, v in vectors.items()))
+    lines.append(
+        ",\n".join(
+            f' "{k}": {json.dumps([number(x) for x in v.tolist()])}' for k, v in vectors.items()
+        )
+    )
     lines.append('}, "cases": [')
     lines.append(",\n".join(" " + json.dumps(c) for c in cases))
     lines.append("]}")

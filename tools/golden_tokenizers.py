@@ -4,9 +4,11 @@ llama: SentencePiece-type BPE (no pre-tokenizer, "▁", byte_fallback), as Llama
 llama3, qwen2: byte-level BPE behind the Split patterns of Llama 3 and Qwen 2.
 gpt2: plain byte-level BPE, <|endoftext|> as the last id.
 """
+
 import json
 import re
 
+import demo_corpus
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors, trainers
 
@@ -17,23 +19,53 @@ SPLIT_LLAMA3 = (
 SPLIT_QWEN2 = SPLIT_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 TEXTS = [
-    "", " ", "a", "The fox saw the grapes.", " leading space", "trailing space ", "two  spaces   three",
-    "line one\nline two\n\n\nline five", "tabs\tand\r\nreturns\r", "\n", "   \n   x", "don't we'll I'M you're",
-    "1234567890 12 3.14159", "naïve café Ærøskøbing", "cafe\u0301 combining", "Größe straße", "你好，世界", "こんにちは",
-    "Привет, мир", "مرحبا", "🙂🚀 emoji 👩‍👩‍👧", "\u00a0nbsp\u2003em", "\x00\x01 control \x7f", "snake_case camelCase x+=1;",
-    "(parentheses) [brackets] {braces} <angles>", "http://example.org/a?b=c&d=%20", "ALL CAPS Mixed Case",
-    "!!!???...---", "<s> looks special", "</s><|endoftext|>", "text<|endoftext|>more", "a" * 100,
-    "ﬁ ligature Ⅷ roman ² super", "zero\u200bwidth", "\ufeffbom", "The Lion and the Mouse became friends " * 5,
+    "",
+    " ",
+    "a",
+    "The fox saw the grapes.",
+    " leading space",
+    "trailing space ",
+    "two  spaces   three",
+    "line one\nline two\n\n\nline five",
+    "tabs\tand\r\nreturns\r",
+    "\n",
+    "   \n   x",
+    "don't we'll I'M you're",
+    "1234567890 12 3.14159",
+    "naïve café Ærøskøbing",
+    "cafe\u0301 combining",
+    "Größe straße",
+    "你好，世界",
+    "こんにちは",
+    "Привет, мир",
+    "مرحبا",
+    "🙂🚀 emoji 👩‍👩‍👧",
+    "\u00a0nbsp\u2003em",
+    "\x00\x01 control \x7f",
+    "snake_case camelCase x+=1;",
+    "(parentheses) [brackets] {braces} <angles>",
+    "http://example.org/a?b=c&d=%20",
+    "ALL CAPS Mixed Case",
+    "!!!???...---",
+    "<s> looks special",
+    "</s><|endoftext|>",
+    "text<|endoftext|>more",
+    "a" * 100,
+    "ﬁ ligature Ⅷ roman ² super",
+    "zero\u200bwidth",
+    "\ufeffbom",
+    "The Lion and the Mouse became friends " * 5,
 ]
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] | trim }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}] {{ message['content'] | trim }}"
     "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
 
 def texts_read(corpus):
-    (path,) = sorted(corpus.rglob("Aesop_*.md"))
+    path = demo_corpus.book_find(corpus, "Aesop_-_Aesops_Fables")
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
@@ -46,15 +78,29 @@ def sentencepiece_make(texts, vocab_size):
     model = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     pieces += sorted(model["vocab"], key=model["vocab"].get)
-    tokenizer = Tokenizer(models.BPE(
-        vocab={p: i for i, p in enumerate(pieces)}, merges=[tuple(m) for m in model["merges"]],
-        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
-    ))
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in pieces[:3]])
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
-    ])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)},
+            merges=[tuple(m) for m in model["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(s, special=True, normalized=False) for s in pieces[:3]]
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
@@ -67,24 +113,31 @@ def bytelevel_train(texts, vocab_size, specials, pre_tokenizer, normalizer=None)
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False,
-        special_tokens=[AddedToken(s, special=True, normalized=False) for s in specials],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            special_tokens=[AddedToken(s, special=True, normalized=False) for s in specials],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
 def split_make(texts, vocab_size, pattern, normalizer):
-    pre = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-    ])
+    pre = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
     tokenizer = bytelevel_train(texts, vocab_size, specials, pre, normalizer)
     if normalizer is None:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A <|begin_of_text|> $B",
+            single="<|begin_of_text|> $A",
+            pair="<|begin_of_text|> $A <|begin_of_text|> $B",
             special_tokens=[("<|begin_of_text|>", 0)],
         )
     return tokenizer, specials[0], specials[1]
@@ -114,8 +167,11 @@ def tokenizer_write(name, folder, vocab_size, texts):
     assert tokenizer.get_vocab_size() == vocab_size, tokenizer.get_vocab_size()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos,
-        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     cases = [case_make(tokenizer, text) for text in TEXTS]
@@ -127,7 +183,9 @@ def tokenizer_write(name, folder, vocab_size, texts):
 def case_make(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return {
-        "text": text, "ids": ids, "ids_with_special": tokenizer.encode(text).ids,
+        "text": text,
+        "ids": ids,
+        "ids_with_special": tokenizer.encode(text).ids,
         "decoded": tokenizer.decode(ids, skip_special_tokens=False),
         "decoded_skip_special": tokenizer.decode(ids, skip_special_tokens=True),
     }

@@ -7,8 +7,10 @@ golden says what the reference makes of exactly those bytes. tests/golden/README
 formats. DIR holds public-domain books (*.md); the tokenizers are trained on one of them.
 Made with torch 2.15.0, transformers 5.23.0, tokenizers 0.23.3.
 """
+
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,70 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import golden_sampling
 import golden_tokenizers
+from golden_models import MODELS
 
 PROMPT_LENGTHS = [1, 7, 33, 90]
 N_GREEDY = 64
 GAP_MIN = 0.01  # logits; a kernel summing in another order must not flip a greedy token
 N_BEAMS, N_BEAM_TOKENS = 4, 24
 
-ROPE_LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 384,
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 256,
-    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-    "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
-}
-QWEN2 = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 512,
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-    "max_position_embeddings": 256, "tie_word_embeddings": True, "use_sliding_window": False,
-    "sliding_window": 32768, "max_window_layers": 2, "bos_token_id": 0, "eos_token_id": 1,
-    "torch_dtype": "float32",
-}
-MODELS = {
-    "llama": dict(LLAMA, tie_word_embeddings=True, vocab_size=512),
-    "llama3": dict(LLAMA, rope_theta=500000.0, rope_scaling=ROPE_LLAMA3, eos_token_id=[1, 2], bos_token_id=0),
-    "qwen2": QWEN2,
-    "qwen2_heads14": dict(
-        QWEN2, hidden_size=112, intermediate_size=68, num_attention_heads=14, vocab_size=258
-    ),
-    "qwen3": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 384,
-        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "hidden_act": "silu",
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
-        "max_position_embeddings": 256, "tie_word_embeddings": False, "attention_bias": False,
-        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 2,
-        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32",
-    },
-    "mistral": {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 384,
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 24,
-        "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1,
-        "eos_token_id": 2, "torch_dtype": "float32",
-    },
-    "gpt2": {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 509,
-        "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 192, "n_ctx": 192,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bos_token_id": 508,
-        "eos_token_id": 508, "torch_dtype": "float32",
-    },
-    "opt": {
-        "architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 512,
-        "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "max_position_embeddings": 192, "do_layer_norm_before": True,
-        "activation_function": "relu", "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
-        "prefix": "</s>", "torch_dtype": "float32",
-    },
-}
 SHARDED = "llama3"  # also written as llama3_sharded: two files and an index
 ONLY_BF16 = {"qwen2_heads14"}  # to stay small
 BEAMS = ("llama", "gpt2")
@@ -119,7 +64,9 @@ def checkpoint_shard(folder, config, tensors):
     """Two shards cut in the middle of the layers, with config.json in the newer style."""
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(config)
-    config["rope_parameters"] = dict(config.pop("rope_scaling"), rope_theta=config.pop("rope_theta"))
+    config["rope_parameters"] = dict(
+        config.pop("rope_scaling"), rope_theta=config.pop("rope_theta")
+    )
     del config["torch_dtype"]
     config["dtype"] = "bfloat16"
     tensors = {n: t.bfloat16() for n, t in tensors.items()}
@@ -153,7 +100,9 @@ def greedy(model, ids):
         top = torch.topk(out.logits[0, -1].float(), 2)
         tokens.append(int(top.indices[0]))
         gaps.append(float(top.values[0] - top.values[1]))
-        out = model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        out = model(
+            torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True
+        )
     return tokens, gaps
 
 
@@ -183,24 +132,37 @@ def golden_write(folder, seed):
         tensors[f"prompt{i}.logits"] = logits[positions].contiguous()
         if plain:
             tensors[f"prompt{i}.logits_bf16"] = plain(torch.tensor([ids])).logits[0, -1].float()
-        prompts.append({
-            "ids": ids, "positions": positions, "logits": f"prompt{i}.logits", "greedy": tokens,
-            "gaps": [float(f"{g:.6g}") for g in gaps], "gap_min": float(f"{min(gaps):.6g}"),
-        })
+        prompts.append(
+            {
+                "ids": ids,
+                "positions": positions,
+                "logits": f"prompt{i}.logits",
+                "greedy": tokens,
+                "gaps": [float(f"{g:.6g}") for g in gaps],
+                "gap_min": float(f"{min(gaps):.6g}"),
+            }
+        )
     save_file(tensors, folder / "golden.safetensors")
-    json_write(folder / "golden.json", {
-        "model": folder.name, "stored_dtype": stored_dtype, "compute_dtype": "float32",
-        "vocab_size": model.config.vocab_size, "torch": torch.__version__,
-        "transformers": transformers.__version__, "prompts": prompts,
-    })
+    json_write(
+        folder / "golden.json",
+        {
+            "model": folder.name,
+            "stored_dtype": stored_dtype,
+            "compute_dtype": "float32",
+            "vocab_size": model.config.vocab_size,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "prompts": prompts,
+        },
+    )
 
 
 def json_write(path, value):
     """JSON with one line for each list of numbers."""
-    import re
-
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[\s+([-0-9eE.,\s]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+    text = re.sub(
+        r"\[\s+([-0-9eE.,\s]+?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text
+    )
     path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -209,10 +171,18 @@ def beam_run(model, ids, eos):
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = 0
     out = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        num_beams=N_BEAMS, num_return_sequences=N_BEAMS, length_penalty=1.0, early_stopping=False,
-        do_sample=False, max_new_tokens=N_BEAM_TOKENS, eos_token_id=eos, pad_token_id=0,
-        return_dict_in_generate=True, output_scores=True,
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        num_beams=N_BEAMS,
+        num_return_sequences=N_BEAMS,
+        length_penalty=1.0,
+        early_stopping=False,
+        do_sample=False,
+        max_new_tokens=N_BEAM_TOKENS,
+        eos_token_id=eos,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     beams = []
     for row, score in zip(out.sequences.tolist(), out.sequences_scores.tolist()):
@@ -246,17 +216,25 @@ def beam_write(folder, seed):
     model = model_load(folder, torch.float32)
     rand = np.random.default_rng(seed)
     plan = [(7, False), (33, False), (7, True), (33, True), (12, True)]
-    json_write(folder / "beam.json", {
-        "num_beams": N_BEAMS, "length_penalty": 1.0, "early_stopping": False,
-        "max_new_tokens": N_BEAM_TOKENS, "cases": [beam_case(model, n, e, rand) for n, e in plan],
-    })
+    json_write(
+        folder / "beam.json",
+        {
+            "num_beams": N_BEAMS,
+            "length_penalty": 1.0,
+            "early_stopping": False,
+            "max_new_tokens": N_BEAM_TOKENS,
+            "cases": [beam_case(model, n, e, rand) for n, e in plan],
+        },
+    )
 
 
 def model_make(name, out, texts, seed):
     config = MODELS[name]
     folder = out / name
     tensors = weights_random(AutoConfig.for_model(**config), seed)
-    checkpoint_write(folder, config, tensors, torch.bfloat16 if name in ONLY_BF16 else torch.float32)
+    checkpoint_write(
+        folder, config, tensors, torch.bfloat16 if name in ONLY_BF16 else torch.float32
+    )
     golden_write(folder, seed)
     if name in BEAMS:
         beam_write(folder, seed)

@@ -6,6 +6,7 @@ The rule, for whoever measures the same elsewhere: encode the text without speci
 into consecutive chunks of --window - 1 tokens, the last one shorter; read every chunk on its own
 behind one bos token; score every token of the chunk. Perplexity is exp(mean of -log p).
 """
+
 import argparse
 import json
 import math
@@ -26,7 +27,9 @@ def chunk_nll(model, bos, chunk):
 def perplexity(folder, text, window, dtype):
     """Returns (perplexity, scored tokens, nats a token)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
     ids = tokenizer.encode(text, add_special_tokens=False)
     chunks = [ids[at : at + window - 1] for at in range(0, len(ids), window - 1)]
     nats = sum(chunk_nll(model, tokenizer.bos_token_id, chunk) for chunk in chunks) / len(ids)
@@ -42,11 +45,19 @@ def main():
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
     value, n_tokens, nats = perplexity(args.model, text, args.window, getattr(torch, args.dtype))
-    print(json.dumps({
-        "perplexity": round(value, 4), "nats_per_token": round(nats, 6), "tokens": n_tokens,
-        "bytes": len(text.encode()), "bits_per_byte": round(nats * n_tokens / math.log(2) / len(text.encode()), 4),
-        "window": args.window, "dtype": args.dtype,
-    }))
+    print(
+        json.dumps(
+            {
+                "perplexity": round(value, 4),
+                "nats_per_token": round(nats, 6),
+                "tokens": n_tokens,
+                "bytes": len(text.encode()),
+                "bits_per_byte": round(nats * n_tokens / math.log(2) / len(text.encode()), 4),
+                "window": args.window,
+                "dtype": args.dtype,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-/* One rank: its share of one model, its KV blocks, and the loop plan -> forward -> sample -> result.
+/* One rank: its share of one model, its KV blocks, and the loop plan -> forward -> sample ->
+ * result.
  *
  * worker_run is the process of a rank in a cluster. worker_create .. worker_step is the same rank
  * without its link, one plan's bytes in, one result's bytes out: tests and `heddle bench` use it.
@@ -12,34 +13,36 @@
 #include <stdint.h>
 
 struct worker_config {
-    const char *model_dir;     /* config.json and *.safetensors; with load_format dummy config.json only */
-    const char *coordinator;   /* HOST:PORT */
-    const char *token;         /* cluster token, NULL = none */
+    const char
+        *model_dir; /* config.json and *.safetensors; with load_format dummy config.json only */
+    const char *coordinator;                 /* HOST:PORT */
+    const char *token;                       /* cluster token, NULL = none */
     const char *tls_ca, *tls_cert, *tls_key; /* PEM files, NULL = no TLS */
-    int replica;               /* data-parallel index */
-    int rank, size;            /* -1 = from the launcher's environment, else 0 of 1 */
-    const char *device;        /* "auto" (NULL), "cpu", "cuda" */
-    int device_index;          /* CUDA: -1 = the local rank */
-    const char *collective;    /* "auto" (NULL), "none", "shm", "mpi", "nccl" */
-    int collective_timeout_ms; /* 0 = 30000 */
-    int n_threads;             /* CPU: of this rank, 0 = its share of the cores it may use */
-    const char *isa;           /* CPU: NULL = best; see struct backend_options */
+    int patience_ms; /* how long to look for the coordinator, also after a loss; 0 = for ever */
+    int replica;                             /* data-parallel index */
+    int rank, size;                          /* -1 = from the launcher's environment, else 0 of 1 */
+    const char *device;                      /* "auto" (NULL), "cpu", "cuda" */
+    int device_index;                        /* CUDA: -1 = the local rank */
+    const char *collective;                  /* "auto" (NULL), "none", "shm", "mpi", "nccl" */
+    int collective_timeout_ms;               /* 0 = 30000 */
+    int n_threads;   /* CPU: of this rank, 0 = its share of the cores it may use */
+    const char *isa; /* CPU: NULL = best; see struct backend_options */
     bool deterministic;
-    const char *dtype;         /* weights: "auto" (NULL), "f32", "f16", "bf16" */
-    const char *quantization;  /* "none" (NULL), "auto", "int8", "int4", "fp8" */
-    const char *kv_dtype;      /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
-    int block_size;            /* tokens of a KV block, 0 = the backend's own */
-    uint64_t kv_cache_bytes;   /* of this rank, 0 = memory_share decides */
-    double memory_share;       /* of the device's memory for weights, KV and work space; 0 = 0.9 */
-    uint64_t host_swap_bytes;  /* host memory of this rank for swapped blocks */
-    int n_sequences_max;       /* slots; 0 = 256 */
-    int step_tokens_max;       /* 0 = 2048 */
-    int step_rows_max;         /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
-    int draft_tokens_max;      /* drafts verified in one run, 0 = none */
-    int context_max;           /* 0 = the model's, as far as memory allows one sequence */
-    const char *load_format;   /* "auto" (NULL), "safetensors", "dummy" */
+    const char *dtype;        /* weights: "auto" (NULL), "f32", "f16", "bf16" */
+    const char *quantization; /* "none" (NULL), "auto", "int8", "int4", "fp8" */
+    const char *kv_dtype;     /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
+    int block_size;           /* tokens of a KV block, 0 = the backend's own */
+    uint64_t kv_cache_bytes;  /* of this rank, 0 = memory_share decides */
+    double memory_share;      /* of the device's memory for weights, KV and work space; 0 = 0.9 */
+    uint64_t host_swap_bytes; /* host memory of this rank for swapped blocks */
+    int n_sequences_max;      /* slots; 0 = 256 */
+    int step_tokens_max;      /* 0 = 2048 */
+    int step_rows_max;    /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
+    int draft_tokens_max; /* drafts verified in one run, 0 = none */
+    int context_max;      /* 0 = the model's, as far as memory allows one sequence */
+    const char *load_format; /* "auto" (NULL), "safetensors", "dummy" */
     uint64_t dummy_seed;
-    bool progress;             /* draw a bar on a terminal while weights load */
+    bool progress; /* draw a bar on a terminal while weights load */
 };
 /* Every field at its default (rank and size -1, the rest zero). */
 void worker_config_default(struct worker_config *config);
@@ -54,14 +57,16 @@ enum err worker_run(const struct worker_config *config);
 
 /* What was planned before serving; heddle plan prints it without loading (worker_plan_memory). */
 struct worker_info {
-    char model_name[128], arch_name[64], device[96], weight_format[32], kv_format[16], model_digest[33];
+    char model_name[128], arch_name[64], device[96], weight_format[32], kv_format[16],
+        model_digest[33];
     int n_layers, n_heads, n_kv_heads, head_dim, hidden, ffn, vocab_size; /* of the whole model */
-    int rank, size, block_size, n_slots_max, step_tokens_max, step_rows_max, context_max, draft_tokens_max;
-    int window;              /* 0 = some layer sees all */
-    uint64_t n_parameters;   /* of the whole model */
-    uint64_t weight_bytes;   /* resident on this rank; also read once by each decode step */
-    uint64_t table_bytes;    /* embeddings whose rows are read one by one */
-    uint64_t work_bytes;     /* activations and scratch */
+    int rank, size, block_size, n_slots_max, step_tokens_max, step_rows_max, context_max,
+        draft_tokens_max;
+    int window;            /* 0 = some layer sees all */
+    uint64_t n_parameters; /* of the whole model */
+    uint64_t weight_bytes; /* resident on this rank; also read once by each decode step */
+    uint64_t table_bytes;  /* embeddings whose rows are read one by one */
+    uint64_t work_bytes;   /* activations and scratch */
     uint64_t block_bytes, n_blocks, n_host_blocks;
     uint64_t memory_total, memory_free; /* of the device before loading */
 };
@@ -75,8 +80,8 @@ enum err worker_create(const struct worker_config *config, struct worker **out);
 void worker_destroy(struct worker *w);
 void worker_info(const struct worker *w, struct worker_info *out);
 /* Begins an incarnation of the group: fewer blocks if the group holds fewer, all slots closed. */
-enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks, uint64_t n_host_blocks,
-                           const struct bootstrap *boot);
+enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
+                           uint64_t n_host_blocks, const struct bootstrap *boot);
 /* Makes a step that hangs in a collective fail; callable from another thread. */
 void worker_abort(struct worker *w);
 /* Runs one plan: bytes of a ToWorker with a StepPlan; appends the bytes of a FromWorker with the

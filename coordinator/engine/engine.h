@@ -85,6 +85,7 @@ struct engine_config {
     uint64_t hash_salt;            /* random at start, so that no client can make keys collide */
     uint32_t n_speculative_tokens; /* n-gram drafts, 0 = off */
     int64_t step_timeout_us;       /* --watchdog-timeout */
+    const char *record_path;       /* engine_loop writes every input there, for `heddle replay`; NULL = off */
 };
 
 struct engine_hooks { /* outputs; called on the engine's thread */

@@ -8,138 +8,149 @@
 
 #include <math.h>
 
-enum { N = PANEL_OUTPUTS };
+enum { N = PANEL_OUTPUTS, R = PANEL_ROWS_MAX };
 
-static void accumulators_begin(const struct panel_call *c, int r, float *sum)
+static void accumulators_begin(const struct panel_call *c, int rows, float sum[R][N])
 {
     if (c->first)
-        memset(sum, 0, N * sizeof *sum);
+        memset(sum, 0, (size_t)rows * sizeof *sum);
     else
-        memcpy(sum, (float *)c->scratch + r * N, N * sizeof *sum);
+        memcpy(sum, c->scratch, (size_t)rows * sizeof *sum);
 }
 
 /* out = sum * row_scale * column_scale + bias, in this order, where the format has them. */
-static void accumulators_end(const struct panel_call *c, int r, const float *sum)
+static void accumulators_end(const struct panel_call *c, int rows, float sum[R][N])
 {
     if (!c->last) {
-        memcpy((float *)c->scratch + r * N, sum, N * sizeof *sum);
+        memcpy(c->scratch, sum, (size_t)rows * sizeof *sum);
         return;
     }
-    for (int n = 0; n < N; n++) {
-        float v = sum[n];
-        if (c->row_scale) v *= c->row_scale[r];
-        if (c->column_scale) v *= c->column_scale[n];
-        if (c->bias) v += c->bias[n];
-        c->out[r * c->out_stride + n] = v;
-    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < N; n++) {
+            float v = sum[r][n];
+            if (c->row_scale) v *= c->row_scale[r];
+            if (c->column_scale) v *= c->column_scale[n];
+            if (c->bias) v += c->bias[n];
+            c->out[r * c->out_stride + n] = v;
+        }
+}
+
+static void row_add(float *restrict sum, float x, const float *restrict w)
+{
+    for (int n = 0; n < N; n++)
+        sum[n] += x * w[n];
 }
 
 static void panel_f32(const struct panel_call *c, int rows)
 {
-    for (int r = 0; r < rows; r++) {
-        float sum[N];
-        accumulators_begin(c, r, sum);
-        for (int64_t s = 0; s < c->n_steps; s++) {
-            float x = float_from_bits(c->words[s * rows + r]);
-            const float *w = (const float *)c->weights + s * N;
-            for (int n = 0; n < N; n++)
-                sum[n] += x * w[n];
-        }
-        accumulators_end(c, r, sum);
-    }
+    float sum[R][N];
+    accumulators_begin(c, rows, sum);
+    for (int64_t s = 0; s < c->n_steps; s++)
+        for (int r = 0; r < rows; r++)
+            row_add(sum[r], float_from_bits(c->words[s * rows + r]),
+                    (const float *)c->weights + s * N);
+    accumulators_end(c, rows, sum);
 }
 
 static void panel_f16(const struct panel_call *c, int rows)
 {
-    for (int r = 0; r < rows; r++) {
-        float sum[N];
-        accumulators_begin(c, r, sum);
-        for (int64_t s = 0; s < c->n_steps; s++) {
-            float x = float_from_bits(c->words[s * rows + r]);
-            const uint16_t *w = (const uint16_t *)c->weights + s * N;
-            for (int n = 0; n < N; n++)
-                sum[n] += x * f16_to_float(w[n]);
-        }
-        accumulators_end(c, r, sum);
+    float sum[R][N], w[N];
+    accumulators_begin(c, rows, sum);
+    for (int64_t s = 0; s < c->n_steps; s++) {
+        const uint16_t *halves = (const uint16_t *)c->weights + s * N;
+        for (int n = 0; n < N; n++)
+            w[n] = f16_to_float(halves[n]);
+        for (int r = 0; r < rows; r++)
+            row_add(sum[r], float_from_bits(c->words[s * rows + r]), w);
     }
+    accumulators_end(c, rows, sum);
 }
 
 static void panel_bf16(const struct panel_call *c, int rows)
 {
-    for (int r = 0; r < rows; r++) {
-        float sum[N];
-        accumulators_begin(c, r, sum);
-        for (int64_t s = 0; s < c->n_steps; s++) {
-            uint32_t word = c->words[s * rows + r];
-            float low = float_from_bits(word << 16), high = float_from_bits(word & 0xffff0000);
-            const uint32_t *w = (const uint32_t *)c->weights + s * N;
-            for (int n = 0; n < N; n++)
-                sum[n] +=
-                    low * float_from_bits(w[n] << 16) + high * float_from_bits(w[n] & 0xffff0000);
+    float sum[R][N], low[N], high[N];
+    accumulators_begin(c, rows, sum);
+    for (int64_t s = 0; s < c->n_steps; s++) {
+        const uint32_t *pairs = (const uint32_t *)c->weights + s * N;
+        for (int n = 0; n < N; n++) {
+            low[n] = float_from_bits(pairs[n] << 16);
+            high[n] = float_from_bits(pairs[n] & 0xffff0000);
         }
-        accumulators_end(c, r, sum);
+        for (int r = 0; r < rows; r++) {
+            uint32_t word = c->words[s * rows + r];
+            row_add(sum[r], float_from_bits(word << 16), low);
+            row_add(sum[r], float_from_bits(word & 0xffff0000), high);
+        }
     }
+    accumulators_end(c, rows, sum);
 }
 
-static void dot4(int32_t *sum, const uint8_t *weights, uint32_t word)
+/* One step of `rows` rows. The products of a step fit in 16 bits times 4: 32-bit sums are exact. */
+static void step_int8(int32_t sum[R][N], const uint8_t *weights, const uint32_t *words, int rows)
 {
-    for (int i = 0; i < 4; i++) {
-        int32_t x = (int8_t)(word >> 8 * i);
-        for (int n = 0; n < N; n++)
-            sum[n] += x * weights[n * 4 + i];
-    }
+    int16_t w[4][N];
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < 4; i++)
+            w[i][n] = weights[n * 4 + i];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4; i++) {
+            int16_t x = (int8_t)(words[r] >> 8 * i);
+            for (int n = 0; n < N; n++)
+                sum[r][n] += x * w[i][n];
+        }
 }
 
 static void panel_int8(const struct panel_call *c, int rows)
 {
-    for (int r = 0; r < rows; r++) {
-        int32_t sum[N], *saved = (int32_t *)c->scratch + r * N;
+    int32_t exact[R][N];
+    float sum[R][N];
+    for (int r = 0; r < rows; r++)
         for (int n = 0; n < N; n++)
-            sum[n] = c->first ? c->correction[r * c->correction_stride] : saved[n];
-        for (int64_t s = 0; s < c->n_steps; s++)
-            dot4(sum, c->weights + s * 128, c->words[s * rows + r]);
-        memcpy(saved, sum, sizeof sum);
-        if (!c->last) continue;
-        float sum_float[N];
+            exact[r][n] = c->first ? c->correction[r * c->correction_stride]
+                                   : ((int32_t *)c->scratch)[r * N + n];
+    for (int64_t s = 0; s < c->n_steps; s++)
+        step_int8(exact, c->weights + s * 128, c->words + s * rows, rows);
+    memcpy(c->scratch, exact, (size_t)rows * sizeof *exact);
+    if (!c->last) return;
+    for (int r = 0; r < rows; r++)
         for (int n = 0; n < N; n++)
-            sum_float[n] = (float)sum[n];
-        accumulators_end(c, r, sum_float);
-    }
+            sum[r][n] = (float)exact[r][n];
+    accumulators_end(c, rows, sum);
 }
 
 /* One group: 32 steps, then the group's scales. */
-static void group_int4(const uint8_t *group, const uint32_t *words, int rows, int32_t correction,
-                       float *sum)
+static void group_int4(const struct panel_call *c, int64_t g, int rows, float sum[R][N])
 {
-    int32_t exact[N];
+    const uint8_t *group = c->weights + g * (64 + GROUP_STEPS * 64);
+    const uint32_t *words = c->words + g * GROUP_STEPS * rows;
+    int32_t exact[R][N];
     uint8_t low[128], high[128];
-    for (int n = 0; n < N; n++)
-        exact[n] = correction;
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < N; n++)
+            exact[r][n] = c->correction[r * c->correction_stride + g];
     for (int s = 0; s < GROUP_STEPS; s += 2) {
         const uint8_t *pair = group + 64 + s / 2 * 128;
         for (int i = 0; i < 128; i++)
             low[i] = pair[i] & 15, high[i] = pair[i] >> 4;
-        dot4(exact, low, words[s * rows]);
-        dot4(exact, high, words[(s + 1) * rows]);
+        step_int8(exact, low, words + s * rows, rows);
+        step_int8(exact, high, words + (s + 1) * rows, rows);
     }
     for (int n = 0; n < N; n++) {
         uint16_t half;
         memcpy(&half, group + n * 2, 2);
-        sum[n] = fmaf((float)exact[n], f16_to_float(half), sum[n]);
+        float scale = f16_to_float(half);
+        for (int r = 0; r < rows; r++)
+            sum[r][n] = fmaf((float)exact[r][n], scale, sum[r][n]);
     }
 }
 
 static void panel_int4(const struct panel_call *c, int rows)
 {
-    for (int r = 0; r < rows; r++) {
-        float sum[N];
-        accumulators_begin(c, r, sum);
-        for (int64_t g = 0; g * GROUP_STEPS < c->n_steps; g++)
-            group_int4(c->weights + g * (64 + GROUP_STEPS * 64),
-                       c->words + g * GROUP_STEPS * rows + r, rows,
-                       c->correction[r * c->correction_stride + g], sum);
-        accumulators_end(c, r, sum);
-    }
+    float sum[R][N];
+    accumulators_begin(c, rows, sum);
+    for (int64_t g = 0; g * GROUP_STEPS < c->n_steps; g++)
+        group_int4(c, g, rows, sum);
+    accumulators_end(c, rows, sum);
 }
 
 const struct matmul_kernels matmul_reference = {

@@ -44,27 +44,36 @@ static double *weights_kept(struct backend *b, const struct weight *w, int64_t n
     return kept;
 }
 
-/* The activations as the format sees them. */
-static double activation_seen(enum weight_format format, const float *row, int64_t k, int64_t i)
+/* The activations as the format sees them: [ROWS][k]. */
+static double *activations_seen(enum weight_format format, const float *x, int64_t k)
 {
-    if (format == WEIGHT_F32 || format == WEIGHT_F16) return row[i];
-    if (format == WEIGHT_BF16) return bf16_round(row[i]);
-    float max = 0;
-    for (int64_t j = 0; j < k; j++)
-        max = fmaxf(max, fabsf(row[j]));
-    float scale = max / 127.0f;
-    return scale > 0 ? (double)scale * nearbyintf(row[i] * (1.0f / scale)) : 0;
+    double *seen;
+    CHECK(MEM_NEW_ARRAY(ROWS * k, &seen));
+    for (int r = 0; r < ROWS; r++) {
+        float max = 0;
+        for (int64_t i = 0; i < k; i++)
+            max = fmaxf(max, fabsf(x[r * k + i]));
+        float scale = max / 127.0f;
+        for (int64_t i = 0; i < k; i++) {
+            float v = x[r * k + i];
+            seen[r * k + i] = format == WEIGHT_F32 || format == WEIGHT_F16 ? v
+                              : format == WEIGHT_BF16
+                                  ? bf16_round(v)
+                                  : (double)scale * nearbyintf(v * (1.0f / scale));
+        }
+    }
+    return seen;
 }
 
 static void check_product(const char *isa, const struct format_case *f, struct shape s,
                           const float *weights, const double *kept, const float *x, const float *y)
 {
-    double error = 0, total = 0;
+    double error = 0, total = 0, *seen = activations_seen(f->format, x, s.k);
     for (int64_t r = 0; r < ROWS; r++)
         for (int64_t j = 0; j < s.n; j++) {
             double sum = 0, size = 0, exact = 0;
             for (int64_t i = 0; i < s.k; i++) {
-                double t = activation_seen(f->format, x + r * s.k, s.k, i) * kept[j * s.k + i];
+                double t = seen[r * s.k + i] * kept[j * s.k + i];
                 sum += t, size += fabs(t);
                 exact += (double)x[r * s.k + i] * weights[j * s.k + i];
             }
@@ -75,6 +84,7 @@ static void check_product(const char *isa, const struct format_case *f, struct s
                          sum);
             error += (y[r * s.n + j] - exact) * (y[r * s.n + j] - exact), total += exact * exact;
         }
+    mem_free(seen);
     if (!(sqrt(error / total) <= f->quantization))
         fail_msg("%s %s %lldx%lld: rms error of rounding %g", isa, f->name, (long long)s.n,
                  (long long)s.k, sqrt(error / total));

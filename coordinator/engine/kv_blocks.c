@@ -1,0 +1,312 @@
+/* KV blocks of one group: arrays by block id, an open-addressed index of keys, an intrusive list of
+ * cached blocks from the oldest to the newest. */
+#include "coordinator/engine/kv_blocks.h"
+#include "base/mem.h"
+
+#include <string.h>
+
+static enum err limbo_init(struct kv_limbo *l, uint32_t capacity)
+{
+    l->capacity = capacity;
+    TRY(MEM_NEW_ARRAY(capacity, &l->ids));
+    return MEM_NEW_ARRAY(capacity, &l->steps);
+}
+
+static void limbo_fini(struct kv_limbo *l)
+{
+    mem_free(l->ids);
+    mem_free(l->steps);
+}
+
+static void limbo_push(struct kv_limbo *l, uint32_t id, uint64_t step)
+{
+    ASSERT_CMP(l->n, <, l->capacity);
+    uint64_t at = (uint64_t)l->first + l->n++;
+    if (at >= l->capacity) at -= l->capacity;
+    l->ids[at] = id;
+    l->steps[at] = step;
+}
+
+static uint32_t limbo_pop(struct kv_limbo *l)
+{
+    uint32_t id = l->ids[l->first];
+    l->first = l->first + 1 == l->capacity ? 0 : l->first + 1;
+    l->n--;
+    return id;
+}
+
+static enum err init_arrays(struct kv_blocks *kv)
+{
+    uint64_t size = 16;
+    while (size < 2 * (uint64_t)kv->n_total)
+        size *= 2;
+    kv->index_mask = (uint32_t)(size - 1);
+    TRY(MEM_NEW_ARRAY(kv->n_total, &kv->blocks));
+    TRY(MEM_NEW_ARRAY(kv->n_total, &kv->free));
+    TRY(MEM_NEW_ARRAY(size, &kv->index));
+    TRY(limbo_init(&kv->limbo, kv->n_total));
+    TRY(MEM_NEW_ARRAY(kv->n_host_total, &kv->host_free));
+    return limbo_init(&kv->host_limbo, kv->n_host_total);
+}
+
+enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t n_host_blocks,
+                        uint32_t block_size)
+{
+    *kv = (struct kv_blocks){.n_total = n_blocks,
+                             .n_host_total = n_host_blocks,
+                             .block_size = block_size,
+                             .oldest = KV_NONE,
+                             .newest = KV_NONE};
+    if (n_blocks >= UINT32_MAX / 4) FAIL(ERR_UNSUPPORTED, "%u KV blocks in one group", n_blocks);
+    enum err e = init_arrays(kv);
+    if (e) {
+        kv_blocks_fini(kv);
+        return e;
+    }
+    for (uint32_t i = 0; i < n_blocks; i++)
+        kv->free[i] = n_blocks - 1 - i;
+    for (uint32_t i = 0; i < n_host_blocks; i++)
+        kv->host_free[i] = n_host_blocks - 1 - i;
+    kv->n_free = n_blocks;
+    kv->n_host_free = n_host_blocks;
+    return OK;
+}
+
+void kv_blocks_fini(struct kv_blocks *kv)
+{
+    mem_free(kv->blocks);
+    mem_free(kv->free);
+    mem_free(kv->index);
+    mem_free(kv->host_free);
+    limbo_fini(&kv->limbo);
+    limbo_fini(&kv->host_limbo);
+    *kv = (struct kv_blocks){0};
+}
+
+/* The list of cached blocks. */
+static void cached_append(struct kv_blocks *kv, uint32_t id)
+{
+    struct kv_block *b = &kv->blocks[id];
+    b->previous = kv->newest;
+    b->next = KV_NONE;
+    if (kv->newest == KV_NONE)
+        kv->oldest = id;
+    else
+        kv->blocks[kv->newest].next = id;
+    kv->newest = id;
+    b->cached = 1;
+    kv->n_cached++;
+}
+
+static void cached_remove(struct kv_blocks *kv, uint32_t id)
+{
+    struct kv_block *b = &kv->blocks[id];
+    if (b->previous == KV_NONE)
+        kv->oldest = b->next;
+    else
+        kv->blocks[b->previous].next = b->next;
+    if (b->next == KV_NONE)
+        kv->newest = b->previous;
+    else
+        kv->blocks[b->next].previous = b->previous;
+    b->cached = 0;
+    kv->n_cached--;
+}
+
+/* The index: linear probing; the tag gives the home, so a removal touches no block. */
+static uint32_t tag_of(struct hash128 key)
+{
+    return (uint32_t)(key.low ^ key.low >> 32);
+}
+
+uint32_t kv_blocks_find(const struct kv_blocks *kv, struct hash128 key)
+{
+    uint32_t tag = tag_of(key);
+    for (uint32_t i = tag & kv->index_mask; kv->index[i].block; i = (i + 1) & kv->index_mask)
+        if (kv->index[i].tag == tag && hash_equal(kv->blocks[kv->index[i].block - 1].key, key))
+            return kv->index[i].block - 1;
+    return KV_NONE;
+}
+
+void kv_blocks_prefetch(const struct kv_blocks *kv, struct hash128 key)
+{
+    __builtin_prefetch(&kv->index[tag_of(key) & kv->index_mask]);
+}
+
+static void index_insert(struct kv_blocks *kv, uint32_t block, struct hash128 key)
+{
+    uint32_t tag = tag_of(key), i = tag & kv->index_mask;
+    while (kv->index[i].block)
+        i = (i + 1) & kv->index_mask;
+    kv->index[i] = (struct kv_index_entry){block + 1, tag};
+    kv->n_registered++;
+}
+
+static void index_remove(struct kv_blocks *kv, uint32_t block)
+{
+    uint32_t mask = kv->index_mask, i = tag_of(kv->blocks[block].key) & mask;
+    while (kv->index[i].block != block + 1)
+        i = (i + 1) & mask;
+    for (uint32_t k = (i + 1) & mask; kv->index[k].block; k = (k + 1) & mask) {
+        uint32_t home = kv->index[k].tag & mask;
+        if (((k - home) & mask) < ((k - i) & mask)) continue; /* its home lies after the hole */
+        kv->index[i] = kv->index[k];
+        i = k;
+    }
+    kv->index[i] = (struct kv_index_entry){0};
+    kv->n_registered--;
+}
+
+static uint32_t evict_oldest(struct kv_blocks *kv)
+{
+    uint32_t id = kv->oldest;
+    if (id == KV_NONE) return KV_NONE;
+    index_remove(kv, id);
+    kv->blocks[id].registered = 0;
+    cached_remove(kv, id);
+    kv->n_evicted++;
+    return id;
+}
+
+uint32_t kv_blocks_take(struct kv_blocks *kv)
+{
+    uint32_t id;
+    if (kv->n_free)
+        id = kv->free[--kv->n_free];
+    else if ((id = evict_oldest(kv)) == KV_NONE)
+        return KV_NONE;
+    kv->blocks[id].n_refs = 1;
+    kv->n_held++;
+    return id;
+}
+
+void kv_blocks_ref(struct kv_blocks *kv, uint32_t block)
+{
+    struct kv_block *b = &kv->blocks[block];
+    if (b->cached) {
+        cached_remove(kv, block);
+        kv->n_held++;
+    } else
+        ASSERT(b->n_refs || b->in_limbo);
+    b->n_refs++;
+}
+
+/* Out of limbo, or never in it: free or cached from now on. */
+static void settle(struct kv_blocks *kv, uint32_t id)
+{
+    kv->n_held--;
+    if (kv->blocks[id].registered)
+        cached_append(kv, id);
+    else
+        kv->free[kv->n_free++] = id;
+}
+
+void kv_blocks_unref(struct kv_blocks *kv, uint32_t block, uint64_t step)
+{
+    struct kv_block *b = &kv->blocks[block];
+    ASSERT(b->n_refs);
+    if (--b->n_refs) return;
+    b->free_step = step;
+    if (b->in_limbo) return;
+    b->in_limbo = 1;
+    limbo_push(&kv->limbo, block, step);
+}
+
+void kv_blocks_acked(struct kv_blocks *kv, uint64_t step)
+{
+    struct kv_limbo *l = &kv->limbo;
+    while (l->n && l->steps[l->first] <= step) {
+        uint32_t id = limbo_pop(l);
+        struct kv_block *b = &kv->blocks[id];
+        b->in_limbo = 0;
+        if (b->n_refs) continue;   /* found again meanwhile */
+        if (b->free_step > step) { /* found and given back again */
+            b->in_limbo = 1;
+            limbo_push(l, id, b->free_step);
+        } else
+            settle(kv, id);
+    }
+    l = &kv->host_limbo;
+    while (l->n && l->steps[l->first] <= step)
+        kv->host_free[kv->n_host_free++] = limbo_pop(l);
+}
+
+enum { PREFETCH_AHEAD = 12 };
+
+uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys, uint32_t n,
+                         uint32_t *out_cached)
+{
+    uint32_t i, n_cached = 0;
+    for (i = 0; i < n && i < PREFETCH_AHEAD; i++)
+        kv_blocks_prefetch(kv, keys[i]);
+    for (i = 0; i < n; i++) {
+        if (i + PREFETCH_AHEAD < n) kv_blocks_prefetch(kv, keys[i + PREFETCH_AHEAD]);
+        if (i + PREFETCH_AHEAD / 2 < n) { /* its index line has come: ask for the block's */
+            uint32_t home = tag_of(keys[i + PREFETCH_AHEAD / 2]) & kv->index_mask;
+            uint32_t id = kv->index[home].block;
+            if (id) __builtin_prefetch(&kv->blocks[id - 1]);
+        }
+        uint32_t id = kv_blocks_find(kv, keys[i]);
+        if (id == KV_NONE) break;
+        n_cached += kv->blocks[id].cached;
+    }
+    *out_cached = n_cached;
+    return i;
+}
+
+void kv_blocks_hold(struct kv_blocks *kv, const struct hash128 *keys, uint32_t n, uint32_t *out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        out[i] = kv_blocks_find(kv, keys[i]);
+        ASSERT(out[i] != KV_NONE);
+        kv_blocks_ref(kv, out[i]);
+    }
+}
+
+void kv_blocks_register(struct kv_blocks *kv, uint32_t block, struct hash128 key)
+{
+    struct kv_block *b = &kv->blocks[block];
+    ASSERT(b->n_refs);
+    if (b->registered || kv_blocks_find(kv, key) != KV_NONE) return;
+    b->key = key;
+    b->registered = 1;
+    index_insert(kv, block, key);
+}
+
+uint32_t kv_blocks_take_host(struct kv_blocks *kv)
+{
+    return kv->n_host_free ? kv->host_free[--kv->n_host_free] : KV_NONE;
+}
+
+void kv_blocks_give_host(struct kv_blocks *kv, uint32_t host_block, uint64_t step)
+{
+    limbo_push(&kv->host_limbo, host_block, step);
+}
+
+void kv_blocks_check(const struct kv_blocks *kv)
+{
+    uint32_t n_held = 0, n_cached = 0, n_registered = 0;
+    for (uint32_t i = 0; i < kv->n_total; i++) {
+        const struct kv_block *b = &kv->blocks[i];
+        ASSERT(!b->cached || (!b->n_refs && !b->in_limbo && b->registered));
+        n_held += b->n_refs || b->in_limbo;
+        n_cached += b->cached;
+        n_registered += b->registered;
+        if (b->registered) ASSERT_CMP(kv_blocks_find(kv, b->key), ==, i);
+    }
+    ASSERT_CMP(n_held, ==, kv->n_held);
+    ASSERT_CMP(n_cached, ==, kv->n_cached);
+    ASSERT_CMP(n_registered, ==, kv->n_registered);
+    uint32_t n_listed = 0, before = KV_NONE;
+    for (uint32_t i = kv->oldest; i != KV_NONE; before = i, i = kv->blocks[i].next, n_listed++) {
+        ASSERT_CMP(n_listed, <, kv->n_total);
+        ASSERT_CMP(kv->blocks[i].previous, ==, before);
+    }
+    ASSERT_CMP(n_listed, ==, n_cached);
+    for (uint32_t i = 0; i < kv->n_free; i++) {
+        const struct kv_block *b = &kv->blocks[kv->free[i]];
+        ASSERT(!b->n_refs && !b->in_limbo && !b->registered && !b->cached);
+    }
+    ASSERT_CMP(kv->n_free + kv->n_cached + kv->n_held, ==, kv->n_total);
+    ASSERT_CMP(kv->n_host_free + kv->host_limbo.n, <=, kv->n_host_total);
+}

@@ -1,0 +1,246 @@
+/* Results: tokens to their sequences, news to whoever asked, blocks to whom they belong now.
+ *
+ * A result is checked whole before anything of it is believed. */
+#include "coordinator/engine/state.h"
+
+#include <string.h>
+
+/* The entries of one slot: scored ones first, then sampled ones. */
+struct slot_news {
+    const struct step_token *tokens;
+    uint32_t n, n_scored;
+};
+
+static struct slot_news news_at(const struct step_result *r, uint32_t first)
+{
+    struct slot_news news = {.tokens = r->tokens + first};
+    for (; first + news.n < r->n_tokens && r->tokens[first + news.n].slot == news.tokens->slot;
+         news.n++)
+        news.n_scored += r->tokens[first + news.n].flags & STEP_TOKEN_SCORED;
+    return news;
+}
+
+static enum err check_slot(struct group *g, const struct step_result *r,
+                           const struct slot_news *news)
+{
+    uint32_t slot = news->tokens->slot, n_sampled = news->n - news->n_scored;
+    if (slot >= g->n_slots)
+        FAIL(ERR_FORMAT, "group %u step %llu: slot %u of %u", g->index, (unsigned long long)r->step,
+             slot, g->n_slots);
+    if (g->seen_step[slot] == r->step)
+        FAIL(ERR_FORMAT, "group %u step %llu: slot %u comes twice", g->index,
+             (unsigned long long)r->step, slot);
+    g->seen_step[slot] = r->step;
+    for (uint32_t i = 0; i < news->n; i++) {
+        const struct step_token *t = &news->tokens[i];
+        if (t->token < 0 || (uint32_t)t->token >= g->info.vocab_size)
+            FAIL(ERR_FORMAT, "group %u: token %d of a vocabulary of %u", g->index, t->token,
+                 g->info.vocab_size);
+        if ((i < news->n_scored) != (t->flags == STEP_TOKEN_SCORED))
+            FAIL(ERR_FORMAT, "group %u: slot %u scores a token after a sample", g->index, slot);
+    }
+    const struct sequence *s = g->slots[slot];
+    if (!s) return OK; /* closed meanwhile */
+    if (n_sampled > 1 + s->n_drafting ||
+        (n_sampled && s->tokens.n > sequence_planned(s, g->next_step)))
+        FAIL(ERR_FORMAT, "group %u: slot %u gives tokens that no plan asked for", g->index, slot);
+    if (news->n_scored && s->n_score_next + news->n_scored > s->n_prompt)
+        FAIL(ERR_FORMAT, "group %u: slot %u scores more than its prompt", g->index, slot);
+    return OK;
+}
+
+static enum err check_result(struct group *g, const struct step_result *r)
+{
+    uint32_t n_samples = 0;
+    struct slot_news news;
+    for (uint32_t i = 0; i < r->n_tokens; i += news.n) {
+        news = news_at(r, i);
+        TRY(check_slot(g, r, &news));
+        n_samples += news.n > news.n_scored;
+    }
+    const struct flight *f = &g->flights[r->step % FLIGHTS_MAX];
+    if (n_samples != f->n_samples)
+        FAIL(ERR_FORMAT, "group %u step %llu: %u slots sampled, the plan asked %u", g->index,
+             (unsigned long long)r->step, n_samples, f->n_samples);
+    return OK;
+}
+
+static enum err keep_score(struct engine *e, struct sequence *s, const struct step_token *t)
+{
+    if (!s->job->buffered) return OK;
+    TRY(strip_reserve(&e->pool, &s->scores, s->scores.n + 1, sizeof(float)));
+    ((float *)s->scores.items)[s->scores.n++] = t->logprob;
+    s->score_sum += t->logprob;
+    if (s->job->request->sampling.n_logprobs <= 0) return OK;
+    TRY(strip_reserve(&e->pool, &s->top_counts, s->top_counts.n + 1, sizeof(uint32_t)));
+    TRY(strip_reserve(&e->pool, &s->top_tokens, s->top_tokens.n + t->n_top, sizeof(int32_t)));
+    TRY(strip_reserve(&e->pool, &s->top_scores, s->top_scores.n + t->n_top, sizeof(float)));
+    ((uint32_t *)s->top_counts.items)[s->top_counts.n++] = t->n_top;
+    if (!t->n_top) return OK;
+    memcpy((int32_t *)s->top_tokens.items + s->top_tokens.n, t->top_tokens,
+           t->n_top * sizeof(int32_t));
+    memcpy((float *)s->top_scores.items + s->top_scores.n, t->top_logprobs,
+           t->n_top * sizeof(float));
+    s->top_tokens.n += t->n_top, s->top_scores.n += t->n_top;
+    return OK;
+}
+
+/* Appends one token; says in out_end whether the choice ends with it. */
+static bool take_token(struct engine *e, struct sequence *s, const struct step_token *t,
+                       struct ending *out_end)
+{
+    if (sequence_append(&e->pool, s, t->token) || keep_score(e, s, t)) {
+        *out_end = (struct ending){FINISH_ERROR, -1, ERR_NO_MEMORY, "no memory for the next token"};
+        return true;
+    }
+    e->stats.n_generated_tokens++;
+    if (sequence_stops_at(s, t->token)) {
+        *out_end = (struct ending){FINISH_STOP, t->token, OK, NULL};
+        return true;
+    }
+    if (s->tokens.n < s->n_end) return false;
+    *out_end = (struct ending){FINISH_LENGTH, -1, OK, NULL};
+    return true;
+}
+
+static void end_with(struct engine *e, struct group *g, struct sequence *s,
+                     const struct slot_news *news, const struct ending *end)
+{
+    uint32_t n_computed = s->tokens.n - 1;
+    if (s->state == SEQUENCE_RUNNING) {
+        admission_register(e, g, s, n_computed < s->n_end ? n_computed : s->n_end);
+        admission_unseat(e, g, s);
+        group_forget(g, s);
+    } else
+        sequence_withdraw(e, s);
+    job_end(e, s, news->tokens, news->n, end);
+}
+
+/* Where a sequence goes whose tokens came: on decoding, to its drafts, or nowhere yet. */
+static void carry_on(struct engine *e, struct group *g, struct sequence *s)
+{
+    if (s->state != SEQUENCE_RUNNING) return;
+    uint32_t n_computed = s->tokens.n - 1;
+    if (n_computed >= (s->n_registered + 1) * g->info.block_size) {
+        admission_register(e, g, s, n_computed);
+        admission_slide(g, s, n_computed);
+    }
+    if (s->decoding) {
+        if (draft_wanted(e, g, s) && !s->lists[LINK_WORK]) {
+            s->synced = true;
+            sequence_list_append(&g->leaving, LINK_WORK, s);
+        }
+    } else if (s->lists[LINK_WORK] == &g->waiting_result && s->tokens.n == s->n_planned + 1) {
+        sequence_unlink(s, LINK_WORK);
+        sequence_list_append(&g->ready, LINK_WORK, s);
+    }
+}
+
+static void learn_samples(struct engine *e, struct group *g, struct sequence *s,
+                          struct slot_news *news)
+{
+    struct ending end;
+    bool ended = false;
+    uint32_t i = news->n_scored, n_drafted = s->n_drafting;
+    job_first_token(e, s->job);
+    s->may_preempt = true;
+    while (i < news->n && !ended)
+        ended = take_token(e, s, &news->tokens[i++], &end);
+    fair_charge(s->lane, (uint64_t)FAIR_OUTPUT_COST * (i - news->n_scored));
+    if (n_drafted) {
+        uint32_t n_kept = news->n - news->n_scored - 1;
+        e->stats.drafts_accepted += n_kept;
+        draft_learn(s, n_drafted, n_kept);
+        s->n_drafting = 0;
+        s->n_planned = s->tokens.n - 1;
+    }
+    news->n = i; /* what came after a stop is not for the client */
+    if (ended) {
+        end_with(e, g, s, news, &end);
+        return;
+    }
+    job_emit(e, s, news->tokens, news->n);
+    carry_on(e, g, s);
+}
+
+static void learn_slot(struct engine *e, struct group *g, struct slot_news *news)
+{
+    struct sequence *s = g->slots[news->tokens->slot];
+    if (!s) return;
+    /* Scores that were given before the prompt had to be computed again are not given twice. */
+    uint32_t n_old = 0;
+    for (uint32_t i = 0; i < news->n_scored; i++)
+        n_old += s->n_score_next + i < s->n_scored;
+    s->n_score_next += news->n_scored;
+    if (s->n_score_next > s->n_scored) s->n_scored = s->n_score_next;
+    news->tokens += n_old;
+    news->n -= n_old;
+    news->n_scored -= n_old;
+    if (s->job->beam)
+        beam_learn(e, g, s, &news->tokens[news->n_scored], news->n - news->n_scored);
+    else if (news->n > news->n_scored)
+        learn_samples(e, g, s, news);
+    else
+        job_emit(e, s, news->tokens, news->n);
+}
+
+/* Those whose last step was answered: prompts that were only scored, and those preempted. */
+static void settle(struct engine *e, struct group *g)
+{
+    for (struct sequence *s = g->waiting_result.first, *next; s; s = next) {
+        next = s->links[LINK_WORK].next;
+        if (s->job->request->max_tokens || s->last_step > g->acked_step) continue;
+        sequence_withdraw(e, s);
+        job_end(e, s, NULL, 0, &(struct ending){FINISH_LENGTH, -1, OK, NULL});
+    }
+    for (struct sequence *s = g->draining.first, *next; s; s = next) {
+        next = s->links[LINK_WORK].next;
+        if (s->last_step <= g->acked_step) admission_requeue(e, g, s);
+    }
+}
+
+enum { COST_TOKENS_MIN = 32 };
+
+static void learn_cost(struct engine *e, struct group *g, const struct step_result *r)
+{
+    const struct flight *f = &g->flights[r->step % FLIGHTS_MAX];
+    if (f->n_prompt_tokens < COST_TOKENS_MIN || !r->compute_us) return;
+    uint64_t ns = (uint64_t)r->compute_us * 1000 / f->n_tokens;
+    if (ns > UINT32_MAX / 8) ns = UINT32_MAX / 8;
+    g->token_ns = g->token_ns ? (uint32_t)((7 * (uint64_t)g->token_ns + ns) / 8) : (uint32_t)ns;
+    e->limits.token_ns = g->token_ns / (e->n_up ? e->n_up : 1);
+}
+
+static enum err check_turn(struct group *g, const struct step_result *r)
+{
+    if (r->step != g->acked_step + 1 || r->step >= g->next_step)
+        FAIL(ERR_FORMAT, "group %u: result of step %llu where %llu of %llu was due", g->index,
+             (unsigned long long)r->step, (unsigned long long)g->acked_step + 1,
+             (unsigned long long)g->next_step - 1);
+    return check_result(g, r);
+}
+
+enum err engine_result(struct engine *e, uint32_t group, const struct step_result *r,
+                       int64_t now_us)
+{
+    struct group *g = group < e->n_groups ? e->groups[group] : NULL;
+    struct slot_news news;
+    e->now_us = now_us;
+    if (!g || !g->up || g->broken || r->epoch != g->info.epoch || r->step <= g->acked_step)
+        return OK; /* late */
+    enum err err = check_turn(g, r);
+    if (err) {
+        g->broken = true; /* it gets no plan any more; the caller drops it */
+        return err;
+    }
+    learn_cost(e, g, r);
+    for (uint32_t i = 0, n; i < r->n_tokens; i += n) {
+        news = news_at(r, i);
+        n = news.n;
+        learn_slot(e, g, &news);
+    }
+    group_acked(g, r->step);
+    settle(e, g);
+    job_flush(e);
+    return OK;
+}

@@ -1,0 +1,20 @@
+/* What a request is checked against before it is accepted, as a value that can be copied: the
+ * engine's thread owns it, the inbox keeps a snapshot so that a front thread gets its answer at
+ * once.
+ *
+ * Never knows a group or a sequence. */
+#pragma once
+#include "coordinator/engine/engine.h"
+
+struct engine_limits {
+    uint32_t tokens_capacity; /* most tokens of one sequence; 0 = no group came up yet */
+    uint32_t context_max, n_blocks_max, block_size, n_slots_max, vocab_size;
+    uint32_t n_queued, n_queued_limit; /* sequences accepted and not yet running */
+    uint64_t n_queued_tokens, n_queued_tokens_limit;
+    uint64_t token_ns; /* a queued token's cost over all groups, 0 = unknown */
+};
+
+/* Sequences that the request runs: n, best_of or beams. */
+uint32_t request_sequences(const struct request *r);
+/* ERR_INVALID, ERR_NOT_READY, ERR_TOO_LONG, ERR_FULL, ERR_DEADLINE. */
+enum err limits_check(const struct engine_limits *l, const struct request *r, int64_t now_us);

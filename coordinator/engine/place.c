@@ -1,0 +1,51 @@
+/* Which group takes a sequence: the one for which it costs least, in tokens.
+ *
+ * A group asks for work when it has room; it leaves a sequence to another group that holds more of
+ * its prefix, unless the load there outweighs that. What each group holds is known exactly, since
+ * one engine owns all block managers. */
+#include "coordinator/engine/state.h"
+
+enum {
+    RUNNING_COST = 16,  /* a running sequence slows a prompt down like so many tokens */
+    BUSY_STEPS = 4,     /* a group that cannot admit now is so many steps away */
+    MARGIN_TOKENS = 64, /* less is not worth waiting for */
+    SKIPS_MAX = 64      /* nobody is left to others forever */
+};
+
+static uint64_t cost(struct engine *e, struct group *g, struct sequence *s)
+{
+    uint32_t block_size = g->info.block_size, n_cached, n_found = 0;
+    uint32_t n_keys = (s->tokens.n - 1) / block_size;
+    if (s->has_host && s->group == g->index)
+        n_found = s->n_host_computed;
+    else if (!s->job->no_match &&
+             !sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys))
+        n_found = block_size * kv_blocks_match(&g->kv, s->keys.items, n_keys, &n_cached);
+    uint64_t cost =
+        s->tokens.n - n_found + g->n_pending_tokens + (uint64_t)RUNNING_COST * g->running.n;
+    bool busy = !g->n_free_slots ||
+                (uint64_t)kv_blocks_available(&g->kv) * block_size < s->tokens.n - n_found;
+    return busy ? cost + (uint64_t)BUSY_STEPS * g->n_budget : cost;
+}
+
+static bool fits(const struct engine *e, const struct group *g, const struct sequence *s)
+{
+    uint32_t capacity = group_tokens_capacity(g, e->config.context_max);
+    if (s->job->beam && 2 * s->job->n_sequences > g->n_slots) return false;
+    return s->job->request->max_tokens ? s->tokens.n < capacity : s->tokens.n <= capacity;
+}
+
+bool place_accepts(struct engine *e, struct group *g, struct sequence *s)
+{
+    if (!fits(e, g, s)) return false;
+    if (e->n_up == 1 || s->n_skips >= SKIPS_MAX) return true;
+    uint64_t here = cost(e, g, s);
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        struct group *other = e->groups[i];
+        if (!other || other == g || !other->up || other->broken || !fits(e, other, s)) continue;
+        if (cost(e, other, s) + MARGIN_TOKENS >= here) continue;
+        s->n_skips++;
+        return false;
+    }
+    return true;
+}

@@ -1,0 +1,305 @@
+/* One plan: who runs how many tokens in the next step of a group.
+ *
+ * Under a budget of tokens, those who decode come first and cost nothing to plan; then those who
+ * rested, then drafts and beams whose results are in, then prompts in chunks, then whoever's turn
+ * it is. While others wait, one prompt takes at most half of what is left, so a long one does not
+ * hold up the short ones behind it. */
+#include "coordinator/engine/state.h"
+
+enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 32 };
+
+/* Those whose last token the plans in flight sample: they rest until it comes. */
+static void stop_ended(struct group *g)
+{
+    uint32_t next, b = (uint32_t)(g->next_step % g->end.n_buckets);
+    for (uint32_t slot = g->end.heads[b]; slot != KV_NONE; slot = next) {
+        struct sequence *s = g->slots[slot];
+        next = g->end.next[slot];
+        sequence_unlink(s, LINK_WORK); /* it may have been about to leave for drafts */
+        group_part(g, s);
+        ASSERT_CMP(s->n_planned + 1, ==, s->n_end);
+        plan_add_pause(g, slot);
+        sequence_list_append(&g->waiting_result, LINK_WORK, s);
+    }
+}
+
+static void stop_leaving(struct group *g)
+{
+    for (struct sequence *s; (s = g->leaving.first);) {
+        sequence_unlink(s, LINK_WORK);
+        if (!s->decoding) continue;
+        group_part(g, s);
+        plan_add_pause(g, s->slot);
+        sequence_list_append(s->tokens.n == s->n_planned + 1 ? &g->ready : &g->waiting_result,
+                             LINK_WORK, s);
+    }
+}
+
+/* Those who decode and reach the end of their last block. */
+static void extend_decoding(struct group *g)
+{
+    uint64_t step = g->next_step;
+    uint32_t next, b = (uint32_t)(step % g->extend.n_buckets);
+    for (uint32_t slot = g->extend.heads[b]; slot != KV_NONE; slot = next) {
+        struct sequence *s = g->slots[slot];
+        uint32_t position = sequence_planned(s, step);
+        next = g->extend.next[slot];
+        if (next != KV_NONE) __builtin_prefetch(g->slots[next]);
+        if (position == s->blocks.n * g->info.block_size && !admission_extend(g, s, position + 1)) {
+            group_part(g, s);
+            plan_add_pause(g, slot);
+            sequence_list_append(&g->stalled, LINK_WORK, s);
+            continue;
+        }
+        group_watch_end(g, s, step, s->n_end - 1 - position);
+    }
+}
+
+/* A run that ends with a sample; afterwards it decodes by itself, or waits for its result. */
+static void run_sampling(struct group *g, struct sequence *s, struct plan_run *run)
+{
+    bool stay = !s->synced && !run->n_drafts && s->n_end > s->n_planned + 1;
+    run->flags = PLAN_RUN_SAMPLE | (stay ? PLAN_RUN_STAY : 0);
+    if (s->first_step == UINT64_MAX) s->first_step = g->next_step;
+    s->last_step = g->next_step;
+    g->n_step_samples++;
+    sequence_unlink(s, LINK_WORK);
+    if (stay)
+        group_join(g, s);
+    else
+        sequence_list_append(&g->waiting_result, LINK_WORK, s);
+}
+
+/* One token more, and d drafts after it; false when blocks or rows are missing. */
+static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, const int32_t *drafts)
+{
+    if (!g->n_tokens_left || !g->n_rows_left ||
+        !admission_extend(g, s, s->n_planned + 1 + n_drafts))
+        return false;
+    struct plan_run *run = plan_add_run(g, s->slot, 1 + n_drafts, 0);
+    run->n_drafts = s->n_drafting = n_drafts;
+    run->drafts = drafts;
+    s->n_planned++;
+    g->n_tokens_left -= 1 + n_drafts;
+    g->n_rows_left -= 1 + n_drafts;
+    g->n_step_tokens += 1 + n_drafts;
+    run_sampling(g, s, run);
+    return true;
+}
+
+static void resume_stalled(struct group *g)
+{
+    for (struct sequence *s = g->stalled.first, *next; s; s = next) {
+        next = s->links[LINK_WORK].next;
+        if (!run_next(g, s, 0, NULL)) return;
+    }
+}
+
+/* How many drafts fit: the budget, the sequence's end, the group's limit. */
+static uint32_t drafts_allowed(const struct engine *e, const struct group *g,
+                               const struct sequence *s)
+{
+    uint32_t n = s->n_draft;
+    uint32_t limits[] = {e->config.n_speculative_tokens,
+                         g->info.draft_tokens_max,
+                         g->n_tokens_left ? g->n_tokens_left - 1 : 0,
+                         g->n_rows_left ? g->n_rows_left - 1 : 0,
+                         s->n_end - s->tokens.n - 1,
+                         g->n_drafts_max - g->n_drafts};
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (n > limits[i]) n = limits[i];
+    return n;
+}
+
+static void run_ready(struct engine *e, struct group *g)
+{
+    for (struct sequence *s = g->ready.first, *next; s; s = next) {
+        int32_t *drafts = g->drafts + g->n_drafts;
+        next = s->links[LINK_WORK].next;
+        if (s->job->beam) {
+            run_next(g, s, 0, NULL);
+            continue;
+        }
+        uint32_t n = draft_find(s, drafts_allowed(e, g, s), drafts);
+        if (n && run_next(g, s, n, drafts)) {
+            g->n_drafts += n;
+            e->stats.drafts_proposed += n;
+            continue;
+        }
+        s->synced = false; /* nothing to guess: it decodes on */
+        draft_learn(s, 0, 0);
+        if (run_next(g, s, 0, NULL)) continue;
+        sequence_unlink(s, LINK_WORK);
+        sequence_list_append(&g->stalled, LINK_WORK, s);
+    }
+}
+
+static bool scores_prompt(const struct group *g, const struct sequence *s)
+{
+    if (s->run_step == g->next_step && s->run_scores) return true; /* the run began in the prompt */
+    return s->job->request->sampling.n_prompt_logprobs >= 0 && !s->choice &&
+           s->n_planned < s->n_prompt;
+}
+
+static struct plan_run *run_of(struct group *g, struct sequence *s)
+{
+    if (s->run_step == g->next_step) return &g->plan.runs[s->run_index];
+    s->run_step = g->next_step;
+    s->run_index = g->plan.n_runs;
+    return plan_add_run(g, s->slot, 0, 0);
+}
+
+/* Up to n_most known tokens more. */
+static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
+{
+    uint32_t n_rest = s->tokens.n - s->n_planned, n = n_rest;
+    bool scores = scores_prompt(g, s);
+    if (n > n_most) n = n_most;
+    if (n > g->n_tokens_left) n = g->n_tokens_left;
+    if (scores && n > g->n_rows_left) n = g->n_rows_left;
+    if (n == n_rest && !g->n_rows_left) n--;
+    if (!n) return;
+    struct plan_run *run = run_of(g, s);
+    s->run_scores = scores;
+    run->n_tokens += n;
+    s->n_planned += n;
+    g->n_tokens_left -= n;
+    g->n_step_tokens += n;
+    g->n_step_prompt += n;
+    g->n_pending_tokens -= n;
+    g->n_rows_left -= scores ? n : n == n_rest;
+    if (n < n_rest) return;
+    if (s->job->request->max_tokens) {
+        run_sampling(g, s, run);
+        return;
+    }
+    s->last_step = g->next_step; /* only its prompt is scored: no sample */
+    sequence_unlink(s, LINK_WORK);
+    sequence_list_append(&g->waiting_result, LINK_WORK, s);
+}
+
+static void run_prefills(struct engine *e, struct group *g, bool share)
+{
+    for (struct sequence *s = g->prefilling.first, *next; s && g->n_tokens_left; s = next) {
+        uint32_t half = (g->n_tokens_left + 1) / 2;
+        next = s->links[LINK_WORK].next;
+        if (s->run_step != g->next_step) admission_slide(g, s, s->n_planned);
+        run_chunk(g, s, share && (next || e->fair.n_heap) ? half : g->n_tokens_left);
+    }
+}
+
+/* Ends a sequence that no group can hold any more. Returns true when it did. */
+static bool refuse_hopeless(struct engine *e, struct sequence *s)
+{
+    uint32_t most = 0;
+    bool all_known = e->n_up >= e->config.n_groups;
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        uint32_t n = e->groups[i] && e->groups[i]->up
+                         ? group_tokens_capacity(e->groups[i], e->config.context_max)
+                         : 0;
+        if (n > most) most = n;
+    }
+    if (!all_known || s->tokens.n < most || (!s->job->request->max_tokens && s->tokens.n <= most))
+        return false;
+    sequence_withdraw(e, s);
+    if (sequence_generated(s))
+        job_end(e, s, NULL, 0, &(struct ending){FINISH_LENGTH, -1, OK, NULL});
+    else
+        job_end(e, s, NULL, 0,
+                &(struct ending){FINISH_ERROR, -1, ERR_TOO_LONG,
+                                 "the prompt is longer than any group can hold"});
+    return true;
+}
+
+static void admit_waiting(struct engine *e, struct group *g)
+{
+    struct sequence *s;
+    uint32_t n_looked_at = 0;
+    while (g->n_tokens_left && g->n_rows_left && g->prefilling.n < PREFILLS_MAX && !g->stalled.n &&
+           n_looked_at++ < CANDIDATES_MAX && (s = fair_next(&e->fair, e->now_us))) {
+        if (!place_accepts(e, g, s)) {
+            if (!refuse_hopeless(e, s)) fair_skip(&e->fair, s);
+            continue;
+        }
+        if (!admission_try(e, g, s)) break;
+        run_chunk(g, s, e->fair.n_heap ? (g->n_tokens_left + 1) / 2 : g->n_tokens_left);
+    }
+    fair_restore(&e->fair);
+}
+
+static bool is_empty(const struct step_plan *p, uint32_t n_members)
+{
+    return !n_members && !p->n_closes && !p->n_saves && !p->n_loads && !p->n_copies &&
+           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs;
+}
+
+static void send(struct engine *e, struct group *g, uint32_t n_members)
+{
+    g->plan.epoch = g->info.epoch;
+    g->plan.step = g->next_step;
+    buf_clear(&e->bytes);
+    enum err err = plan_encode(&g->plan, &e->bytes);
+    if (!err) err = e->hooks.send_plan(e->hooks.ctx, g->index, e->bytes.data, e->bytes.n);
+    g->flights[g->next_step % FLIGHTS_MAX] =
+        (struct flight){.step = g->next_step,
+                        .n_samples = g->n_step_samples,
+                        .n_tokens = g->n_step_tokens + n_members,
+                        .n_prompt_tokens = g->n_step_prompt,
+                        .sent_us = e->now_us};
+    g->next_step++;
+    e->stats.n_steps++;
+    if (!err) return;
+    g->broken = true;
+    if (e->hooks.group_failed)
+        e->hooks.group_failed(e->hooks.ctx, g->index, g->info.epoch, err_detail());
+}
+
+/* What the plan computes can be found and shared from the next plan on. */
+static void publish(struct engine *e, struct group *g)
+{
+    for (uint32_t i = 0; i < g->plan.n_runs; i++) {
+        struct sequence *s = g->slots[g->plan.runs[i].slot];
+        if (!s || s->run_step != g->plan.step) continue;
+        admission_register(e, g, s, s->n_planned);
+        if (s->n_planned >= s->n_prompt) job_unpark(e, s->job);
+    }
+}
+
+static void fill(struct engine *e, struct group *g)
+{
+    g->n_step_samples = g->n_decoding;
+    g->n_tokens_left = g->n_budget - g->n_decoding;
+    g->n_rows_left = g->n_rows_max - g->n_decoding;
+    g->n_step_tokens = g->n_step_prompt = 0;
+    resume_stalled(g);
+    beam_fork(e, g);
+    run_ready(e, g);
+    run_prefills(e, g, true);
+    admit_waiting(e, g);
+    run_prefills(e, g, false);
+    if (!e->fair.n_heap) return;
+    e->stats.step_tokens += g->n_budget - g->n_tokens_left;
+    e->stats.step_budget += g->n_budget;
+}
+
+bool scheduler_plan(struct engine *e, struct group *g)
+{
+    if (!g->up || g->broken || group_in_flight(g) >= g->n_depth) return false;
+    g->building = true;
+    kv_blocks_acked(&g->kv, g->acked_step);
+    group_close_late(g);
+    admission_make_room(e, g); /* first: who is closed must not be named afterwards */
+    stop_ended(g);
+    stop_leaving(g);
+    extend_decoding(g);
+    uint32_t n_members = g->n_decoding;
+    fill(e, g);
+    bool empty = is_empty(&g->plan, n_members);
+    if (!empty) {
+        send(e, g, n_members);
+        publish(e, g);
+    }
+    plan_clear(g);
+    g->building = false;
+    return empty && g->n_late_slots ? scheduler_plan(e, g) : !empty; /* the closes make the next one */
+}

@@ -1,0 +1,127 @@
+/* A sequence: one choice's tokens, what of them is computed, and where it lives; and the job that
+ * the choices of one request share.
+ *
+ * There are no phases: a sequence has known tokens and planned ones (those whose KV the plans sent
+ * so far compute). Whoever has fewer planned than known gets some more in a step.
+ *
+ * Never knows a clock, a wire or a plan's bytes. */
+#pragma once
+#include "coordinator/engine/engine.h"
+#include "coordinator/engine/kv_blocks.h"
+#include "coordinator/engine/pool.h"
+
+enum sequence_state {
+    SEQUENCE_PARKED,   /* waits for its sibling's prompt */
+    SEQUENCE_WAITING,  /* stands in a lane */
+    SEQUENCE_RUNNING,  /* has a slot */
+    SEQUENCE_DRAINING, /* its slot is closed, tokens of plans in flight may still come */
+    SEQUENCE_DONE
+};
+
+enum sequence_link { LINK_PLACE, LINK_WORK, LINK_AGE, LINK_COUNT };
+struct sequence;
+struct sequence_list {
+    struct sequence *first, *last;
+    uint32_t n;
+};
+
+struct lane;
+struct beam;
+struct draft;
+struct job {
+    struct request *request;
+    struct sequence **sequences;  /* [n_sequences] NULL once forgotten */
+    struct job *next_done;        /* of those to destroy after the flush */
+    struct beam *beam;            /* beam search, or NULL */
+    uint32_t n_sequences, n_left; /* n_left: not finished yet */
+    uint32_t n_to_emit;           /* best_of and beams: choices to give at the end */
+    uint32_t n_queued;            /* its sequences that count as queued */
+    int64_t queued_us, prefill_us;
+    bool admitted, started, buffered, done, no_match;
+    uint32_t deadline_index; /* position + 1 in the engine's list of deadlines */
+};
+
+struct sequence {
+    struct job *job;
+    struct {
+        struct sequence *previous, *next;
+    } links[LINK_COUNT];
+    struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
+    struct lane *lane;
+    struct sequence *parent; /* of a beam that waits for its fork */
+    uint64_t order;          /* of arrival; older ones are smaller */
+    int64_t waiting_since_us;
+    uint8_t state;
+    bool decoding;    /* in the decode set: planned grows by one a step from join_step on */
+    bool may_preempt; /* it got a token since it last got its slot */
+    bool resumed;     /* its tokens were lost with a group or a preemption */
+    bool synced;      /* runs only when all its results are in: drafts, beams */
+    bool has_host;    /* its KV lies in host blocks of `group` */
+    bool counted;     /* in the queue's counts */
+    int32_t choice;
+    uint32_t n_prompt, n_end; /* n_end: it never knows more tokens than that */
+    struct strip tokens;      /* int32_t, known */
+    struct strip keys;        /* struct hash128 of full blocks */
+    uint32_t key_block_size;
+    uint32_t group, slot;
+    struct strip blocks; /* uint32_t, the table */
+    struct strip host;   /* uint32_t */
+    uint32_t n_registered, n_window_freed;
+    uint32_t n_planned; /* tokens whose KV is computed by plans up to the last (see decoding) */
+    uint64_t join_step; /* first step as a member of the decode set */
+    uint64_t first_step, last_step; /* first and last that it samples in, in this slot */
+    uint32_t n_score_next,
+        n_scored; /* prompt logprobs: next to come from the slot; given to the client */
+    uint32_t n_cached;
+    uint32_t n_skips;         /* times a group left it to another that holds its prefix */
+    uint32_t n_host_computed; /* tokens whose KV lies in host blocks */
+    double score_sum;         /* cumulative logprob */
+    struct strip scores;      /* float, of buffered choices */
+    struct strip top_tokens, top_scores, top_counts;
+    enum finish finish;
+    int32_t stop_token;
+    enum err error;
+    const char *error_text; /* static */
+    bool given;             /* among the choices emitted at the end */
+    uint64_t run_step;      /* the plan whose run run_index is its own */
+    uint32_t run_index;
+    bool run_scores; /* each of its tokens needs a row of logits */
+    /* drafts */
+    uint32_t n_drafting; /* sent and not answered */
+    uint8_t n_draft;     /* length to try next */
+    uint16_t draft_backoff;
+    uint16_t draft_rest; /* tokens to decode before trying again */
+    uint32_t draft_gain; /* accepted per try, 8.8 fixed point, moving average */
+};
+
+static inline int32_t *sequence_tokens(const struct sequence *s)
+{
+    return s->tokens.items;
+}
+static inline uint32_t *sequence_blocks(const struct sequence *s)
+{
+    return s->blocks.items;
+}
+static inline uint32_t sequence_generated(const struct sequence *s)
+{
+    return s->tokens.n - s->n_prompt;
+}
+/* Tokens whose KV plans before `step` compute. */
+static inline uint32_t sequence_planned(const struct sequence *s, uint64_t step)
+{
+    return s->decoding && step > s->join_step ? s->n_planned + (uint32_t)(step - s->join_step)
+                                              : s->n_planned;
+}
+
+void sequence_list_append(struct sequence_list *l, enum sequence_link k, struct sequence *s);
+void sequence_list_prepend(struct sequence_list *l, enum sequence_link k, struct sequence *s);
+void sequence_list_before(struct sequence_list *l, enum sequence_link k, struct sequence *at,
+                          struct sequence *s);
+void sequence_unlink(struct sequence *s, enum sequence_link k); /* none is fine */
+
+enum err sequence_append(struct pool *p, struct sequence *s, int32_t token);
+/* Keys of its first n full blocks, all tokens known. */
+enum err sequence_hash(struct pool *p, struct sequence *s, uint32_t block_size, uint64_t salt,
+                       uint32_t n);
+bool sequence_stops_at(const struct sequence *s, int32_t token);
+void sequence_fini(struct pool *p, struct sequence *s);

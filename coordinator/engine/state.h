@@ -1,0 +1,115 @@
+/* What the files of the engine share: the engine itself and the verbs between its parts.
+ *
+ *   engine.c    inputs: submit, cancel, groups, time     job.c        requests, choices, emissions
+ *   scheduler.c who runs in the next plan                admission.c  slots, blocks, prefixes,
+ * victims learn.c     results                                  draft.c      n-gram drafts beam.c
+ * beam search                              place.c      which group
+ *
+ * Never included outside coordinator/engine. */
+#pragma once
+#include "base/buf.h"
+#include "coordinator/engine/engine.h"
+#include "coordinator/engine/fair.h"
+#include "coordinator/engine/group.h"
+#include "coordinator/engine/limits.h"
+
+struct job_map { /* by request id, open addressing */
+    struct job **slots;
+    uint32_t n, mask;
+};
+
+struct engine {
+    struct engine_config config;
+    struct engine_hooks hooks;
+    struct group *groups[ENGINE_GROUPS_MAX]; /* NULL: never seen */
+    uint32_t n_groups;                       /* indexes in use */
+    uint32_t n_up;
+    struct pool pool;
+    struct fair fair;
+    struct job_map jobs;
+    struct job **deadlines; /* jobs without a first token that have one */
+    uint32_t n_deadlines, deadlines_capacity;
+    int64_t next_deadline_us;
+    struct engine_limits limits;
+    uint32_t n_swapped; /* waiting with their KV in host blocks */
+    uint64_t order;
+    int64_t now_us;
+    struct sink **sinks; /* to flush after this input */
+    uint32_t n_sinks, sinks_capacity;
+    struct job *done; /* to destroy after the flush */
+    struct buf bytes; /* of the plan */
+    struct engine_stats stats;
+    struct step_token *emit_tokens; /* room for the tokens of a buffered choice */
+    uint32_t emit_capacity;
+};
+
+/* job.c */
+struct job *job_find(const struct engine *e, uint64_t id);
+enum err job_create(struct engine *e, struct request *r, struct job **out);
+void job_destroy(struct engine *e, struct job *job);
+/* Its choices beside the first enter their lanes. */
+void job_unpark(struct engine *e, struct job *job);
+/* News of a choice. With a finish the sequence is forgotten: it must have no slot and no lane. */
+void job_emit(struct engine *e, struct sequence *s, const struct step_token *tokens, uint32_t n);
+struct ending {
+    enum finish finish;
+    int32_t stop_token;
+    enum err error;
+    const char *text;
+};
+void job_end(struct engine *e, struct sequence *s, const struct step_token *tokens, uint32_t n,
+             const struct ending *end);
+/* Ends one choice, or all (-1), wherever they are. */
+void job_abort(struct engine *e, struct job *job, int32_t choice, const struct ending *end);
+/* Beams: gives the choices, ends every sequence that is left. */
+void job_end_beams(struct engine *e, struct job *job, const struct ending *end);
+void job_emit_choice(struct engine *e, struct sequence *s, int32_t choice,
+                     const struct step_token *tokens, uint32_t n, const struct ending *end,
+                     bool last);
+void job_done(struct engine *e, struct job *job);
+/* Room for n tokens in e->emit_tokens. */
+enum err job_room(struct engine *e, uint32_t n);
+void job_flush(struct engine *e);
+void job_first_token(struct engine *e, struct job *job);
+/* Takes the sequence out of wherever it is. */
+void sequence_withdraw(struct engine *e, struct sequence *s);
+
+/* admission.c */
+bool admission_try(struct engine *e, struct group *g, struct sequence *s);
+void admission_uncount(struct engine *e, struct sequence *s);
+/* Out of its slot and back into its lane, once the plans in flight are answered. */
+void admission_preempt(struct engine *e, struct group *g, struct sequence *s);
+void admission_requeue(struct engine *e, struct group *g, struct sequence *s);
+void admission_make_room(struct engine *e, struct group *g);
+/* Blocks for its first n tokens in its table. False when there are not enough: none was taken. */
+bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens);
+void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed);
+void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
+
+void admission_drop_host(struct engine *e, struct sequence *s);
+/* As group_unseat, with the counts of those who run. */
+void admission_unseat(struct engine *e, struct group *g, struct sequence *s);
+/* The same, but its slot is closed one plan later. */
+void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s);
+
+/* scheduler.c */
+bool scheduler_plan(struct engine *e, struct group *g);
+
+/* place.c */
+bool place_accepts(struct engine *e, struct group *g, struct sequence *s);
+
+/* beam.c */
+enum err beam_create(struct engine *e, struct job *job);
+void beam_destroy(struct engine *e, struct beam *beam);
+void beam_sampling(const struct beam *beam, struct sampling_params *p);
+void beam_preempt(struct engine *e, struct group *g, struct job *job);
+void beam_fork(struct engine *e, struct group *g);
+void beam_group_down(struct engine *e, struct group *g);
+void beam_unseated(struct sequence *s);
+void beam_learn(struct engine *e, struct group *g, struct sequence *s, const struct step_token *t,
+                uint32_t n);
+
+/* draft.c */
+uint32_t draft_find(const struct sequence *s, uint32_t n_max, int32_t *out);
+void draft_learn(struct sequence *s, uint32_t n_tried, uint32_t n_accepted);
+bool draft_wanted(const struct engine *e, const struct group *g, struct sequence *s);

@@ -1,0 +1,253 @@
+/* Budget arithmetic. Knows sizes; loads nothing. */
+#include "worker/memory.h"
+#include "base/log.h"
+#include "worker/model/decoder.h"
+#include "worker/step.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    SLOTS_DEFAULT = 256,
+    TOKENS_DEFAULT_CPU = 512,
+    TOKENS_DEFAULT_CUDA = 2048,
+    LOGITS_BYTES_MAX = 256 << 20
+};
+static const uint64_t cpu_kv_bytes_default = 4ull << 30;
+
+const char *weight_format_name(enum weight_format f)
+{
+    static const char *const names[WEIGHT_FORMAT_COUNT] = {"auto", "f32",  "f16", "bf16",
+                                                           "int8", "int4", "fp8"};
+    return (unsigned)f < WEIGHT_FORMAT_COUNT ? names[f] : "?";
+}
+
+static enum weight_format stored_format(enum dtype t)
+{
+    return t == DTYPE_F32 ? WEIGHT_F32 : t == DTYPE_F16 ? WEIGHT_F16 : WEIGHT_BF16;
+}
+
+void memory_format_words(const struct memory_plan *p, char *out, size_t size)
+{
+    enum weight_format f = p->format ? p->format : stored_format(p->file_dtype);
+    enum weight_format h = p->head_format ? p->head_format : stored_format(p->file_dtype);
+    if (f == h)
+        snprintf(out, size, "%s", weight_format_name(f));
+    else
+        snprintf(out, size, "%s, head %s", weight_format_name(f), weight_format_name(h));
+}
+
+static enum err name_find(const char *option, const char *value, const char *const *names, int n,
+                          int *out)
+{
+    for (int i = 0; i < n; i++) {
+        if (names[i] && !strcmp(value, names[i])) {
+            *out = i;
+            return OK;
+        }
+    }
+    FAIL(ERR_INVALID, "%s: unknown value '%.32s'", option, value);
+}
+
+static enum err formats_read(const struct worker_config *config, bool *out_auto,
+                             struct memory_plan *p)
+{
+    static const char *const dtypes[] = {
+        [WEIGHT_AUTO] = "auto", [WEIGHT_F32] = "f32", [WEIGHT_F16] = "f16", [WEIGHT_BF16] = "bf16"};
+    static const char *const quants[WEIGHT_FORMAT_COUNT + 1] = {[WEIGHT_AUTO] = "none",
+                                                                [WEIGHT_INT8] = "int8",
+                                                                [WEIGHT_INT4] = "int4",
+                                                                [WEIGHT_FP8] = "fp8",
+                                                                [WEIGHT_FORMAT_COUNT] = "auto"};
+    int dtype, quant;
+    TRY(name_find("--dtype", config->dtype ? config->dtype : "auto", dtypes, WEIGHT_BF16 + 1,
+                  &dtype));
+    TRY(name_find("--quantization", config->quantization ? config->quantization : "none", quants,
+                  WEIGHT_FORMAT_COUNT + 1, &quant));
+    *out_auto = quant == WEIGHT_FORMAT_COUNT;
+    p->format = p->head_format = (enum weight_format)dtype;
+    if (quant == WEIGHT_INT8 || quant == WEIGHT_FP8)
+        p->format = p->head_format = (enum weight_format)quant;
+    if (quant == WEIGHT_INT4) p->format = WEIGHT_INT4, p->head_format = WEIGHT_INT8;
+    return OK;
+}
+
+static enum err kv_dtype_read(const struct worker_config *config, const struct backend *b,
+                              struct memory_plan *p)
+{
+    static const char *const names[DTYPE_COUNT + 1] = {
+        [DTYPE_F32] = "f32", [DTYPE_F16] = "f16",      [DTYPE_BF16] = "bf16",
+        [DTYPE_I8] = "int8", [DTYPE_FP8_E4M3] = "fp8", [DTYPE_COUNT] = "auto"};
+    int dtype;
+    TRY(name_find("--kv-dtype", config->kv_dtype ? config->kv_dtype : "auto", names,
+                  DTYPE_COUNT + 1, &dtype));
+    if (dtype == DTYPE_COUNT) dtype = b->stream ? (int)b->activation_dtype : (int)p->file_dtype;
+    p->kv_dtype = (enum dtype)dtype;
+    return OK;
+}
+
+static enum err context_choose(const struct worker_config *config, const struct model_config *model,
+                               struct memory_plan *p)
+{
+    if (config->context_max > model->context_max)
+        FAIL(ERR_INVALID, "--max-model-len %d, but the model knows %d positions (%s)",
+             config->context_max, model->context_max, model->path);
+    p->context_max = config->context_max ? config->context_max : model->context_max;
+    return OK;
+}
+
+/* Ranks that share this host's memory. */
+static int local_ranks(struct group g)
+{
+    const char *said = getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+    long n = said ? strtol(said, NULL, 10) : 0;
+    return n >= 1 && n <= 4096 ? (int)n : g.size;
+}
+
+static void sizes_choose(const struct worker_config *config, const struct model_config *model,
+                         const struct backend *b, struct memory_plan *p)
+{
+    int64_t rows_fit = LOGITS_BYTES_MAX / ((int64_t)model->vocab_size * 4);
+    p->draft_max = config->draft_tokens_max;
+    p->n_slots = config->n_sequences_max ? config->n_sequences_max : SLOTS_DEFAULT;
+    p->step_tokens_max = config->step_tokens_max ? config->step_tokens_max
+                         : b->stream             ? TOKENS_DEFAULT_CUDA
+                                                 : TOKENS_DEFAULT_CPU;
+    if (p->step_tokens_max < p->n_slots * (1 + p->draft_max))
+        p->step_tokens_max = p->n_slots * (1 + p->draft_max);
+    int64_t rows =
+        config->step_rows_max ? config->step_rows_max : (int64_t)p->n_slots * (1 + p->draft_max);
+    if (rows > rows_fit) rows = rows_fit < 16 ? 16 : rows_fit;
+    p->logits_rows_max = (int)(rows < p->step_tokens_max ? rows : p->step_tokens_max);
+}
+
+static uint64_t sequence_blocks(const struct memory_plan *p)
+{
+    return ((uint64_t)p->context_max + (uint64_t)p->draft_max + (uint64_t)p->kv.block_size) /
+           (uint64_t)p->kv.block_size;
+}
+
+/* Bytes that KV may take once weights and work space have theirs; 0 when nothing is left. */
+static uint64_t kv_budget(const struct worker_config *config, struct group g,
+                          const struct backend *b, const struct memory_plan *p)
+{
+    uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes, mine;
+    if (config->kv_cache_bytes) return config->kv_cache_bytes;
+    if (b->stream) { /* the share counts all of the device; what others hold is gone already */
+        double share = config->memory_share > 0 ? config->memory_share : 0.9;
+        mine = (uint64_t)(share * (double)p->memory_total);
+        uint64_t others = p->memory_total - p->memory_free;
+        mine = mine > others ? mine - others : 0;
+        return mine > used ? mine - used : 0;
+    }
+    double share = config->memory_share > 0 ? config->memory_share : 0.8;
+    mine = (uint64_t)(share * (double)p->memory_free) / (uint64_t)local_ranks(g);
+    mine = mine > used ? mine - used : 0;
+    if (config->memory_share <= 0 && mine > cpu_kv_bytes_default) mine = cpu_kv_bytes_default;
+    return mine;
+}
+
+static double gib(uint64_t bytes)
+{
+    return (double)bytes / (double)(1ull << 30);
+}
+
+/* How long a context the budget holds, in whole blocks. */
+static uint64_t context_that_fits(const struct memory_plan *p, uint64_t budget)
+{
+    uint64_t tokens = budget / p->block_bytes * (uint64_t)p->kv.block_size;
+    return tokens > (uint64_t)p->draft_max + 1 ? tokens - (uint64_t)p->draft_max - 1 : 0;
+}
+
+static enum err blocks_choose(const struct worker_config *config, struct group g,
+                              const struct backend *b, struct memory_plan *p)
+{
+    uint64_t budget = kv_budget(config, g, b, p), need = sequence_blocks(p),
+             blocks = budget / p->block_bytes;
+    if (blocks < need && !config->context_max && context_that_fits(p, budget) >= 512) {
+        log_warn("context cut from %d to %llu tokens: that is what %.2f GiB of KV cache hold",
+                 p->context_max, (unsigned long long)context_that_fits(p, budget), gib(budget));
+        p->context_max = (int)context_that_fits(p, budget);
+        need = sequence_blocks(p);
+    }
+    if (blocks < need)
+        FAIL(ERR_NO_MEMORY,
+             "rank %d: one sequence of %d tokens needs %.3f GiB of KV cache, but %.3f are left "
+             "(weights %.2f, tables %.2f, "
+             "work space %.2f, of %.2f free): --max-model-len %llu would fit, or more ranks, "
+             "--quantization int8 or int4, "
+             "--kv-dtype int8",
+             g.rank, p->context_max, gib(need * p->block_bytes), gib(budget), gib(p->weight_bytes),
+             gib(p->table_bytes), gib(p->work_bytes), gib(p->memory_free),
+             (unsigned long long)context_that_fits(p, budget));
+    uint64_t most = (uint64_t)INT32_MAX / (uint64_t)p->kv.block_size;
+    /* beyond every slot at full length, blocks would only hold old prefixes: twice that is plenty
+     */
+    uint64_t plenty = 2 * (uint64_t)p->n_slots * need;
+    if (blocks > plenty && !config->kv_cache_bytes) blocks = plenty;
+    p->kv.n_blocks = (int)(blocks < most ? blocks : most);
+    p->n_host_blocks = config->host_swap_bytes / p->block_bytes;
+    if (p->n_host_blocks > INT32_MAX) p->n_host_blocks = INT32_MAX;
+    return OK;
+}
+
+static void weights_measure(const struct model_config *model, struct group g, struct memory_plan *p)
+{
+    struct weights_options o = {
+        .format = p->format, .head_format = p->head_format, .context_max = p->context_max};
+    model_bytes_estimate(model, g, &o, p->file_dtype, &p->weight_bytes, &p->table_bytes);
+}
+
+/* The first of none, int8, int4 that leaves a quarter of the memory for KV. */
+static void format_choose(struct group g, const struct backend *b, const struct model_config *model,
+                          struct memory_plan *p)
+{
+    static const enum weight_format ladder[] = {WEIGHT_INT8, WEIGHT_INT4};
+    uint64_t mine = p->memory_free / (uint64_t)(b->stream ? 1 : local_ranks(g));
+    for (int i = 0; i < 2 && p->weight_bytes > mine / 4 * 3; i++) {
+        p->format = ladder[i];
+        p->head_format = WEIGHT_INT8;
+        weights_measure(model, g, p);
+    }
+    log_info("quantization: %s chosen by itself (weights %.2f GiB of %.2f free)",
+             weight_format_name(p->format), gib(p->weight_bytes), gib(mine));
+}
+
+enum err memory_plan(const struct worker_config *config, const struct model_config *model,
+                     const struct safetensors *file, struct group g, struct backend *b,
+                     struct memory_plan *out)
+{
+    struct memory_plan p = {.file_dtype = model->dtype};
+    struct shard_heads heads = shard_heads(model->n_heads, model->n_kv_heads, g.rank, g.size);
+    bool automatic;
+    size_t free_bytes, total_bytes;
+    if (file && safetensors_count(file)) {
+        enum st_dtype t = safetensors_at(file, 0)->dtype;
+        p.file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
+    }
+    TRY(formats_read(config, &automatic, &p));
+    TRY(kv_dtype_read(config, b, &p));
+    TRY(context_choose(config, model, &p));
+    TRY(b->ops->memory(b, &free_bytes, &total_bytes));
+    p.memory_free = free_bytes;
+    p.memory_total = total_bytes;
+    sizes_choose(config, model, b, &p);
+    weights_measure(model, g, &p);
+    if (automatic) format_choose(g, b, model, &p);
+    p.work_bytes = decoder_bytes(model, g, b, p.step_tokens_max, p.logits_rows_max);
+    p.kv = (struct kv_cache_args){.n_layers = model->n_layers,
+                                  .n_kv_heads = (int)shard_count(heads.kv),
+                                  .head_dim = model->head_dim,
+                                  .block_size = config->block_size ? config->block_size
+                                                                   : b->ops->block_size_default(b),
+                                  .n_blocks = 1,
+                                  .dtype = p.kv_dtype};
+    p.block_bytes = b->ops->kv_bytes(b, &p.kv);
+    if (!p.block_bytes)
+        FAIL(ERR_UNSUPPORTED, "a KV cache of %s in blocks of %d is not possible on this device",
+             dtype_name(p.kv_dtype), p.kv.block_size);
+    TRY(blocks_choose(config, g, b, &p));
+    *out = p;
+    return OK;
+}

@@ -1,0 +1,24 @@
+/* The memory plan of a rank: weights, work space and KV blocks, decided before anything is loaded.
+ *
+ * Also the sizes that follow from it: context, slots, rows, the weights' format where the choice is
+ * automatic. When it does not fit, the error says what would. */
+#pragma once
+#include "worker/weights.h"
+#include "worker/worker.h"
+
+struct memory_plan {
+    enum weight_format format, head_format;
+    enum dtype file_dtype, kv_dtype;
+    struct kv_cache_args kv; /* of this rank; n_blocks included */
+    int context_max, n_slots, step_tokens_max, logits_rows_max, draft_max;
+    uint64_t weight_bytes, table_bytes, work_bytes, block_bytes, n_host_blocks;
+    uint64_t memory_free, memory_total;
+};
+
+/* file: the checkpoint's headers, NULL with dummy weights. */
+enum err memory_plan(const struct worker_config *config, const struct model_config *model,
+                     const struct safetensors *file, struct group group, struct backend *backend,
+                     struct memory_plan *out);
+/* "bf16", "int8 (head int8)"... as the plan decided. */
+void memory_format_words(const struct memory_plan *plan, char *out, size_t size);
+const char *weight_format_name(enum weight_format f);

@@ -1,0 +1,243 @@
+/* Attention block, feed-forward block, logits: sequences of backend operations.
+ *
+ * The residual stream x and the last block's output delta are kept apart; add_norm joins them where
+ * the next block begins, so nothing is added twice and nothing is copied. */
+#include "worker/model/decoder.h"
+#include "base/clock.h"
+#include "base/mem.h"
+
+struct widths {
+    int64_t qkv, att, ffn, scratch; /* elements a token */
+    bool fused;                     /* the backend does gate|up and the activation in one pass */
+};
+
+static struct widths widths_of(const struct model_config *c, struct group g,
+                               const struct backend *b)
+{
+    struct shard_heads heads = shard_heads(c->n_heads, c->n_kv_heads, g.rank, g.size);
+    struct widths w = {.fused = b->ops->matmul_gated != NULL};
+    w.att = shard_count(heads.q) * c->head_dim;
+    w.qkv = w.att + 2 * shard_count(heads.kv) * c->head_dim;
+    w.ffn = shard_count(shard_rounded(c->ffn, 128, g.rank, g.size));
+    int64_t before = c->gated ? w.fused ? 0 : 2 * w.ffn : w.ffn;
+    w.scratch = w.qkv + w.att > before + w.ffn ? w.qkv + w.att : before + w.ffn;
+    return w;
+}
+
+uint64_t decoder_bytes(const struct model_config *c, struct group g, const struct backend *b,
+                       int n_tokens_max, int logits_rows_max)
+{
+    struct widths w = widths_of(c, g, b);
+    uint64_t a = dtype_bytes(b->activation_dtype), n = (uint64_t)n_tokens_max;
+    uint64_t embedded = c->embed_dim != c->hidden ? (uint64_t)c->embed_dim : 0;
+    return n * a * (3 * (uint64_t)c->hidden + (uint64_t)w.scratch + embedded) +
+           (uint64_t)logits_rows_max * (uint64_t)c->vocab_size * 4;
+}
+
+void decoder_collective_sizes(const struct decoder *d, size_t *out_reduce, size_t *out_gather)
+{
+    const struct model_config *c = &d->model->config;
+    *out_reduce = (size_t)d->n_tokens_max * (size_t)c->hidden *
+                  dtype_bytes(d->model->backend->activation_dtype);
+    *out_gather = (size_t)d->logits_rows_max * (size_t)c->vocab_size * 4;
+}
+
+enum err decoder_init(struct decoder *d, struct model *model, int n_tokens_max, int logits_rows_max)
+{
+    struct backend *b = model->backend;
+    const struct model_config *c = &model->config;
+    size_t a = dtype_bytes(b->activation_dtype), n = (size_t)n_tokens_max,
+           hidden = n * (size_t)c->hidden * a;
+    enum err e = OK;
+    *d = (struct decoder){
+        .model = model, .n_tokens_max = n_tokens_max, .logits_rows_max = logits_rows_max};
+    TRY_OUT(b->ops->alloc(b, hidden, &d->x));
+    TRY_OUT(b->ops->alloc(b, hidden, &d->h));
+    TRY_OUT(b->ops->alloc(b, hidden, &d->delta));
+    TRY_OUT(b->ops->alloc(b, n * a * (size_t)widths_of(c, model->group, b).scratch, &d->scratch));
+    if (c->embed_dim != c->hidden)
+        TRY_OUT(b->ops->alloc(b, n * a * (size_t)c->embed_dim, &d->embedded));
+    TRY_OUT(
+        b->ops->alloc(b, (size_t)logits_rows_max * (size_t)c->vocab_size * 4, (void **)&d->logits));
+out:
+    if (e) decoder_fini(d);
+    return e;
+}
+
+void decoder_fini(struct decoder *d)
+{
+    void *all[] = {d->x, d->h, d->delta, d->scratch, d->embedded, d->logits};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (all[i]) d->model->backend->ops->release(d->model->backend, all[i]);
+    *d = (struct decoder){0};
+}
+
+static struct tensor view(const struct decoder *d, void *data, int64_t rows, int64_t cols)
+{
+    return (struct tensor){data, d->model->backend->activation_dtype, rows, cols, cols};
+}
+
+static struct tensor rows_view(struct tensor t, int64_t first, int64_t rows)
+{
+    if (t.data) t.data = (char *)t.data + (size_t)(first * t.stride) * dtype_bytes(t.dtype);
+    t.rows = rows;
+    return t;
+}
+
+static void swap(struct tensor *a, struct tensor *b)
+{
+    struct tensor t = *a;
+    *a = *b;
+    *b = t;
+}
+
+/* delta = x w^T summed over the ranks: the one place with an all-reduce in it. Where the collective
+ * has memory of its own, the partial sums are written straight into it. */
+static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w,
+                          struct tensor *out_delta)
+{
+    struct backend *b = d->model->backend;
+    struct collective *c = d->collective;
+    struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden), partial = delta;
+    if (d->model->group.size > 1 && c->ops->reduce_buffer) {
+        void *direct =
+            c->ops->reduce_buffer(c, (size_t)(delta.rows * delta.cols) * dtype_bytes(delta.dtype));
+        if (direct) partial.data = direct;
+    }
+    b->ops->matmul(b, partial, x, w);
+    if (d->model->group.size > 1) {
+        int64_t begin = clock_monotonic_ns();
+        TRY(c->ops->all_reduce_sum(c, delta, partial));
+        d->collective_ns += clock_monotonic_ns() - begin;
+    }
+    *out_delta = delta;
+    return OK;
+}
+
+static enum err feed_forward(struct decoder *d, const struct layer *layer, struct tensor in,
+                             struct tensor *out_delta)
+{
+    struct backend *b = d->model->backend;
+    const struct model_config *c = &d->model->config;
+    int64_t ffn = shard_count(d->model->ffn);
+    struct tensor act = view(d, d->scratch, in.rows, ffn);
+    if (c->gated && b->ops->matmul_gated) {
+        b->ops->matmul_gated(b, act, in, layer->up, c->activation);
+    } else {
+        struct tensor before =
+            view(d, (char *)d->scratch + (size_t)(in.rows * ffn) * dtype_bytes(act.dtype), in.rows,
+                 c->gated ? 2 * ffn : ffn);
+        b->ops->matmul(b, before, in, layer->up);
+        b->ops->activate(b, act, before, c->activation, c->gated);
+    }
+    return linear_in(d, act, layer->down, out_delta);
+}
+
+static struct tensor embed(struct decoder *d, const struct batch *batch)
+{
+    struct model *m = d->model;
+    struct backend *b = m->backend;
+    struct tensor x = view(d, d->x, batch->n_tokens, m->config.hidden);
+    if (m->project_in) {
+        struct tensor narrow = view(d, d->embedded, batch->n_tokens, m->config.embed_dim);
+        b->ops->embed(b, narrow, m->embed, batch);
+        b->ops->matmul(b, x, narrow, m->project_in);
+    } else {
+        b->ops->embed(b, x, m->embed, batch);
+    }
+    if (m->positions)
+        b->ops->add_positions(b, x, m->positions, m->config.arch->position_offset, batch);
+    return x;
+}
+
+/* After the last layer's attention only the rows with wanted logits go on. */
+static void keep_rows_out(struct decoder *d, const struct batch *batch, struct tensor *x,
+                          struct tensor *h, struct tensor *att)
+{
+    struct backend *b = d->model->backend;
+    if (batch->n_rows_out == batch->n_tokens) return;
+    struct tensor few =
+        view(d, d->scratch, batch->n_rows_out, att->cols); /* qkv was read: its place is free */
+    b->ops->gather(b, few, *att, batch);
+    *att = few;
+    few = rows_view(*h, 0, batch->n_rows_out);
+    b->ops->gather(b, few, *x, batch);
+    *h = rows_view(*x, 0, batch->n_rows_out);
+    *x = few;
+}
+
+enum err decoder_forward(struct decoder *d, const struct batch *batch)
+{
+    struct model *m = d->model;
+    struct backend *b = m->backend;
+    const struct model_config *c = &m->config;
+    struct widths w = widths_of(c, m->group, b);
+    bool pre = c->norm_place == NORM_PRE;
+    struct tensor x = embed(d, batch), h = view(d, d->h, batch->n_tokens, c->hidden), delta = {0};
+    struct tensor qkv = view(d, d->scratch, batch->n_tokens, w.qkv);
+    struct tensor att =
+        view(d, (char *)d->scratch + (size_t)(batch->n_tokens * w.qkv) * dtype_bytes(x.dtype),
+             batch->n_tokens, w.att);
+    d->collective_ns = 0;
+    for (int i = 0; i < c->n_layers; i++) {
+        const struct layer *layer = &m->layers[i];
+        if (pre) b->ops->add_norm(b, x, delta, &layer->attention_norm, h);
+        b->ops->matmul(b, qkv, pre ? h : x, layer->qkv);
+        b->ops->qkv_prepare(b, qkv, d->kv, &layer->attention, batch);
+        if (i == c->n_layers - 1 && !batch->n_rows_out) return OK;
+        b->ops->attend(b, att, qkv, d->kv, &layer->attention, batch);
+        if (i == c->n_layers - 1) keep_rows_out(d, batch, &x, &h, &att);
+        TRY(linear_in(d, att, layer->out, &delta));
+        b->ops->add_norm(b, x, delta, pre ? &layer->ffn_norm : &layer->attention_norm, h);
+        if (!pre) swap(&x, &h);
+        TRY(feed_forward(d, layer, pre ? h : x, &delta));
+        if (!pre) {
+            b->ops->add_norm(b, x, delta, &layer->ffn_norm, h);
+            swap(&x, &h);
+            delta.data = NULL;
+        }
+    }
+    d->rows = x;
+    d->rows_delta = delta;
+    return OK;
+}
+
+/* The final norm of some rows, into the part of d->h or d->x that holds no rows. */
+static struct tensor final_norm(struct decoder *d, int first, int n)
+{
+    struct model *m = d->model;
+    struct backend *b = m->backend;
+    struct tensor x = rows_view(d->rows, first, n), delta = rows_view(d->rows_delta, first, n);
+    struct tensor out = view(d, d->rows.data == d->x ? d->h : d->x, n, m->config.hidden);
+    if (m->final_norm.weight) {
+        b->ops->add_norm(b, x, delta, &m->final_norm, out);
+        return out;
+    }
+    if (delta.data) b->ops->add(b, x, delta);
+    return x;
+}
+
+enum err decoder_logits(struct decoder *d, int first, int n, struct tensor *out_logits)
+{
+    struct model *m = d->model;
+    struct backend *b = m->backend;
+    int64_t vocab = m->config.vocab_size;
+    struct tensor in = final_norm(d, first, n);
+    struct tensor logits = {d->logits, DTYPE_F32, n, vocab, vocab}, part = logits;
+    ASSERT_CMP(n, <=, d->logits_rows_max);
+    if (m->project_out) {
+        struct tensor narrow = view(d, d->embedded, n, m->config.embed_dim);
+        b->ops->matmul(b, narrow, in, m->project_out);
+        in = narrow;
+    }
+    part.data = d->logits + m->vocab.begin;
+    part.cols = shard_count(m->vocab);
+    b->ops->matmul(b, part, in, m->lm_head);
+    if (m->group.size > 1) {
+        int64_t begin = clock_monotonic_ns();
+        TRY(d->collective->ops->all_gather(d->collective, logits, part, m->vocab_start));
+        d->collective_ns += clock_monotonic_ns() - begin;
+    }
+    *out_logits = logits;
+    return OK;
+}

@@ -1,0 +1,398 @@
+/* A rank without its link: create, open the group, run plans. See worker.h.
+ *
+ * On a device with its own queue two steps may be under way: the second is filled and launched
+ * while the first computes; its pending tokens stay on the device. On the CPU a step is done when
+ * its operations return, so steps follow each other. */
+#include "worker/rank.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "proto/plan.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ARENA_CHUNK_BYTES = 1 << 20, ARENA_BYTES_MAX = 256 << 20 };
+
+/* --- creation --- */
+
+static enum err sizes_check(const struct worker_config *c)
+{
+    if (c->size < 1 || c->size > COLLECTIVE_RANKS_MAX || c->rank < 0 || c->rank >= c->size)
+        FAIL(ERR_INVALID, "rank %d of %d: at most %d ranks", c->rank, c->size,
+             COLLECTIVE_RANKS_MAX);
+    if (c->n_sequences_max < 0 || c->n_sequences_max > 1 << 16 || c->step_tokens_max < 0 ||
+        c->step_tokens_max > 1 << 20 || c->draft_tokens_max < 0 || c->draft_tokens_max > 64 ||
+        c->step_rows_max < 0)
+        FAIL(ERR_INVALID,
+             "%d sequences (at most 65536), %d tokens a step (at most 1048576), %d drafts (at most "
+             "64)",
+             c->n_sequences_max, c->step_tokens_max, c->draft_tokens_max);
+    if (c->block_size &&
+        (c->block_size < 1 || c->block_size > 4096 || (c->block_size & (c->block_size - 1))))
+        FAIL(ERR_INVALID, "--block-size %d: a power of two up to 4096", c->block_size);
+    if (c->load_format && strcmp(c->load_format, "auto") && strcmp(c->load_format, "safetensors") &&
+        strcmp(c->load_format, "dummy"))
+        FAIL(ERR_INVALID, "--load-format '%.32s': auto, safetensors or dummy", c->load_format);
+    return OK;
+}
+
+static bool is_dummy(const struct worker_config *c)
+{
+    return c->load_format && !strcmp(c->load_format, "dummy");
+}
+
+static enum err backend_start(const struct worker_config *c, const struct model_config *model,
+                              const struct memory_plan *plan, struct backend **out)
+{
+    struct backend_options o = {
+        .device = c->device_index,
+        .n_threads = c->n_threads,
+        .numa_node = -1,
+        .deterministic = c->deterministic,
+        .n_slots_max = plan ? plan->n_slots : 1,
+        .n_tokens_max = plan ? plan->step_tokens_max : 1,
+        .n_rows_max = plan ? plan->logits_rows_max : 1,
+        .vocab_size = model->vocab_size,
+        .isa = c->isa,
+    };
+    return backend_open(c->device ? c->device : "auto", &o, out);
+}
+
+/* Reads headers and plans the memory with a backend opened for measuring only. */
+static enum err plan_make(const struct worker_config *c, struct model_config *model,
+                          struct memory_plan *out)
+{
+    struct safetensors *file = NULL;
+    struct backend *b = NULL;
+    struct worker_config probe = *c;
+    enum err e = OK;
+    TRY(sizes_check(c));
+    TRY(config_read(c->model_dir, model));
+    TRY(shard_check(model->n_heads, model->n_kv_heads, model->ffn, model->vocab_size, c->size));
+    if (!is_dummy(c)) TRY_OUT(safetensors_open(c->model_dir, &file));
+    probe.n_threads = 1;
+    TRY_OUT(backend_start(&probe, model, NULL, &b));
+    TRY_OUT(memory_plan(c, model, file, (struct group){c->rank, c->size}, b, out));
+out:
+    safetensors_close(file);
+    if (b) b->ops->close(b);
+    return e;
+}
+
+static void info_fill(const struct worker_config *c, const struct model_config *m,
+                      const struct memory_plan *p, struct worker_info *out)
+{
+    const char *slash = strrchr(c->model_dir, '/');
+    memset(out, 0, sizeof *out);
+    snprintf(out->model_name, sizeof out->model_name, "%s",
+             slash && slash[1] ? slash + 1 : c->model_dir);
+    snprintf(out->arch_name, sizeof out->arch_name, "%s", m->arch->hf_name);
+    snprintf(out->kv_format, sizeof out->kv_format, "%s", dtype_name(p->kv_dtype));
+    memory_format_words(p, out->weight_format, sizeof out->weight_format);
+    out->n_layers = m->n_layers, out->n_heads = m->n_heads, out->n_kv_heads = m->n_kv_heads;
+    out->head_dim = m->head_dim, out->hidden = m->hidden, out->ffn = m->ffn,
+    out->vocab_size = m->vocab_size;
+    out->rank = c->rank, out->size = c->size;
+    out->block_size = p->kv.block_size, out->n_slots_max = p->n_slots;
+    out->step_tokens_max = p->step_tokens_max, out->step_rows_max = p->step_tokens_max;
+    out->context_max = p->context_max, out->draft_tokens_max = p->draft_max;
+    out->window = config_window(m);
+    out->n_parameters = config_parameters(m);
+    out->weight_bytes = p->weight_bytes, out->table_bytes = p->table_bytes,
+    out->work_bytes = p->work_bytes;
+    out->block_bytes = p->block_bytes, out->n_blocks = (uint64_t)p->kv.n_blocks;
+    out->n_host_blocks = p->n_host_blocks;
+    out->memory_total = p->memory_total, out->memory_free = p->memory_free;
+}
+
+enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out)
+{
+    struct worker_config c = *config;
+    struct model_config model;
+    struct memory_plan plan;
+    TRY(worker_rank_find(&c));
+    TRY(plan_make(&c, &model, &plan));
+    info_fill(&c, &model, &plan, out);
+    snprintf(out->device, sizeof out->device, "%s", config->device ? config->device : "auto");
+    return OK;
+}
+
+static void progress_line(void *ctx, uint64_t done, uint64_t total)
+{
+    enum { WIDTH = 40 };
+    struct worker *w = ctx;
+    int percent = total ? (int)(done * 100 / total) : 100;
+    if (!w->config.progress || percent == w->percent || w->config.rank) return;
+    w->percent = percent;
+    fprintf(stderr, "\rloading %s [%-*.*s] %3d %%%s", w->info.model_name, WIDTH,
+            percent * WIDTH / 100, "########################################", percent,
+            percent == 100 ? "\n" : "");
+    fflush(stderr);
+}
+
+static enum err weights_start(struct worker *w, const struct model_config *model)
+{
+    struct weights_options o = {
+        .model_dir = w->config.model_dir,
+        .dummy = is_dummy(&w->config),
+        .seed = w->config.dummy_seed,
+        .format = w->plan.format,
+        .head_format = w->plan.head_format,
+        .context_max = w->plan.context_max,
+        .progress = progress_line,
+        .ctx = w,
+    };
+    int64_t begin = clock_monotonic_us();
+    w->percent = -1;
+    TRY(model_load(&o, model, (struct group){w->config.rank, w->config.size}, w->backend,
+                   &w->model));
+    w->info.weight_bytes = w->model->weight_bytes;
+    w->info.table_bytes = w->model->table_bytes;
+    snprintf(w->info.model_digest, sizeof w->info.model_digest, "%s", w->model->digest);
+    log_info("%s: %.2f GiB of weights (%s) in %.1f s", w->info.model_name,
+             (double)w->model->weight_bytes / (1 << 30), w->info.weight_format,
+             (double)(clock_monotonic_us() - begin) / 1e6);
+    return OK;
+}
+
+static enum err state_start(struct worker *w)
+{
+    const struct memory_plan *p = &w->plan;
+    struct slots_limits limits = {
+        .n_slots = (uint32_t)p->n_slots,
+        .context_max = (uint32_t)p->context_max,
+        .draft_max = (uint32_t)p->draft_max,
+        .block_size = (uint32_t)p->kv.block_size,
+        .n_blocks = (uint32_t)p->kv.n_blocks,
+        .n_host_blocks = (uint32_t)p->n_host_blocks,
+        .vocab_size = (uint32_t)w->model->config.vocab_size,
+        .step_tokens_max = (uint32_t)p->step_tokens_max,
+        .logprobs_max = SAMPLE_LOGPROBS_MAX,
+    };
+    size_t host_bytes;
+    TRY(decoder_init(&w->decoder, w->model, p->step_tokens_max, p->logits_rows_max));
+    TRY(w->backend->ops->kv_create(w->backend, &p->kv, &w->decoder.kv));
+    TRY(slots_init(&w->slots, &limits));
+    for (int i = 0; i < STEPS_IN_FLIGHT; i++)
+        TRY(step_init(&w->steps[i], &w->slots));
+    size_t pairs = (size_t)p->kv.n_blocks;
+    TRY(MEM_NEW_ARRAY(pairs, &w->copy_from));
+    TRY(MEM_NEW_ARRAY(pairs, &w->copy_to));
+    if (!size_mul(p->n_host_blocks, p->block_bytes, &host_bytes))
+        FAIL(ERR_NO_MEMORY, "host swap space too large");
+    if (host_bytes) TRY(mem_alloc_huge(host_bytes, &w->host_blocks));
+    w->host_bytes = host_bytes;
+    /* one chunk of the step arena now, so that usual plans never allocate */
+    void *warm;
+    arena_init(&w->arena, ARENA_CHUNK_BYTES, ARENA_BYTES_MAX);
+    TRY(arena_alloc(&w->arena, ARENA_CHUNK_BYTES / 2, &warm));
+    arena_reset(&w->arena);
+    return OK;
+}
+
+enum err worker_create(const struct worker_config *config, struct worker **out)
+{
+    struct worker *w;
+    struct model_config *model = NULL;
+    enum err e = OK;
+    TRY(MEM_NEW(&w));
+    w->config = *config;
+    TRY_OUT(worker_rank_find(&w->config));
+    TRY_OUT(MEM_NEW(&model));
+    TRY_OUT(plan_make(&w->config, model, &w->plan));
+    info_fill(&w->config, model, &w->plan, &w->info);
+    TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
+    snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+    TRY_OUT(weights_start(w, model));
+    TRY_OUT(state_start(w));
+    *out = w;
+    w = NULL;
+out:
+    mem_free(model);
+    worker_destroy(w);
+    return e;
+}
+
+void worker_destroy(struct worker *w)
+{
+    if (!w) return;
+    collective_close(w->decoder.collective);
+    if (w->decoder.kv) w->backend->ops->kv_destroy(w->backend, w->decoder.kv);
+    if (w->decoder.model) decoder_fini(&w->decoder);
+    slots_fini(&w->slots);
+    for (int i = 0; i < STEPS_IN_FLIGHT; i++)
+        step_fini(&w->steps[i]);
+    mem_free(w->copy_from);
+    mem_free(w->copy_to);
+    mem_free_huge(w->host_blocks, w->host_bytes);
+    arena_fini(&w->arena);
+    model_unload(w->model);
+    if (w->backend) w->backend->ops->close(w->backend);
+    mem_free(w);
+}
+
+void worker_info(const struct worker *w, struct worker_info *out)
+{
+    *out = w->info;
+}
+
+/* --- the group --- */
+
+enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
+                           uint64_t n_host_blocks, const struct bootstrap *boot)
+{
+    struct collective_options o = {.timeout_ms = w->config.collective_timeout_ms};
+    worker_close_group(w);
+    if (n_blocks > w->info.n_blocks || n_host_blocks > w->info.n_host_blocks)
+        FAIL(ERR_FORMAT,
+             "welcome: %llu blocks and %llu host blocks, but this rank holds %llu and %llu",
+             (unsigned long long)n_blocks, (unsigned long long)n_host_blocks,
+             (unsigned long long)w->info.n_blocks, (unsigned long long)w->info.n_host_blocks);
+    slots_reset(&w->slots, (uint32_t)n_blocks, (uint32_t)n_host_blocks);
+    w->epoch = epoch;
+    w->next_step = 0;
+    decoder_collective_sizes(&w->decoder, &o.reduce_bytes_max, &o.gather_bytes_max);
+    struct collective *c;
+    TRY(collective_open(w->config.collective ? w->config.collective : "auto", w->backend,
+                        w->model->group, boot, &o, &c));
+    atomic_store(&w->abortable, c);
+    w->decoder.collective = c;
+    return OK;
+}
+
+void worker_close_group(struct worker *w)
+{
+    atomic_store(&w->abortable, NULL);
+    for (int i = 0; i < STEPS_IN_FLIGHT; i++)
+        w->steps[i].busy = false;
+    collective_close(w->decoder.collective);
+    w->decoder.collective = NULL;
+    if (w->n_busy) (void)w->backend->ops->sync(w->backend); /* the steps' arrays are read no more */
+    w->n_busy = 0;
+}
+
+void worker_abort(struct worker *w)
+{
+    struct collective *c = atomic_load(&w->abortable);
+    if (c && c->ops->abort) c->ops->abort(c);
+}
+
+/* --- a step --- */
+
+static void blocks_move(struct worker *w, const struct step_plan *p)
+{
+    const struct backend_ops *ops = w->backend->ops;
+    char *host = w->host_blocks;
+    for (uint32_t i = 0; i < p->n_saves; i++)
+        ops->kv_save(w->backend, w->decoder.kv, (int32_t)p->saves[i].from,
+                     host + p->saves[i].to * w->plan.block_bytes);
+    for (uint32_t i = 0; i < p->n_loads; i++)
+        ops->kv_load(w->backend, w->decoder.kv, (int32_t)p->loads[i].to,
+                     host + p->loads[i].from * w->plan.block_bytes);
+    for (uint32_t done = 0; done < p->n_copies;) {
+        uint32_t n = p->n_copies - done;
+        if (n > (uint32_t)w->plan.kv.n_blocks) n = (uint32_t)w->plan.kv.n_blocks;
+        for (uint32_t i = 0; i < n; i++) {
+            w->copy_from[i] = (int32_t)p->copies[done + i].from;
+            w->copy_to[i] = (int32_t)p->copies[done + i].to;
+        }
+        ops->kv_copy(w->backend, w->decoder.kv, w->copy_from, w->copy_to, (int)n);
+        done += n;
+    }
+}
+
+static enum err step_compute(struct worker *w, struct step *s)
+{
+    const struct backend_ops *ops = w->backend->ops;
+    if (s->batch.n_tokens == 0) return OK;
+    ops->batch_begin(w->backend, &s->batch);
+    TRY(decoder_forward(&w->decoder, &s->batch));
+    for (uint32_t row = 0; row < s->n_rows;) {
+        struct tensor logits;
+        uint32_t n = s->n_rows - row;
+        if (n > (uint32_t)w->decoder.logits_rows_max) n = (uint32_t)w->decoder.logits_rows_max;
+        TRY(decoder_logits(&w->decoder, (int)row, (int)n, &logits));
+        ops->sample(w->backend, logits, s->sample_rows + row, (int)n, s->results + row);
+        row += n;
+    }
+    return OK;
+}
+
+static enum err step_wait(struct worker *w, struct step *s)
+{
+    if (s->settled) return OK;
+    TRY(w->backend->ops->ticket_wait(w->backend, s->ticket));
+    step_settle(s, &w->slots);
+    return OK;
+}
+
+static enum err epoch_check(const struct worker *w, const struct step_plan *p)
+{
+    if (p->epoch != w->epoch)
+        FAIL(ERR_FORMAT, "plan: epoch %llu, but this group lives in %llu",
+             (unsigned long long)p->epoch, (unsigned long long)w->epoch);
+    if (w->next_step && p->step != w->next_step)
+        FAIL(ERR_FORMAT, "plan: step %llu, but %llu is next", (unsigned long long)p->step,
+             (unsigned long long)w->next_step);
+    return OK;
+}
+
+enum err worker_begin(struct worker *w, const struct step_plan *plan)
+{
+    int64_t begun = clock_monotonic_us();
+    struct step *oldest = &w->steps[w->first_busy], *s;
+    ASSERT_CMP(w->n_busy, <, STEPS_IN_FLIGHT);
+    TRY(epoch_check(w, plan));
+    if (w->n_busy && step_blocks(oldest, &w->slots, plan)) TRY(step_wait(w, oldest));
+    TRY(slots_apply(&w->slots, plan));
+    s = &w->steps[(w->first_busy + w->n_busy) % STEPS_IN_FLIGHT];
+    s->epoch = plan->epoch;
+    s->number = plan->step;
+    s->begun_us = begun;
+    s->wait_us = w->ended_us ? begun - w->ended_us : 0;
+    blocks_move(w, plan);
+    step_fill(s, &w->slots, w->config.rank == 0);
+    w->next_step = plan->step + 1;
+    w->decoder.collective_ns = 0;
+    TRY(step_compute(w, s));
+    s->collective_us = w->decoder.collective_ns / 1000;
+    s->ticket = w->backend->ops->step_end(w->backend);
+    s->busy = true;
+    w->n_busy++;
+    return OK;
+}
+
+enum err worker_end(struct worker *w, struct step_result *out)
+{
+    struct step *s = &w->steps[w->first_busy];
+    ASSERT_CMP(w->n_busy, >, 0);
+    TRY(step_wait(w, s));
+    int64_t now = clock_monotonic_us();
+    *out = (struct step_result){
+        .epoch = s->epoch,
+        .step = s->number,
+        .n_tokens = s->n_tokens_out,
+        .tokens = s->tokens,
+        .compute_us = (uint32_t)(now - s->begun_us),
+        .wait_us = (uint32_t)s->wait_us,
+        .collective_us = (uint32_t)s->collective_us,
+    };
+    s->busy = false;
+    w->first_busy = (w->first_busy + 1) % STEPS_IN_FLIGHT;
+    w->n_busy--;
+    w->ended_us = now;
+    return OK;
+}
+
+enum err worker_step(struct worker *w, const void *bytes, size_t n, struct buf *out_result)
+{
+    struct step_plan plan;
+    struct step_result result;
+    arena_reset(&w->arena);
+    TRY(plan_decode(bytes, n, &w->arena, &plan));
+    TRY(worker_begin(w, &plan));
+    TRY(worker_end(w, &result));
+    return step_result_encode(&result, w->config.rank != 0, out_result);
+}

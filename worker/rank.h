@@ -1,0 +1,36 @@
+/* The inside of a rank, for worker.c and tests: a step begun and ended apart. */
+#pragma once
+#include "worker/memory.h"
+#include "worker/model/decoder.h"
+#include "worker/step.h"
+#include "worker/worker.h"
+
+#include <stdatomic.h>
+
+enum { STEPS_IN_FLIGHT = 2 };
+struct worker {
+    struct worker_config config;
+    struct worker_info info;
+    struct memory_plan plan;
+    struct backend *backend;
+    struct model *model;
+    struct decoder decoder;
+    struct slots slots;
+    struct step steps[STEPS_IN_FLIGHT]; /* a ring: n_busy from first_busy on */
+    int first_busy, n_busy;
+    struct arena arena;           /* of the plan in hand */
+    int32_t *copy_from, *copy_to; /* [n_blocks] */
+    void *host_blocks;            /* [n_host_blocks][block_bytes] */
+    size_t host_bytes;
+    uint64_t epoch, next_step; /* next_step 0 = any number may come first */
+    _Atomic(struct collective *) abortable;
+    int percent;
+    int64_t ended_us;
+};
+
+/* Launches a plan; at most STEPS_IN_FLIGHT are under way. The plan's memory may go afterwards. */
+enum err worker_begin(struct worker *w, const struct step_plan *plan);
+/* Ends the oldest; out's arrays live until its place in the ring is taken again. */
+enum err worker_end(struct worker *w, struct step_result *out);
+/* Closes the collective; steps under way are dropped. */
+void worker_close_group(struct worker *w);

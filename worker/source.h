@@ -1,0 +1,44 @@
+/* Where tensors come from: a checkpoint's files, or numbers made from a seed.
+ *
+ * Asks by role and layer; answers with a view of exactly the role's shape, or an error naming file,
+ * tensor and reason. Remembers what was asked for, so that the rest can be reported. */
+#pragma once
+#include "base/safetensors.h"
+#include "kernels/tensor.h"
+#include "worker/model/config.h"
+
+enum { SOURCE_TEMPS_MAX = 8, SOURCE_NAME_MAX = 192 };
+struct source {
+    const struct model_config *config;
+    struct safetensors *file; /* NULL = dummy */
+    uint64_t seed;
+    const char *prefix; /* what this checkpoint puts before the stems */
+    bool *used;         /* [count of tensors] */
+    const struct st_tensor *taken[SOURCE_TEMPS_MAX];
+    struct source_temp {
+        void *mem;
+        size_t bytes;
+    } temps[SOURCE_TEMPS_MAX]; /* copies behind the views given since the last release */
+    int n_temps, n_taken;
+};
+
+/* The file stays the caller's; NULL = dummy weights. */
+enum err source_init(struct source *s, const struct model_config *config, struct safetensors *file,
+                     uint64_t seed);
+void source_fini(struct source *s);
+
+/* The role's matrix [rows][columns] as the table of roles says, whatever way it is stored. */
+enum err source_matrix(struct source *s, enum role role, int layer, struct matrix_view *out);
+/* The role's vector, or its bias, as F32 [n] into out. */
+enum err source_vector(struct source *s, enum role role, int layer, bool bias, int64_t n,
+                       float *out);
+/* Views given so far are no longer needed: frees copies, lets go of the file's pages. */
+void source_release(struct source *s);
+/* Takes the copy behind a view over, so that release does not free it. False when the view lies in
+ * the file itself. */
+bool source_keep(struct source *s, const void *data, void **out_mem, size_t *out_bytes);
+/* Whether the checkpoint holds the role at all. */
+bool source_has(const struct source *s, enum role role);
+/* After all was read: a tensor that nobody asked for is an error inside a computed layer, a warning
+ * elsewhere; known leftovers (masks, rotary frequencies) are ignored. */
+enum err source_check_unused(const struct source *s);

@@ -1,0 +1,31 @@
+/* Checkpoint -> this rank's weights on the backend: found by role, checked, sliced, packed.
+ *
+ * A slice or a transpose is only another view of the mapped file; the backend packs it once.
+ * Knows files and roles; never steps or plans. */
+#pragma once
+#include "worker/model/model.h"
+
+struct weights_options {
+    const char *model_dir;
+    bool dummy; /* values from the seed instead of files */
+    uint64_t seed;
+    enum weight_format format;      /* of matrices in the layers */
+    enum weight_format head_format; /* of the output projection and of OPT's projections */
+    int context_max;
+    void (*progress)(void *ctx, uint64_t bytes_done, uint64_t bytes_total); /* or NULL */
+    void *ctx;
+};
+
+/* Whole shares: config and group are given, everything else of *out is filled. Errors name the file
+ * and the tensor; nothing stays allocated after one. */
+enum err model_load(const struct weights_options *options, const struct model_config *config,
+                    struct group group, struct backend *backend, struct model **out);
+void model_unload(struct model *m); /* accepts NULL */
+
+/* Digest of config.json, all tensors' headers and the formats: equal means same tokens. */
+enum err model_digest(const struct weights_options *options, const struct model_config *config,
+                      const struct safetensors *file, char out[33]);
+/* Bytes that the matrices and tables of a rank will take on the device, before loading. */
+void model_bytes_estimate(const struct model_config *config, struct group group,
+                          const struct weights_options *options, enum dtype file_dtype,
+                          uint64_t *out_weights, uint64_t *out_tables);
