@@ -363,7 +363,7 @@ enum err coordinator_run(const struct coordinator_config *config)
     drain(c);
 out:
     snprintf(why, sizeof why, "%s", e ? err_detail() : "");
+    signals_close(old); /* from here on a signal ends the process in its own way */
     coordinator_close(c);
-    signals_close(old);
     return e ? err_set(e, "%s", why) : OK;
 }

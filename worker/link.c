@@ -353,7 +353,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
 
 static enum err link_init(struct link *l, const struct link_config *config)
 {
-    char *address, *token;
+    char *address = NULL, *token = NULL;
     l->config = *config;
     l->config.n_plans_max = config->n_plans_max ? config->n_plans_max : PLANS_DEFAULT;
     if (l->config.n_plans_max > PLANS_MAX)
@@ -558,6 +558,7 @@ void link_fault(struct link *l, const char *reason, bool fatal)
     m.kind_case = HEDDLE__CLUSTER__FROM_WORKER__KIND_FAULT;
     m.fault = &f;
     pthread_mutex_lock(&l->mutex);
+    f.epoch = l->delivered_epoch; /* one that has ended meanwhile is not ended again */
     (void)send_words(l, &m);
     pthread_mutex_unlock(&l->mutex);
 }

@@ -239,7 +239,7 @@ static void on_small(struct cluster *c, struct stream *s, const Heddle__Cluster_
         words_copy(words, sizeof words, m->fault->reason);
         if (m->fault->fatal)
             rank_lose(c, g, s->rank, false, "rank %u failed: %s", s->rank, words);
-        else
+        else if (m->fault->epoch == g->epoch)
             group_fault(c, g, s->rank, words);
         break;
     default:

@@ -47,10 +47,12 @@ struct front_config {
 };
 
 struct front_loop; /* one per HTTP loop: ready streams and posted jobs */
+struct text_pool;
 struct front {
     struct front_config config;
     struct metrics metrics;
     struct http_server *http;
+    struct text_pool *texts;   /* for bodies too long for a loop */
     atomic_ullong next_id;     /* of engine requests */
     atomic_ullong next_public_id;
     uint64_t random;           /* makes public ids of this process unlike those of others */

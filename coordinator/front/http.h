@@ -70,6 +70,8 @@ struct event_base *http_loop_base(struct http_loop *l);
 /* What was asked; valid until the answer has ended. */
 const struct http_head *http_exchange_head(const struct http_exchange *x);
 struct span http_exchange_body(const struct http_exchange *x);
+/* Takes the body's memory over; the exchange has none afterwards. */
+void http_exchange_take_body(struct http_exchange *x, struct buf *out);
 struct http_loop *http_exchange_loop(const struct http_exchange *x);
 int64_t http_exchange_begun_us(const struct http_exchange *x); /* the request had been read */
 /* One pointer and number for the caller's use (route, labels). */

@@ -321,6 +321,12 @@ struct span http_exchange_body(const struct http_exchange *x)
     return (struct span){buf_string(&x->body), x->body.n};
 }
 
+void http_exchange_take_body(struct http_exchange *x, struct buf *out)
+{
+    *out = x->body;
+    buf_init(&x->body, 0);
+}
+
 void http_exchange_set_name(struct http_exchange *x, struct span name)
 {
     size_t n = name.n < sizeof x->name ? name.n : sizeof x->name - 1;

@@ -217,8 +217,7 @@ static void write_engine(const struct metrics_snapshot *s, const char *labels, s
     write_gauges(rows, sizeof rows / sizeof *rows, labels, out);
     write_head(out, "vllm:cache_config_info", "gauge", "Configuration of the KV cache");
     buf_printf(out,
-               "vllm:cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%llu\","
-               "enable_prefix_caching=\"True\"} 1\n",
+               "vllm:cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%llu\"} 1\n",
                labels, e->block_size, (unsigned long long)e->blocks_total);
     write_head(out, "heddle:build_info", "gauge", "This program");
     buf_printf(out, "heddle:build_info{version=\"" HEDDLE_VERSION "\"} 1\n");

@@ -5,7 +5,10 @@
 #include "coordinator/front/api_error.h"
 #include "coordinator/front/routes.h"
 
+#include <stddef.h>
 #include <string.h>
+
+enum { LONG_BODY_BYTES = 32 << 10 }; /* parsing that much takes a few milliseconds */
 
 struct openai_choice *openai_choice_of(struct openai_answer *a, uint32_t index)
 {
@@ -37,6 +40,7 @@ static void answer_destroy(struct openai_answer *a)
     api_call_fini(&a->call);
     buf_fini(&a->head);
     buf_fini(&a->out);
+    buf_fini(&a->body);
     mem_free(a);
 }
 
@@ -353,6 +357,66 @@ static enum err answer_submit(struct openai_answer *a)
     return OK;
 }
 
+static void call_parse(struct openai_answer *a, struct span body)
+{
+    a->parse_err = a->call.kind == API_CHAT ? api_chat_parse(a->front, body, &a->call)
+                                            : api_completions_parse(a->front, body, &a->call);
+    snprintf(a->parse_why, sizeof a->parse_why, "%s", a->parse_err ? err_detail() : "");
+}
+
+/* The body has been read: submits, or answers that it cannot be. */
+static void call_begin(struct openai_answer *a)
+{
+    struct http_exchange *x = a->x;
+    struct front *f = a->front;
+    char why[512];
+    enum err e = a->parse_err;
+    if (e) err_set(e, "%s", a->parse_why);
+    a->call.tenant = a->tenant;
+    a->call.cache_salt ^= a->salt;
+    if (!e) e = answer_begin(a);
+    if (!e && !a->call.max_tokens && !a->scored) {
+        answer_echo_only(a);
+        return;
+    }
+    if (!e) e = answer_submit(a);
+    if (!e) {
+        http_exchange_own(x, on_closed, a);
+        return;
+    }
+    snprintf(why, sizeof why, "%s", err_detail());
+    if (a->stream) stream_abandon(a->stream);
+    answer_destroy(a);
+    route_error(f, x, e, why);
+}
+
+static struct openai_answer *answer_of(void *job, size_t offset)
+{
+    return (struct openai_answer *)(void *)((char *)job - offset);
+}
+
+static void parse_work(struct text_job *job)
+{
+    struct openai_answer *a = answer_of(job, offsetof(struct openai_answer, parse));
+    call_parse(a, (struct span){buf_string(&a->body), a->body.n});
+}
+
+static void parse_back(struct front_job *job, struct front_loop *loop)
+{
+    (void)loop;
+    struct openai_answer *a = answer_of(job, offsetof(struct openai_answer, parse.back));
+    if (a->x) call_begin(a);
+    else answer_destroy(a);
+}
+
+/* The client left while its body was being parsed: parse_back will see. */
+static void parse_closed(void *owner)
+{
+    struct openai_answer *a = owner;
+    metrics_count(&a->front->metrics, METRIC_CANCELLED, 1);
+    a->x = NULL;
+}
+
 static void openai_answer(struct front *f, struct http_exchange *x, enum api_kind kind,
                           uint64_t tenant, uint64_t salt)
 {
@@ -365,27 +429,21 @@ static void openai_answer(struct front *f, struct http_exchange *x, enum api_kin
     a->writer = (struct stream_writer){on_piece, on_scored, on_flush, on_finished};
     a->front = f;
     a->x = x;
+    a->tenant = tenant;
+    a->salt = salt;
     api_call_init(&a->call, kind, f);
     struct span body = http_exchange_body(x);
-    e = kind == API_CHAT ? api_chat_parse(f, body, &a->call)
-                         : api_completions_parse(f, body, &a->call);
-    a->call.tenant = tenant;
-    a->call.cache_salt ^= salt;
-    if (!e) e = answer_begin(a);
-    if (!e && !a->call.max_tokens && !a->scored) {
-        answer_echo_only(a);
+    if (body.n < LONG_BODY_BYTES) {
+        call_parse(a, body);
+        call_begin(a);
         return;
     }
-    if (!e) e = answer_submit(a);
-    if (!e) {
-        http_exchange_own(x, on_closed, a);
-        return;
-    }
-    char why[512];
-    snprintf(why, sizeof why, "%s", err_detail());
-    if (a->stream) stream_abandon(a->stream);
-    answer_destroy(a);
-    route_error(f, x, e, why);
+    http_exchange_own(x, parse_closed, a);
+    http_exchange_take_body(x, &a->body);
+    a->parse.loop = front_loop_of(x);
+    a->parse.work = parse_work;
+    a->parse.back.run = parse_back;
+    text_pool_post(f->texts, &a->parse);
 }
 
 void openai_completions(struct front *f, struct http_exchange *x, uint64_t tenant, uint64_t salt)

@@ -5,6 +5,7 @@
 #pragma once
 #include "coordinator/front/api.h"
 #include "coordinator/front/stream.h"
+#include "coordinator/front/text_pool.h"
 
 struct openai_scored { /* logprobs of a prompt's tokens, the last n of them */
     struct stream_token *tokens;
@@ -36,6 +37,11 @@ struct openai_answer {
     uint32_t n_choices;
     struct openai_scored *scored;  /* [call.n_prompts] when prompts are scored */
     bool started;
+    struct text_job parse;         /* of a long body, on another thread */
+    struct buf body;
+    uint64_t tenant, salt;
+    enum err parse_err;
+    char parse_why[512];
 };
 
 /* Parses the body, submits, and answers x, now or later. */

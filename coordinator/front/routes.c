@@ -62,9 +62,12 @@ enum err route_argument(struct http_exchange *x, const struct route *r, struct b
     return http_percent_decode((struct span){path.data + n, path.n - n}, out);
 }
 
-static void count_rejection(struct front *f, enum err e, int status)
+/* Probes that find the server not ready are no rejected requests. */
+static void count_rejection(struct front *f, struct http_exchange *x, enum err e, int status)
 {
     struct metrics *m = &f->metrics;
+    const struct route *r = http_exchange_tag(x);
+    if (r && r->access == ROUTE_OPEN) return;
     if (e == ERR_FULL) metrics_count(m, METRIC_REJECTED_FULL, 1);
     else if (e == ERR_UNAUTHORIZED) metrics_count(m, METRIC_REJECTED_AUTH, 1);
     else if (e == ERR_NOT_READY) metrics_count(m, METRIC_REJECTED_NOT_READY, 1);
@@ -77,7 +80,7 @@ static void error_reply(struct front *f, struct http_exchange *x, int status, en
     struct buf body;
     buf_init(&body, 0);
     api_error_write(&body, e, why);
-    count_rejection(f, e, status);
+    count_rejection(f, x, e, status);
     if (status >= 500 && status != 501 && e != ERR_NOT_READY && e != ERR_DEADLINE)
         log_error("http: %s answered with %d: %s", http_exchange_name(x), status, why);
     if (status == 429) http_exchange_header(x, "Retry-After", "1");

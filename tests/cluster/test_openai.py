@@ -67,8 +67,11 @@ def choices_prompts_and_seeds():
     assert len({c.text for c in r.choices[:3]}) > 1, "choices of one prompt are all the same"
     best = client.completions.create(**greedy(n=1, best_of=4, temperature=1.0, max_tokens=8))
     assert len(best.choices) == 1
-    beams = client.completions.create(**greedy(n=2, max_tokens=8, extra_body={"use_beam_search": True, "beam_width": 4}))
-    assert len(beams.choices) == 2
+
+
+def beams():
+    r = client.completions.create(**greedy(n=2, max_tokens=8, extra_body={"use_beam_search": True, "beam_width": 4}))
+    assert len(r.choices) == 2 and r.choices[0].text != r.choices[1].text
 
 
 def logprobs_as_the_harness_reads_them():
@@ -205,7 +208,7 @@ def main():
         with Server(MODEL, "--tp", "2", "--threads", "1", "--chat-template", template.name, "--shutdown-timeout", "30") as server:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0, timeout=60)
             run([models, completion_whole_streamed_and_by_ids, choices_prompts_and_seeds, logprobs_as_the_harness_reads_them,
-                 stop_strings, chat, refusals, leaving_frees_the_request, many_at_once, metrics_count, drains_on_sigterm])
+                 stop_strings, chat, refusals, leaving_frees_the_request, many_at_once, metrics_count, beams, drains_on_sigterm])
 
 
 main()

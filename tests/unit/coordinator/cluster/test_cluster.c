@@ -168,6 +168,16 @@ static void say_exchange(struct stream *s, uint64_t epoch, const char *key, size
     say(s, &m);
 }
 
+static void say_fault(struct stream *s, uint64_t epoch)
+{
+    Heddle__Cluster__Fault x = HEDDLE__CLUSTER__FAULT__INIT;
+    Heddle__Cluster__FromWorker m = HEDDLE__CLUSTER__FROM_WORKER__INIT;
+    x.epoch = epoch;
+    m.kind_case = HEDDLE__CLUSTER__FROM_WORKER__KIND_FAULT;
+    m.fault = &x;
+    say(s, &m);
+}
+
 static void say_beat(struct stream *s)
 {
     Heddle__Cluster__Heartbeat h = HEDDLE__CLUSTER__HEARTBEAT__INIT;
@@ -448,6 +458,22 @@ static void test_stale_results(void **state)
     undisturbed(f);
 }
 
+/* A rank says that it cannot go on in an epoch: that one ends, another begins without joining anew.
+ */
+static void test_fault(void **state)
+{
+    struct fixture *f = *state;
+    say_fault(&f->ranks[1], atomic_load(&epoch_up) - 1); /* of one that has ended: nothing */
+    usleep(60000);
+    undisturbed(f);
+    say_fault(&f->ranks[1], atomic_load(&epoch_up));
+    assert_true(reaches(&n_down, 1, 1000));
+    for (int i = 0; i < 2; i++)
+        assert_true(reaches(&f->ranks[i].n_welcome, 2, 1000));
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(atomic_load(&f->ranks[i].ended), 0);
+}
+
 static void test_second_join(void **state)
 {
     struct fixture *f = *state;
@@ -599,6 +625,7 @@ int main(void)
                                        BOTH(test_result_of_wrong_rank),
                                        BOTH(test_result_malformed),
                                        BOTH(test_stale_results),
+                                       BOTH(test_fault),
                                        BOTH(test_second_join),
                                        BOTH(test_exchange_limits),
                                        BOTH(test_exchange_big),

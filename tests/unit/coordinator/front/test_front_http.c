@@ -352,6 +352,60 @@ static void many_connections(void **state)
     }
 }
 
+/* A body too long for its loop is parsed elsewhere: answered all the same, errors too, and given up
+ * when its client leaves. */
+static void long_bodies(void **state)
+{
+    (void)state;
+    struct buf body;
+    buf_init(&body, 0);
+    fake_reset("abc");
+    for (int bad = 0; bad < 2; bad++) {
+        buf_clear(&body);
+        buf_printf(&body, "{\"prompt\":\"p\",\"max_tokens\":2,\"temperature\":%d,\"metadata\":\"", bad ? 9 : 1);
+        for (int i = 0; i < 60000; i++) buf_add_char(&body, 'a');
+        buf_add_string(&body, "\"}");
+        json_t *a = post("/v1/completions", buf_string(&body), bad ? 400 : 200);
+        if (bad) assert_string_equal(text_at(a, "error.param"), "temperature");
+        else assert_string_equal(text_at(a, "choices.0.text"), "ab");
+        json_decref(a);
+    }
+    for (int i = 0; i < 40; i++) {
+        int fd = post_open(buf_string(&body));
+        clock_sleep_us(i * 20);
+        close(fd);
+    }
+    assert_true(engine_idle(2000));
+    buf_fini(&body);
+}
+
+static void unix_socket(void **state)
+{
+    (void)state;
+    struct front *first = front;
+    struct front_config c = fixture_config();
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct answer a;
+    snprintf(address.sun_path, sizeof address.sun_path, "/tmp/heddle-front-%d", (int)getpid());
+    c.http.host = NULL;
+    c.http.uds = address.sun_path;
+    fixture_open(&c);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    client_send(fd, "GET /live HTTP/1.1\r\n\r\n", 22);
+    client_answer(fd, false, &a);
+    assert_int_equal(a.status, 200);
+    answer_fini(&a);
+    close(fd);
+    struct front *other = NULL; /* the socket of a live server is not taken away */
+    assert_int_equal(front_create(&c, &other), ERR_IO);
+    front_stop(front);
+    front_destroy(front);
+    assert_int_equal(access(address.sun_path, F_OK), -1);
+    front = first;
+    port = http_server_port(front->http);
+}
+
 static void failing_midway(void **state)
 {
     (void)state;
@@ -401,6 +455,7 @@ int main(void)
         cmocka_unit_test(chunked_and_pipelined),   cmocka_unit_test(slow_request_is_ended),
         cmocka_unit_test(leaving_cancels),         cmocka_unit_test(leaving_at_random),
         cmocka_unit_test(slow_reader_is_cut),      cmocka_unit_test(many_connections),
+        cmocka_unit_test(long_bodies),             cmocka_unit_test(unix_socket),
         cmocka_unit_test(failing_midway),          cmocka_unit_test(unknown_numbers_of_metrics),
     };
     return cmocka_run_group_tests(tests, begin, end);
