@@ -58,7 +58,8 @@ static bool signal_wait(int wait_ms)
     struct pollfd p = {.fd = signal_fd, .events = POLLIN};
     uint64_t count;
     int n;
-    do n = poll(&p, 1, wait_ms);
+    do
+        n = poll(&p, 1, wait_ms);
     while (n < 0 && errno == EINTR && wait_ms < 0);
     return n > 0 && read(signal_fd, &count, sizeof count) == sizeof count;
 }
@@ -160,14 +161,16 @@ static enum err template_open(struct coordinator *c)
         snprintf(why, sizeof why, "%s", err_detail());
         FAIL(ERR_INVALID, "%s: %s", file, why);
     }
-    if (e) log_warn("the model's chat template is not usable, so chat is off: %s", err_detail());
-    else c->front_config.chat_template_source = source;
+    if (e)
+        log_warn("the model's chat template is not usable, so chat is off: %s", err_detail());
+    else
+        c->front_config.chat_template_source = source;
     return OK;
 }
 
 /* Splits at commas into pointers; text is a copy that lives with the coordinator. */
-static enum err split(const char *what, const char *list, char *text, const char **out, unsigned max,
-                      unsigned *out_n)
+static enum err split(const char *what, const char *list, char *text, const char **out,
+                      unsigned max, unsigned *out_n)
 {
     if (strlen(list) >= NAMES_BYTES_MAX) FAIL(ERR_INVALID, "%s: too long", what);
     memcpy(text, list, strlen(list) + 1);
@@ -189,7 +192,8 @@ static enum err names_set(struct coordinator *c)
                      &f->n_names);
     snprintf(c->names, sizeof c->names, "%s", dir);
     char *end = c->names + strlen(c->names);
-    while (end > c->names + 1 && end[-1] == '/') *--end = 0;
+    while (end > c->names + 1 && end[-1] == '/')
+        *--end = 0;
     char *slash = strrchr(c->names, '/');
     f->names[f->n_names++] = slash && slash[1] ? slash + 1 : c->names;
     if (f->names[0] != dir && strcmp(f->names[0], dir)) f->names[f->n_names++] = dir;
@@ -276,11 +280,11 @@ static enum err front_open(struct coordinator *c)
                   FRONT_ORIGINS_MAX, &f->n_origins));
     TRY(front_create(f, &c->front));
     if (!config->grpc_port) return OK;
-    struct grpc_front_config grpc = {.front = c->front,
-                                     .host = config->host ? config->host : "127.0.0.1",
-                                     .port = config->grpc_port,
-                                     .tls = {.cert_file = config->tls_certificate,
-                                             .key_file = config->tls_key}};
+    struct grpc_front_config grpc = {
+        .front = c->front,
+        .host = config->host ? config->host : "127.0.0.1",
+        .port = config->grpc_port,
+        .tls = {.cert_file = config->tls_certificate, .key_file = config->tls_key}};
     return grpc_front_create(&grpc, &c->grpc);
 }
 

@@ -33,7 +33,7 @@ struct grpc_call {
     struct rpc_call *rpc; /* one count of ours */
     const struct grpc_method *method;
     struct buf message, reply;
-    bool ended, gone;     /* we finished it; gRPC closed it */
+    bool ended, gone;       /* we finished it; gRPC closed it */
     atomic_bool cancelling; /* the cancel job is on its way */
     /* Generate */
     struct stream_writer writer;

@@ -127,7 +127,8 @@ static int health_status(struct grpc_call *c)
     struct span service = {"", 0};
     if (n >= 2 && p[0] == 0x0a && p[1] < 0x80 && (size_t)p[1] + 2 == n)
         service = (struct span){(const char *)p + 2, p[1]};
-    else if (n) return HEALTH_SERVICE_UNKNOWN;
+    else if (n)
+        return HEALTH_SERVICE_UNKNOWN;
     if (span_equal(service, "liveness")) return HEALTH_SERVING;
     if (service.n && !span_equal(service, "readiness") && !span_equal(service, "heddle.v1.Heddle"))
         return HEALTH_SERVICE_UNKNOWN;
@@ -144,8 +145,10 @@ static void run_check(struct grpc_call *c)
 {
     int status = health_status(c);
     enum err e = OK;
-    if (status == HEALTH_SERVICE_UNKNOWN) e = err_set(ERR_NOT_FOUND, "no such service");
-    else e = health_send(c, status);
+    if (status == HEALTH_SERVICE_UNKNOWN)
+        e = err_set(ERR_NOT_FOUND, "no such service");
+    else
+        e = health_send(c, status);
     grpc_call_end(c, e, e ? err_detail() : "");
 }
 
@@ -289,25 +292,35 @@ enum err grpc_front_create(const struct grpc_front_config *config, struct grpc_f
                                       .on_close = rpc_closed,
                                       .ctx = g};
     bool six = config->port >= 0 && strchr(config->host, ':');
-    if (config->port < 0) snprintf(address, sizeof address, "%s", config->host);
+    if (config->port < 0)
+        snprintf(address, sizeof address, "%s", config->host);
     else
-        snprintf(address, sizeof address, "%s%s%s:%d", six ? "[" : "", config->host,
-                 six ? "]" : "", config->port);
+        snprintf(address, sizeof address, "%s%s%s:%d", six ? "[" : "", config->host, six ? "]" : "",
+                 config->port);
     struct rpc_server_config server = {.address = address,
                                        .authorize = authorize,
                                        .authorize_ctx = config->front,
                                        .tls = config->tls,
                                        .methods = rows,
                                        .n_methods = N_METHODS,
-                                       .message_bytes_max = config->front->config.http.body_bytes_max};
+                                       .message_bytes_max =
+                                           config->front->config.http.body_bytes_max};
     enum err e = rpc_server_create(&server, &g->server);
-    if (e) grpc_front_destroy(g);
-    else *out = g;
+    if (e)
+        grpc_front_destroy(g);
+    else
+        *out = g;
     return e;
 }
 
-int grpc_front_port(const struct grpc_front *g) { return rpc_server_port(g->server); }
-void grpc_front_drain(struct grpc_front *g) { rpc_server_drain(g->server, DRAIN_MS); }
+int grpc_front_port(const struct grpc_front *g)
+{
+    return rpc_server_port(g->server);
+}
+void grpc_front_drain(struct grpc_front *g)
+{
+    rpc_server_drain(g->server, DRAIN_MS);
+}
 
 void grpc_front_stop(struct grpc_front *g)
 {
