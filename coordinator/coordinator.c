@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 enum { NAMES_BYTES_MAX = 4096, FLUSH_MS = 1000, LEAVE_MS = 1000 };
@@ -73,6 +74,15 @@ static enum err signals_open(struct sigaction old[2])
     sigaction(SIGTERM, &act, &old[0]);
     sigaction(SIGINT, &act, &old[1]);
     return OK;
+}
+
+/* As many connections as the system lets us have. */
+static void files_raise(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur == limit.rlim_max) return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit)) log_warn("file descriptors: %s", strerror(errno));
 }
 
 static void signals_close(const struct sigaction old[2])
@@ -356,6 +366,7 @@ enum err coordinator_run(const struct coordinator_config *config)
     TRY(MEM_NEW(&c));
     c->config = config;
     pthread_rwlock_init(&c->door, NULL);
+    files_raise();
     TRY_OUT(signals_open(old));
     TRY_OUT(model_open(c));
     TRY_OUT(engine_open(c));
