@@ -272,6 +272,7 @@ static void fill(struct engine *e, struct group *g)
     g->n_rows_left = g->n_rows_max - g->n_decoding;
     g->n_step_tokens = g->n_step_prompt = 0;
     resume_stalled(g);
+    beam_fork(e, g);
     run_ready(e, g);
     run_prefills(e, g, true);
     admit_waiting(e, g);
@@ -286,6 +287,7 @@ bool scheduler_plan(struct engine *e, struct group *g)
     if (!g->up || g->broken || group_in_flight(g) >= g->n_depth) return false;
     g->building = true;
     kv_blocks_acked(&g->kv, g->acked_step);
+    group_close_late(g);
     admission_make_room(e, g); /* first: who is closed must not be named afterwards */
     stop_ended(g);
     stop_leaving(g);
@@ -299,5 +301,5 @@ bool scheduler_plan(struct engine *e, struct group *g)
     }
     plan_clear(g);
     g->building = false;
-    return !empty;
+    return empty && g->n_late_slots ? scheduler_plan(e, g) : !empty; /* the closes make the next one */
 }

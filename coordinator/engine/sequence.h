@@ -48,7 +48,8 @@ struct sequence {
     } links[LINK_COUNT];
     struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
     struct lane *lane;
-    uint64_t order; /* of arrival; older ones are smaller */
+    struct sequence *parent; /* of a beam that waits for its fork */
+    uint64_t order;          /* of arrival; older ones are smaller */
     int64_t waiting_since_us;
     uint8_t state;
     bool decoding;    /* in the decode set: planned grows by one a step from join_step on */

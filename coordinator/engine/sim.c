@@ -53,7 +53,7 @@ struct world {
     uint32_t loss, duplicate, slow; /* chances, per 1024 messages */
     uint32_t block_size, window, drafts, n_host, context, vocabulary_blocks;
     int64_t step_us, wire_us;
-    bool calm, changes_size;
+    bool calm, changes_size, small;
     char words[300];
 };
 
@@ -176,6 +176,7 @@ static enum err deliver_result(struct world *w, const struct event *e)
 static uint32_t draw_blocks(struct world *w)
 {
     uint32_t least = (w->context + w->block_size - 1) / w->block_size;
+    if (w->small) least = least / 3 + 1; /* then the blocks and not the context are the limit */
     return least + (uint32_t)rand_below(&w->rand, 2 * (uint64_t)least + 4);
 }
 
@@ -287,10 +288,11 @@ static enum err draw_world(struct world *w)
     w->duplicate = faults && !rand_below(r, 2) ? 60 : 0;
     w->slow = faults && !rand_below(r, 2) ? 20 : 0;
     w->changes_size = !rand_below(r, 4);
+    w->small = !rand_below(r, 4);
     struct sim_load_shape shape = {.n_requests = 2 + (uint32_t)rand_below(r, 14),
                                    .prompt_max = w->context / 2,
                                    .output_max = w->context / 2,
-                                   .beams_max = rand_below(r, 4) ? 0 : 0,
+                                   .beams_max = rand_below(r, 3) ? 0 : 4,
                                    .choices_max = rand_below(r, 3) ? 1 : 4,
                                    .span_us = (int64_t)rand_below(r, 30000),
                                    .deadlines = !rand_below(r, 4),
@@ -299,6 +301,7 @@ static enum err draw_world(struct world *w)
                                    .priorities = !rand_below(r, 3)};
     if (!rand_below(r, 8)) shape.prompt_max = w->context + 4;
     TRY(sim_load_make(&w->load, r, &shape));
+    w->load.shrinks = w->changes_size || w->n_groups > 1;
     for (uint32_t i = 0; i < w->n_groups; i++)
         draw_group(w, i);
     TRY(draw_engine(w));

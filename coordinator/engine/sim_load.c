@@ -136,7 +136,10 @@ static void check_best_of(struct sim_request *q, const struct emission *e)
 {
     const struct request *r = &q->request;
     double sums[64];
-    uint32_t best = 0;
+    uint32_t best = 0, n_most = q->load->capacity_least - r->n_tokens;
+    if (r->n_tokens + r->max_tokens > q->load->capacity_least && q->load->shrinks)
+        return; /* cut, who knows where */
+    if (n_most > r->max_tokens) n_most = r->max_tokens;
     for (uint32_t i = 0; i < r->n_best_of; i++) {
         struct sampling_params p = params_of(q, i);
         uint64_t prefix = 1;
@@ -144,7 +147,7 @@ static void check_best_of(struct sim_request *q, const struct emission *e)
         for (uint32_t k = 0; k < r->n_tokens; k++)
             prefix = model_prefix(prefix, last = r->tokens[k]);
         sums[i] = 0;
-        for (uint32_t n = 0; n < r->max_tokens; n++) {
+        for (uint32_t n = 0; n < n_most; n++) {
             last = model_next(prefix, last, n, &p);
             sums[i] += model_logprob(prefix, last);
             prefix = model_prefix(prefix, last);
@@ -168,14 +171,19 @@ static void check_best_of(struct sim_request *q, const struct emission *e)
             sim_wrong(q->load, q, "best of %u: choice %d token %u", r->n_best_of, e->choice, n);
         prefix = model_prefix(prefix, last);
     }
-    if (e->n_tokens != r->max_tokens && !is_stop(q, e->n_tokens, last))
+    if (e->n_tokens != n_most && !is_stop(q, e->n_tokens, last))
         sim_wrong(q->load, q, "best of: %u tokens", e->n_tokens);
 }
 
 static void check_beam(struct sim_request *q, const struct emission *e)
 {
     struct sim_beam_result want;
-    sim_beam_search(&q->request, &want);
+    if (q->request.n_tokens + q->request.max_tokens > q->load->capacity_least && q->load->shrinks)
+        return;
+    struct request cut = q->request;
+    uint32_t n_most = q->load->capacity_least - cut.n_tokens;
+    if (cut.max_tokens > n_most) cut.max_tokens = n_most;
+    sim_beam_search(&cut, &want);
     uint32_t i = (uint32_t)e->choice;
     if (e->n_tokens != want.lengths[i])
         sim_wrong(q->load, q, "beam %u has %u tokens, should have %u", i, e->n_tokens,

@@ -178,6 +178,8 @@ static bool born(struct sim_worker *w, struct sim_slot *s, uint32_t n_known, uin
     s->decoding = false;
     s->open = true;
     s->serial = ++w->next_serial;
+    s->retired = false;
+    s->from_serial = 0;
     if (n_computed >= n_known || n_computed > s->n_blocks * w->block_size)
         return wrong(w, "%u computed of %u known in %u blocks", n_computed, n_known, s->n_blocks);
     return true;
@@ -218,8 +220,11 @@ static bool apply_fork(struct sim_worker *w, const struct plan_fork *f)
     memcpy(s->stop_ids, from->stop_ids, sizeof s->stop_ids);
     s->sampling.stop_ids = s->stop_ids;
     uint32_t n_known = f->n_tokens + f->n_append;
-    return set_known(w, s, n_known) && set_blocks(w, s, f->blocks, f->n_blocks) &&
-           born(w, s, n_known, f->n_computed);
+    if (!set_known(w, s, n_known) || !set_blocks(w, s, f->blocks, f->n_blocks) ||
+        !born(w, s, n_known, f->n_computed))
+        return false;
+    s->from_serial = from->serial;
+    return true;
 }
 
 static bool apply_moves(struct sim_worker *w, const struct step_plan *p)
@@ -314,8 +319,10 @@ static bool write_kv(struct sim_worker *w, struct sim_slot *s, uint32_t slot, ui
                      uint64_t prefix)
 {
     uint32_t block = s->blocks[p / w->block_size], other = w->owner[block];
-    const struct sim_slot *o = &w->slots[other];
-    if (other != slot && o->open && o->serial == w->serial[block])
+    struct sim_slot *o = &w->slots[other];
+    if (other != slot && o->open && o->serial == w->serial[block] && o->serial == s->from_serial)
+        o->retired = true;
+    else if (other != slot && o->open && o->serial == w->serial[block])
         for (uint32_t i = first_seen(w, o->n_computed) / w->block_size; i < o->n_blocks; i++)
             if (o->blocks[i] == block)
                 return wrong(w, "block %u has two writers, slots %u and %u", block, slot, other);
@@ -375,6 +382,7 @@ static bool compute(struct sim_worker *w, uint32_t slot, struct step_result *r)
     if (s->n_computed + run->n_tokens > s->n_blocks * w->block_size ||
         s->n_known + run->n_drafts + run->sample > s->n_max)
         return wrong(w, "slot %u: %u tokens have no block or no room", slot, run->n_tokens);
+    if (s->retired) return wrong(w, "slot %u runs after its fork took its block", slot);
     if (!check_kv(w, s, slot)) return false;
     for (uint32_t i = 0; i < n_plain; i++, s->n_computed++) {
         uint32_t p = s->n_computed;

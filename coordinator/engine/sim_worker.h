@@ -19,6 +19,8 @@ void model_top(uint64_t prefix, uint32_t n, int32_t *out_tokens, float *out_logp
 
 struct sim_slot {
     bool open, decoding;
+    bool retired;         /* a fork of it writes into its last block now: it must not run again */
+    uint32_t from_serial; /* of the slot it was forked from, 0 = none */
     uint32_t n_prompt, n_known, n_computed, n_max, n_blocks, serial;
     int32_t *tokens;    /* [context] */
     uint64_t *prefixes; /* [context] of the tokens up to each */

@@ -102,7 +102,11 @@ bool cuda_ok(struct cuda_backend *b, cudaError_t result, const char *what);
 /* ERR_DEVICE or ERR_NO_MEMORY, worded, for set-up calls that report at once. */
 enum err cuda_check(cudaError_t result, const char *what);
 enum err cuda_alloc(struct cuda_backend *b, size_t bytes, void **out);
-void cuda_free(void *mem); /* accepts NULL */
+/* Accepts NULL. On a failed device memory is left to the end of the process: freeing would wait for
+ * a device that may never answer. */
+void cuda_free(struct cuda_backend *b, void *mem);
+/* Waits until the stream is empty, unless the device has failed. */
+void cuda_quiesce(struct cuda_backend *b);
 /* Grows a device buffer of set-up; its old contents are dropped. */
 enum err cuda_reserve(struct cuda_backend *b, void **mem, size_t *have, size_t bytes);
 
@@ -181,7 +185,7 @@ struct gemm {
     const float *x_scales, *w_scales;       /* FP8 with scales applied by the library, or NULL */
 };
 /* ERR_DEVICE says why the library cannot be used. */
-enum err lt_open(cudaStream_t stream, struct lt **out);
+enum err lt_open(struct cuda_backend *b, struct lt **out);
 void lt_close(struct lt *lt); /* accepts NULL */
 /* Whether it has kernels for this shape (pointers of NULL are only looked at for being NULL); times
  * its proposals for each bucket of rows up to gemm->rows. Allocates, waits for the device. */

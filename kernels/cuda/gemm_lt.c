@@ -35,6 +35,7 @@ struct shape {
 };
 
 struct lt {
+    struct cuda_backend *backend;
     cudaStream_t stream;
     void *library, *workspace;
     cublasLtHandle_t handle;
@@ -69,12 +70,13 @@ static enum err functions_find(struct lt *lt)
     return OK;
 }
 
-enum err lt_open(cudaStream_t stream, struct lt **out)
+enum err lt_open(struct cuda_backend *b, struct lt **out)
 {
     struct lt *lt;
     enum err e;
     TRY(MEM_NEW(&lt));
-    lt->stream = stream;
+    lt->backend = b;
+    lt->stream = b->stream;
     lt->library = library_open();
     if (!lt->library) FAIL_OUT(ERR_DEVICE, "%s", dlerror());
     TRY_OUT(functions_find(lt));
@@ -102,8 +104,8 @@ void lt_close(struct lt *lt)
 {
     if (!lt) return;
     for (int i = 0; i < lt->n_shapes; i++) shape_fini(lt, &lt->shapes[i]);
-    if (lt->handle) lt->cublasLtDestroy(lt->handle);
-    cuda_free(lt->workspace);
+    if (lt->handle && !lt->backend->failed) lt->cublasLtDestroy(lt->handle);
+    cuda_free(lt->backend, lt->workspace);
     /* The library stays open: it keeps threads and exit handlers of its own. */
     mem_free(lt);
 }

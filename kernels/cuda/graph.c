@@ -44,6 +44,6 @@ enum err cuda_replay(struct backend *base, void *graph)
 void cuda_graph_destroy(struct backend *base, void *graph)
 {
     if (!graph) return;
-    cudaStreamSynchronize(cuda_of(base)->stream);
-    cudaGraphExecDestroy(graph);
+    cuda_quiesce(cuda_of(base));
+    if (!cuda_of(base)->failed) cudaGraphExecDestroy(graph);
 }

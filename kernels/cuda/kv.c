@@ -75,8 +75,8 @@ enum err cuda_kv_create(struct backend *base, const struct kv_cache_args *args, 
 void cuda_kv_destroy(struct backend *base, struct kv_cache *kv)
 {
     if (!kv) return;
-    cudaStreamSynchronize(cuda_of(base)->stream);
-    cuda_free(kv->data);
+    cuda_quiesce(cuda_of(base));
+    cuda_free(cuda_of(base), kv->data);
     mem_free(kv);
 }
 

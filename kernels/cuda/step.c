@@ -63,17 +63,18 @@ void cuda_steps_close(struct cuda_backend *b)
 {
     for (int i = 0; i < STEPS_IN_FLIGHT; i++) {
         struct cuda_step *s = &b->steps[i];
+        if (b->failed) break; /* as cuda_free */
         if (s->done) cudaEventDestroy(s->done);
         if (s->staging) cudaFreeHost(s->staging);
         if (s->edits) cudaFreeHost(s->edits);
         if (s->results) cudaFreeHost(s->results);
     }
-    cuda_free(b->batch_ints);
-    cuda_free(b->batch.block_table);
-    cuda_free(b->landing);
-    cuda_free(b->feedback);
-    cuda_free(b->edits);
-    cuda_free(b->results);
+    cuda_free(b, b->batch_ints);
+    cuda_free(b, b->batch.block_table);
+    cuda_free(b, b->landing);
+    cuda_free(b, b->feedback);
+    cuda_free(b, b->edits);
+    cuda_free(b, b->results);
     mem_free(b->token_count);
 }
 
@@ -84,8 +85,8 @@ enum err cuda_step_table_reserve(struct cuda_backend *b, size_t ints)
     size_t landing = ints_max(b) + b->tile_ints + ints, bytes = landing * sizeof(int32_t);
     TRY(cuda_check(cudaStreamSynchronize(b->stream), "waiting for the device"));
     b->table_ints = b->landing_ints = 0;
-    cuda_free(b->batch.block_table);
-    cuda_free(b->landing);
+    cuda_free(b, b->batch.block_table);
+    cuda_free(b, b->landing);
     b->batch.block_table = b->landing = NULL;
     TRY(cuda_alloc(b, ints * sizeof(int32_t), (void **)&b->batch.block_table));
     TRY(cuda_alloc(b, bytes, (void **)&b->landing));

@@ -206,12 +206,12 @@ out:
 void cuda_weight_destroy(struct backend *base, struct weight *w)
 {
     if (!w) return;
-    cudaStreamSynchronize(cuda_of(base)->stream);
-    cuda_free(w->data);
-    cuda_free(w->scales);
-    cuda_free(w->scales_16);
-    cuda_free(w->bias);
-    cuda_free(w->bias_16);
+    cuda_quiesce(cuda_of(base));
+    cuda_free(w->backend, w->data);
+    cuda_free(w->backend, w->scales);
+    cuda_free(w->backend, w->scales_16);
+    cuda_free(w->backend, w->bias);
+    cuda_free(w->backend, w->bias_16);
     mem_free(w);
 }
 

@@ -231,16 +231,21 @@ static const struct shape shapes[] = {
     {5, 5, 16, 1, 0, 0, 16, 16, DTYPE_I8, false, false, 0, 0, 0.06},
 };
 
+/* HEDDLE_CUDA_QUICK: the plugin was built for two sizes of heads only. */
+static bool left_out(const struct shape *s) { return getenv("HEDDLE_CUDA_QUICK") && s->dim != 64 && s->dim != 128; }
+
 static void test_shapes(void **state)
 {
     (void)state;
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) world_run(&shapes[i], 7, false);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        if (!left_out(&shapes[i])) world_run(&shapes[i], 7, false);
 }
 
 static void test_shapes_deterministic(void **state)
 {
     (void)state;
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += 2) world_run(&shapes[i], 6, true);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += 2)
+        if (!left_out(&shapes[i])) world_run(&shapes[i], 6, true);
 }
 
 /* Long enough that each warp's ring wraps several times even when keys are split. */
@@ -267,7 +272,7 @@ static void test_older_device(void **state)
     setenv("HEDDLE_FAKE_GPU", "sm=80", 1);
     world_run(&shapes[0], 6, false);
     world_run(&shapes[8], 6, false);
-    world_run(&shapes[6], 6, false);
+    if (!left_out(&shapes[6])) world_run(&shapes[6], 6, false);
     unsetenv("HEDDLE_FAKE_GPU");
 }
 
@@ -318,7 +323,7 @@ static void test_blocks_move(void **state)
     for (int i = 0; i < 2; i++) {
         struct world w;
         int grow[SEQS_MAX] = {100, 40}, one[SEQS_MAX] = {1, 1};
-        world_open(&w, &shapes[i ? 10 : 0], 2, false);
+        world_open(&w, &shapes[i ? 8 : 0], 2, false);
         struct backend *b = w.b;
         world_step(&w, grow, false);
         struct kv_cache_args one_block = {2, w.s.n_kv_heads, w.s.dim, w.s.block_size, 1, w.s.cache};
@@ -332,6 +337,31 @@ static void test_blocks_move(void **state)
         w.table[2] = from[0];
         world_step(&w, one, false);
         mem_free(saved);
+        world_close(&w);
+    }
+}
+
+/* What a sequence left in a block must not reach the next one that uses it: here NaN everywhere. */
+static void test_stale_blocks(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        struct world w;
+        int grow[SEQS_MAX] = {90, 37}, one[SEQS_MAX] = {1, 1};
+        world_open(&w, &shapes[i % 2 ? 8 : 0], 2, i >= 2);
+        struct arrays *a = take(sizeof *a);
+        arrays_fill(&w, grow, a);
+        int n = a->batch.n_tokens, cols = (w.s.n_heads + 2 * w.s.n_kv_heads) * w.s.dim;
+        struct both bad = both_new(w.b, n, cols, cols, DTYPE_BF16);
+        for (int j = 0; j < n * cols; j++) bad.host[j] = NAN;
+        both_send(w.b, &bad);
+        w.b->ops->batch_begin(w.b, &a->batch);
+        w.b->ops->qkv_prepare(w.b, bad.t, w.kv, &w.args, &a->batch);
+        must(w.b->ops->ticket_wait(w.b, w.b->ops->step_end(w.b)));
+        grow[0] = 21, grow[1] = 3; /* fewer tokens in the same blocks */
+        world_step(&w, grow, false);
+        world_step(&w, one, false);
+        both_free(w.b, &bad), mem_free(a);
         world_close(&w);
     }
 }
@@ -378,7 +408,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_shapes),         cmocka_unit_test(test_shapes_deterministic), cmocka_unit_test(test_long),
         cmocka_unit_test(test_older_device),   cmocka_unit_test(test_chunks_bitwise),       cmocka_unit_test(test_blocks_move),
-        cmocka_unit_test(test_refused),        cmocka_unit_test(test_prefill_graph_refused),
+        cmocka_unit_test(test_stale_blocks),   cmocka_unit_test(test_refused),              cmocka_unit_test(test_prefill_graph_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
