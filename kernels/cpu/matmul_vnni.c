@@ -6,6 +6,8 @@
  * registers up to 6 rows and lie in the parked tile above. */
 #include "kernels/cpu/matmul_avx512.h"
 
+#include <string.h>
+
 enum { GROUP_BYTES = 64 + GROUP_STEPS * 64, ROWS_IN_REGISTERS = 6 };
 
 ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
@@ -133,17 +135,15 @@ struct group_call {
     const uint32_t *words;
     const int32_t *correction;
     int64_t correction_stride;
-    float *total; /* [rows][32] */
+    float *total; /* [rows][32]; no branch on the first group: it would cost the registers */
     const uint8_t *prefetch;
     int64_t prefetch_bytes;
-    bool first;
 };
 
 ALWAYS_INLINE void total_add(const struct group_call *c, int r, int half, __m512i sum, __m512 scale)
 {
     float *at = c->total + r * 32 + 16 * half;
-    __m512 before = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(at);
-    _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
+    _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(at)));
 }
 
 ALWAYS_INLINE void group_many(const struct group_call *c, const int rows)
@@ -165,11 +165,11 @@ ALWAYS_INLINE void group_many(const struct group_call *c, const int rows)
 ALWAYS_INLINE void panel_int4_many(const struct panel_call *c, int rows,
                                    void (*one)(const struct group_call *))
 {
-    struct group_call call = {c->weights, c->words,    c->correction,     c->correction_stride,
-                              c->scratch, c->prefetch, c->prefetch_bytes, c->first};
+    struct group_call call = {c->weights, c->words,    c->correction,    c->correction_stride,
+                              c->scratch, c->prefetch, c->prefetch_bytes};
+    if (c->first) memset(call.total, 0, (size_t)rows * 32 * sizeof *call.total);
     for (int64_t s = 0; s < c->n_steps; s += GROUP_STEPS) {
         one(&call);
-        call.first = false;
         call.group += GROUP_BYTES;
         call.words += GROUP_STEPS * rows;
         call.correction++;
@@ -182,26 +182,28 @@ ALWAYS_INLINE void panel_int4_many(const struct panel_call *c, int rows,
     }
 }
 
-#define FEW(ROWS)                                                                                  \
-    static __attribute__((noinline)) void panel_int4_##ROWS(const struct panel_call *c)            \
+#define FEW(ROWS, ATTRIBUTES)                                                                      \
+    static __attribute__((noinline)) ATTRIBUTES void panel_int4_##ROWS(const struct panel_call *c) \
     {                                                                                              \
         panel_int4_few(c, ROWS);                                                                   \
     }
 #define MANY(ROWS)                                                                                 \
-    static __attribute__((noinline, noclone)) void group_int4_##ROWS(const struct group_call *c)   \
+    static __attribute__((noinline, noclone))                                                      \
+    KERNEL_UNCHECKED void group_int4_##ROWS(const struct group_call *c)                            \
     {                                                                                              \
         group_many(c, ROWS);                                                                       \
     }                                                                                              \
-    static __attribute__((noinline)) void panel_int4_##ROWS(const struct panel_call *c)            \
+    static __attribute__((noinline))                                                               \
+    KERNEL_UNCHECKED void panel_int4_##ROWS(const struct panel_call *c)                            \
     {                                                                                              \
         panel_int4_many(c, ROWS, group_int4_##ROWS);                                               \
     }
-FEW(1)
-FEW(2)
-FEW(3)
-FEW(4)
-FEW(5)
-FEW(6)
+FEW(1, )
+FEW(2, )
+FEW(3, KERNEL_UNCHECKED)
+FEW(4, KERNEL_UNCHECKED)
+FEW(5, KERNEL_UNCHECKED)
+FEW(6, KERNEL_UNCHECKED)
 MANY(7)
 MANY(8)
 MANY(9)
