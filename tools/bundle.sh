@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One folder that runs on any Linux with glibc 2.36 or newer: the program, its CUDA plugin if it was
 # built, and every shared library they need except glibc's own. ./dev bundle
-#   build/bundle/heddle          the program; finds lib/ beside itself
+#   build/bundle/heddle          the program; looks for lib/ beside itself (its RPATH, set when linked)
 #   build/bundle/heddle_cuda.so  the plugin; cuBLASLt and NCCL come from the machine with the GPU
 #   build/heddle-bundle.tar.xz   the folder, packed; 60 MB at most
 set -euo pipefail
@@ -9,20 +9,19 @@ cd "$(dirname "$0")/.."
 build=build/release bundle=build/bundle packed=build/heddle-bundle.tar.xz
 bytes_max=$((60 * 1000 * 1000))
 stop() { echo "bundle: $*" >&2; exit 1; }
-command -v patchelf >/dev/null && patch=patchelf || patch=
 [ -x "$build/heddle" ] || stop "no $build/heddle; ./dev build first"
 
 rm -rf "$bundle"
 mkdir -p "$bundle/lib"
-cp "$build/heddle" "$bundle/heddle.bin"
+cp "$build/heddle" "$bundle/heddle"
 [ -f "$build/heddle_cuda.so" ] && cp "$build/heddle_cuda.so" "$bundle/"
 
 # glibc belongs to the machine: mixing two of them ends in crashes.
 is_glibc() { [[ "$1" =~ ^(ld-linux.*|libc|libm|libdl|libpthread|librt|libresolv|libutil|libanl|libnsl)\.so ]]; }
 needed_of() { ldd "$1" 2>/dev/null | awk '$2 == "=>" {print $1, $3}'; }
-missing=$(ldd "$bundle/heddle.bin" | awk '/not found/ {print $1}')
+missing=$(ldd "$bundle/heddle" | awk '/not found/ {print $1}')
 [ -z "$missing" ] || stop "not found: $missing"
-for object in "$bundle/heddle.bin" "$bundle"/*.so; do
+for object in "$bundle/heddle" "$bundle"/*.so; do
   [ -e "$object" ] || continue
   while read -r name path; do
     is_glibc "$name" || [ -e "$bundle/lib/$name" ] || cp -L "$path" "$bundle/lib/$name"
@@ -36,21 +35,7 @@ if [ -d "$mpi/openmpi/lib/openmpi3" ]; then
     [ -e "$part" ] && cp -L "$part" "$bundle/lib/openmpi3/"
   done
 fi
-strip --strip-unneeded "$bundle"/lib/*.so* "$bundle/heddle.bin" 2>/dev/null || true
-
-if [ -n "$patch" ]; then
-  patchelf --set-rpath '$ORIGIN/lib' "$bundle/heddle.bin"
-  for object in "$bundle"/*.so; do [ -e "$object" ] && patchelf --set-rpath '$ORIGIN:$ORIGIN/lib' "$object"; done
-  for object in "$bundle"/lib/*.so*; do patchelf --set-rpath '$ORIGIN' "$object"; done
-  mv "$bundle/heddle.bin" "$bundle/heddle"
-else # without patchelf a wrapper tells the loader; the program still finds its own path
-  cat >"$bundle/heddle" <<'WRAPPER'
-#!/bin/sh
-here=$(dirname "$(readlink -f "$0")")
-LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" HEDDLE_PLUGIN_DIR="${HEDDLE_PLUGIN_DIR:-$here}" exec "$here/heddle.bin" "$@"
-WRAPPER
-  chmod +x "$bundle/heddle"
-fi
+strip --strip-unneeded "$bundle"/lib/*.so* "$bundle/heddle" 2>/dev/null || true
 
 # No symbol newer than glibc 2.36.
 newest=$(find "$bundle" -type f \( -name '*.so*' -o -name 'heddle*' \) -exec objdump -T {} + 2>/dev/null |
@@ -62,7 +47,7 @@ elsewhere=$(mktemp -d)
 trap 'rm -rf "$elsewhere"' EXIT
 cp -a "$bundle" "$elsewhere/moved"
 env -i "$elsewhere/moved/heddle" --version >/dev/null || stop "the moved bundle does not start"
-outside=$(env -i LD_LIBRARY_PATH="$elsewhere/moved/lib" ldd "$elsewhere/moved/heddle"* 2>/dev/null | awk '$2 == "=>" {print $1, $3}' |
+outside=$(env -i ldd "$elsewhere/moved/heddle" 2>/dev/null | awk '$2 == "=>" {print $1, $3}' |
   while read -r name path; do
     is_glibc "$name" || case "$path" in "$elsewhere"/*) ;; *) echo "$name" ;; esac
   done)
