@@ -40,10 +40,13 @@ static bool service_read(struct rpc_call *call, struct span bytes, char out[SERV
 {
     Grpc__Health__V1__HealthCheckRequest *r = NULL;
     if (bytes.n <= SERVICE_NAME_MAX + 16)
-        r = grpc__health__v1__health_check_request__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
+        r = grpc__health__v1__health_check_request__unpack(NULL, bytes.n,
+                                                           (const uint8_t *)bytes.data);
     bool ok = r && strlen(r->service) < SERVICE_NAME_MAX;
-    if (ok) snprintf(out, SERVICE_NAME_MAX, "%s", r->service);
-    else rpc_finish(call, RPC_INVALID_ARGUMENT, "not a HealthCheckRequest");
+    if (ok)
+        snprintf(out, SERVICE_NAME_MAX, "%s", r->service);
+    else
+        rpc_finish(call, RPC_INVALID_ARGUMENT, "not a HealthCheckRequest");
     if (r) grpc__health__v1__health_check_request__free_unpacked(r, NULL);
     return ok;
 }
@@ -67,13 +70,15 @@ static void list_message(struct rpc_call *call, void *ctx, struct span bytes)
     enum { SERVICES_MAX = 16 };
     struct health *h = ctx;
     Grpc__Health__V1__HealthListResponse r = GRPC__HEALTH__V1__HEALTH_LIST_RESPONSE__INIT;
-    Grpc__Health__V1__HealthListResponse__StatusesEntry entries[SERVICES_MAX], *pointers[SERVICES_MAX];
+    Grpc__Health__V1__HealthListResponse__StatusesEntry entries[SERVICES_MAX],
+        *pointers[SERVICES_MAX];
     Grpc__Health__V1__HealthCheckResponse values[SERVICES_MAX];
     (void)bytes;
     for (size_t i = 0; i < h->config.n_services && i < SERVICES_MAX; i++) {
         grpc__health__v1__health_list_response__statuses_entry__init(&entries[i]);
         grpc__health__v1__health_check_response__init(&values[i]);
-        values[i].status = (Grpc__Health__V1__HealthCheckResponse__ServingStatus)h->config.status(h->config.ctx, h->config.services[i]);
+        values[i].status = (Grpc__Health__V1__HealthCheckResponse__ServingStatus)h->config.status(
+            h->config.ctx, h->config.services[i]);
         entries[i].key = (char *)(uintptr_t)h->config.services[i];
         entries[i].value = &values[i];
         pointers[r.n_statuses++] = &entries[i];
@@ -118,7 +123,8 @@ static void *health_run(void *ctx)
 static const char *watcher_add(struct health *h, struct watcher *w)
 {
     if (h->n_watchers == HEALTH_WATCHERS_MAX) return "too many watchers";
-    if (!h->has_thread && pthread_create(&h->thread, NULL, health_run, h)) return "no thread for watching";
+    if (!h->has_thread && pthread_create(&h->thread, NULL, health_run, h))
+        return "no thread for watching";
     h->has_thread = true;
     h->watchers[h->n_watchers++] = w;
     w->told = h->config.status(h->config.ctx, w->service);
@@ -162,12 +168,22 @@ static void watch_close(struct rpc_call *call, void *ctx, bool cancelled)
 
 size_t health_methods(struct health *h, struct rpc_method out[HEALTH_METHODS])
 {
-    out[0] = (struct rpc_method){.path = "/grpc.health.v1.Health/Check", .kind = RPC_UNARY, .flags = RPC_PUBLIC,
-                                 .on_message = check_message, .ctx = h};
-    out[1] = (struct rpc_method){.path = "/grpc.health.v1.Health/Watch", .kind = RPC_SERVER_STREAM, .flags = RPC_PUBLIC,
-                                 .on_message = watch_message, .on_close = watch_close, .ctx = h};
-    out[2] = (struct rpc_method){.path = "/grpc.health.v1.Health/List", .kind = RPC_UNARY, .flags = RPC_PUBLIC,
-                                 .on_message = list_message, .ctx = h};
+    out[0] = (struct rpc_method){.path = "/grpc.health.v1.Health/Check",
+                                 .kind = RPC_UNARY,
+                                 .flags = RPC_PUBLIC,
+                                 .on_message = check_message,
+                                 .ctx = h};
+    out[1] = (struct rpc_method){.path = "/grpc.health.v1.Health/Watch",
+                                 .kind = RPC_SERVER_STREAM,
+                                 .flags = RPC_PUBLIC,
+                                 .on_message = watch_message,
+                                 .on_close = watch_close,
+                                 .ctx = h};
+    out[2] = (struct rpc_method){.path = "/grpc.health.v1.Health/List",
+                                 .kind = RPC_UNARY,
+                                 .flags = RPC_PUBLIC,
+                                 .on_message = list_message,
+                                 .ctx = h};
     return HEALTH_METHODS;
 }
 

@@ -12,10 +12,31 @@
 extern const unsigned char proto_descriptors[];
 extern const size_t proto_descriptors_bytes;
 
-enum { FILES_MAX = 16, SERVICES_MAX = 32, SYMBOL_MAX = 256, REQUEST_BYTES_MAX = 4096, NESTING_MAX = 16 };
+enum {
+    FILES_MAX = 16,
+    SERVICES_MAX = 32,
+    SYMBOL_MAX = 256,
+    REQUEST_BYTES_MAX = 4096,
+    NESTING_MAX = 16
+};
 enum { SET_FILE = 1 };
-enum { FILE_NAME = 1, FILE_PACKAGE = 2, FILE_DEPENDENCY = 3, FILE_MESSAGE = 4, FILE_ENUM = 5, FILE_SERVICE = 6 };
-enum { ANY_NAME = 1, MESSAGE_FIELD = 2, MESSAGE_NESTED = 3, MESSAGE_ENUM = 4, MESSAGE_ONEOF = 8, ENUM_VALUE = 2, SERVICE_METHOD = 2 };
+enum {
+    FILE_NAME = 1,
+    FILE_PACKAGE = 2,
+    FILE_DEPENDENCY = 3,
+    FILE_MESSAGE = 4,
+    FILE_ENUM = 5,
+    FILE_SERVICE = 6
+};
+enum {
+    ANY_NAME = 1,
+    MESSAGE_FIELD = 2,
+    MESSAGE_NESTED = 3,
+    MESSAGE_ENUM = 4,
+    MESSAGE_ONEOF = 8,
+    ENUM_VALUE = 2,
+    SERVICE_METHOD = 2
+};
 
 struct file {
     struct span bytes, name, package;
@@ -38,7 +59,10 @@ static struct span field_first(struct span message, uint32_t field)
     return value;
 }
 
-static bool span_same(struct span a, struct span b) { return a.n == b.n && !memcmp(a.data, b.data, a.n); }
+static bool span_same(struct span a, struct span b)
+{
+    return a.n == b.n && !memcmp(a.data, b.data, a.n);
+}
 
 /* Removes "NAME" or "NAME." from the front of symbol; false when it does not begin so. */
 static bool name_cut(struct span *symbol, struct span name)
@@ -64,18 +88,23 @@ static bool member_is(struct span message, uint32_t field, struct span name)
     return false;
 }
 
-/* The rest of a symbol inside a message: itself, a field, a nested message, an enum or its value. */
+/* The rest of a symbol inside a message: itself, a field, a nested message, an enum or its value.
+ */
 static bool message_has(struct span message, struct span rest, int depth)
 {
     struct span member;
     if (!rest.n) return true;
     if (depth == NESTING_MAX) return false;
-    if (member_is(message, MESSAGE_FIELD, rest) || member_is(message, MESSAGE_ONEOF, rest)) return true;
+    if (member_is(message, MESSAGE_FIELD, rest) || member_is(message, MESSAGE_ONEOF, rest))
+        return true;
     for (size_t at = 0; envelope_bytes(message, MESSAGE_ENUM, &at, &member);)
-        if (span_same(field_first(member, ANY_NAME), rest) || member_is(member, ENUM_VALUE, rest)) return true;
+        if (span_same(field_first(member, ANY_NAME), rest) || member_is(member, ENUM_VALUE, rest))
+            return true;
     for (size_t at = 0; envelope_bytes(message, MESSAGE_NESTED, &at, &member);) {
         struct span inner = rest;
-        if (name_cut(&inner, field_first(member, ANY_NAME)) && message_has(member, inner, depth + 1)) return true;
+        if (name_cut(&inner, field_first(member, ANY_NAME)) &&
+            message_has(member, inner, depth + 1))
+            return true;
     }
     return false;
 }
@@ -86,13 +115,18 @@ static bool file_has(const struct file *f, struct span symbol)
     if (!name_cut(&symbol, f->package) || !symbol.n) return false;
     for (size_t at = 0; envelope_bytes(f->bytes, FILE_SERVICE, &at, &member);) {
         rest = symbol;
-        if (name_cut(&rest, field_first(member, ANY_NAME)) && (!rest.n || member_is(member, SERVICE_METHOD, rest))) return true;
+        if (name_cut(&rest, field_first(member, ANY_NAME)) &&
+            (!rest.n || member_is(member, SERVICE_METHOD, rest)))
+            return true;
     }
     for (size_t at = 0; envelope_bytes(f->bytes, FILE_ENUM, &at, &member);)
-        if (span_same(field_first(member, ANY_NAME), symbol) || member_is(member, ENUM_VALUE, symbol)) return true;
+        if (span_same(field_first(member, ANY_NAME), symbol) ||
+            member_is(member, ENUM_VALUE, symbol))
+            return true;
     for (size_t at = 0; envelope_bytes(f->bytes, FILE_MESSAGE, &at, &member);) {
         rest = symbol;
-        if (name_cut(&rest, field_first(member, ANY_NAME)) && message_has(member, rest, 0)) return true;
+        if (name_cut(&rest, field_first(member, ANY_NAME)) && message_has(member, rest, 0))
+            return true;
     }
     return false;
 }
@@ -128,7 +162,8 @@ static void answer_error(struct answer *a, int code, const char *text)
     grpc__reflection__v1__error_response__init(&a->error);
     a->error.error_code = code;
     a->error.error_message = (char *)(uintptr_t)text;
-    a->response.message_response_case = GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_ERROR_RESPONSE;
+    a->response.message_response_case =
+        GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_ERROR_RESPONSE;
     a->response.error_response = &a->error;
 }
 
@@ -137,14 +172,16 @@ static void file_add(const struct reflection *r, struct answer *a, const struct 
     struct span name;
     for (size_t i = 0; i < a->files.n_file_descriptor_proto; i++)
         if (a->bytes[i].data == (const uint8_t *)f->bytes.data) return;
-    a->bytes[a->files.n_file_descriptor_proto++] = (ProtobufCBinaryData){f->bytes.n, (uint8_t *)(uintptr_t)f->bytes.data};
+    a->bytes[a->files.n_file_descriptor_proto++] =
+        (ProtobufCBinaryData){f->bytes.n, (uint8_t *)(uintptr_t)f->bytes.data};
     for (size_t at = 0; envelope_bytes(f->bytes, FILE_DEPENDENCY, &at, &name);) {
         const struct file *imported = file_by_name(r, name);
         if (imported) file_add(r, a, imported); /* each file once, so this ends */
     }
 }
 
-static void answer_file(const struct reflection *r, struct answer *a, const struct file *f, const char *what)
+static void answer_file(const struct reflection *r, struct answer *a, const struct file *f,
+                        const char *what)
 {
     if (!f) {
         answer_error(a, RPC_NOT_FOUND, what);
@@ -153,7 +190,8 @@ static void answer_file(const struct reflection *r, struct answer *a, const stru
     grpc__reflection__v1__file_descriptor_response__init(&a->files);
     a->files.file_descriptor_proto = a->bytes;
     file_add(r, a, f);
-    a->response.message_response_case = GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_FILE_DESCRIPTOR_RESPONSE;
+    a->response.message_response_case =
+        GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_FILE_DESCRIPTOR_RESPONSE;
     a->response.file_descriptor_response = &a->files;
 }
 
@@ -167,7 +205,8 @@ static void answer_list(const struct reflection *r, struct answer *a)
     }
     a->list.n_service = r->n_services;
     a->list.service = a->pointers;
-    a->response.message_response_case = GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_LIST_SERVICES_RESPONSE;
+    a->response.message_response_case =
+        GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_LIST_SERVICES_RESPONSE;
     a->response.list_services_response = &a->list;
 }
 
@@ -184,7 +223,8 @@ static void answer_extensions(const struct reflection *r, struct answer *a, char
     a->response.all_extension_numbers_response = &a->extensions;
 }
 
-static void answer_make(const struct reflection *r, Grpc__Reflection__V1__ServerReflectionRequest *q, struct answer *a)
+static void answer_make(const struct reflection *r,
+                        Grpc__Reflection__V1__ServerReflectionRequest *q, struct answer *a)
 {
     grpc__reflection__v1__server_reflection_response__init(&a->response);
     a->response.valid_host = q->host;
@@ -202,8 +242,12 @@ static void answer_make(const struct reflection *r, Grpc__Reflection__V1__Server
     case GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__MESSAGE_REQUEST_ALL_EXTENSION_NUMBERS_OF_TYPE:
         answer_extensions(r, a, q->all_extension_numbers_of_type);
         break;
-    case GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__MESSAGE_REQUEST_LIST_SERVICES: answer_list(r, a); break;
-    default: answer_error(a, RPC_UNIMPLEMENTED, "no such kind of request"); break;
+    case GRPC__REFLECTION__V1__SERVER_REFLECTION_REQUEST__MESSAGE_REQUEST_LIST_SERVICES:
+        answer_list(r, a);
+        break;
+    default:
+        answer_error(a, RPC_UNIMPLEMENTED, "no such kind of request");
+        break;
     }
 }
 
@@ -212,22 +256,26 @@ static void info_message(struct rpc_call *call, void *ctx, struct span bytes)
     struct answer a;
     Grpc__Reflection__V1__ServerReflectionRequest *q = NULL;
     if (bytes.n <= REQUEST_BYTES_MAX)
-        q = grpc__reflection__v1__server_reflection_request__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
+        q = grpc__reflection__v1__server_reflection_request__unpack(NULL, bytes.n,
+                                                                    (const uint8_t *)bytes.data);
     if (!q) {
         rpc_finish(call, RPC_INVALID_ARGUMENT, "not a ServerReflectionRequest");
         return;
     }
     answer_make(ctx, q, &a);
-    if (envelope_send(call, &a.response.base) == ERR_FULL) rpc_finish(call, RPC_RESOURCE_EXHAUSTED, "answers are not read");
+    if (envelope_send(call, &a.response.base) == ERR_FULL)
+        rpc_finish(call, RPC_RESOURCE_EXHAUSTED, "answers are not read");
     grpc__reflection__v1__server_reflection_request__free_unpacked(q, NULL);
 }
 
 size_t reflection_methods(struct reflection *r, struct rpc_method out[REFLECTION_METHODS])
 {
-    static const char *const paths[REFLECTION_METHODS] = {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-                                                          "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"};
+    static const char *const paths[REFLECTION_METHODS] = {
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"};
     for (int i = 0; i < REFLECTION_METHODS; i++)
-        out[i] = (struct rpc_method){.path = paths[i], .kind = RPC_BIDI, .on_message = info_message, .ctx = r};
+        out[i] = (struct rpc_method){
+            .path = paths[i], .kind = RPC_BIDI, .on_message = info_message, .ctx = r};
     return REFLECTION_METHODS;
 }
 
@@ -240,8 +288,11 @@ void reflection_serve(struct reflection *r, const struct rpc_method *methods, si
         char name[SYMBOL_MAX];
         const char *slash = strchr(methods[i].path + 1, '/');
         bool known = !slash;
-        if (slash) snprintf(name, sizeof name, "%.*s", (int)(slash - methods[i].path - 1), methods[i].path + 1);
-        for (size_t k = 0; k < r->n_services && !known; k++) known = !strcmp(r->services[k], name);
+        if (slash)
+            snprintf(name, sizeof name, "%.*s", (int)(slash - methods[i].path - 1),
+                     methods[i].path + 1);
+        for (size_t k = 0; k < r->n_services && !known; k++)
+            known = !strcmp(r->services[k], name);
         if (!known) snprintf(r->services[r->n_services++], SYMBOL_MAX, "%s", name);
     }
 }
@@ -253,10 +304,14 @@ enum err reflection_create(struct reflection **out)
     TRY(MEM_NEW(&r));
     for (size_t at = 0; envelope_bytes(set, SET_FILE, &at, &bytes);) {
         ASSERT_CMP(r->n_files, <, FILES_MAX);
-        r->files[r->n_files++] = (struct file){bytes, field_first(bytes, FILE_NAME), field_first(bytes, FILE_PACKAGE)};
+        r->files[r->n_files++] =
+            (struct file){bytes, field_first(bytes, FILE_NAME), field_first(bytes, FILE_PACKAGE)};
     }
     *out = r;
     return OK;
 }
 
-void reflection_destroy(struct reflection *r) { mem_free(r); }
+void reflection_destroy(struct reflection *r)
+{
+    mem_free(r);
+}

@@ -97,8 +97,10 @@ static void pump(struct call *c)
     c->headers_sent |= headers;
     c->end_sent |= ends;
     c->sending = wire_send(c->wire, &send);
-    if (c->sending) c->n_events++;
-    else broken(c);
+    if (c->sending)
+        c->n_events++;
+    else
+        broken(c);
 }
 
 static void post(struct call *c)
@@ -109,8 +111,10 @@ static void post(struct call *c)
     rpc_acquire(&c->base);
     pthread_mutex_lock(&r->mutex);
     c->post_next = NULL;
-    if (r->post_tail) r->post_tail->post_next = c;
-    else r->post_head = c;
+    if (r->post_tail)
+        r->post_tail->post_next = c;
+    else
+        r->post_head = c;
     r->post_tail = c;
     pthread_cond_signal(&r->work);
     pthread_mutex_unlock(&r->mutex);
@@ -119,8 +123,10 @@ static void post(struct call *c)
 static void kick(struct call *c)
 {
     if (c->sending) return; /* the end of that send goes on */
-    if (is_poller) post(c);
-    else pump(c);
+    if (is_poller)
+        post(c);
+    else
+        pump(c);
 }
 
 static void *poster_run(void *ctx)
@@ -128,7 +134,8 @@ static void *poster_run(void *ctx)
     struct reactor *r = ctx;
     pthread_mutex_lock(&r->mutex);
     for (;;) {
-        while (!r->post_head && !r->stop) pthread_cond_wait(&r->work, &r->mutex);
+        while (!r->post_head && !r->stop)
+            pthread_cond_wait(&r->work, &r->mutex);
         struct call *c = r->post_head;
         if (!c) break;
         r->post_head = c->post_next;
@@ -207,8 +214,10 @@ static void read_start(struct call *c) /* locked */
 {
     if (c->reading || c->held || c->read_over || c->close_seen || !c->wire) return;
     c->reading = wire_recv(c->wire);
-    if (c->reading) c->n_events++;
-    else broken(c);
+    if (c->reading)
+        c->n_events++;
+    else
+        broken(c);
 }
 
 static void call_hold(struct rpc_call *call, bool on)
@@ -233,23 +242,42 @@ static void half_close_tell(struct call *c)
 {
     const struct rpc_method *m = c->base.method;
     if (!c->server) return;
-    if (m->kind != RPC_BIDI) call_finish(&c->base, RPC_INVALID_ARGUMENT, "the request has no message");
-    else if (m->on_half_close) m->on_half_close(&c->base, m->ctx);
-    else call_finish(&c->base, RPC_OK, "");
+    if (m->kind != RPC_BIDI)
+        call_finish(&c->base, RPC_INVALID_ARGUMENT, "the request has no message");
+    else if (m->on_half_close)
+        m->on_half_close(&c->base, m->ctx);
+    else
+        call_finish(&c->base, RPC_OK, "");
+}
+
+/* A compressed message that is broken or too big ends the call; nothing more is read. */
+static void message_refuse(struct call *c, enum err e)
+{
+    if (c->server)
+        call_finish(&c->base, e == ERR_TOO_BIG ? RPC_RESOURCE_EXHAUSTED : RPC_INVALID_ARGUMENT,
+                    err_detail());
+    else
+        call_cancel(&c->base);
 }
 
 static void on_recv(struct call *c, bool ok)
 {
-    struct span bytes = ok ? wire_message(c->wire) : (struct span){NULL, 0};
+    struct span bytes = {NULL, 0};
+    enum err e = ok ? wire_message(c->wire, &bytes) : OK;
     pthread_mutex_lock(&c->mutex);
     bool dead = c->server && c->close_seen && wire_cancelled(c->wire);
     pthread_mutex_unlock(&c->mutex);
-    if (!dead && bytes.data) message_tell(c, bytes);
-    if (!dead && !bytes.data) half_close_tell(c);
+    if (e) bytes.data = NULL;
+    if (!dead && e)
+        message_refuse(c, e);
+    else if (!dead && bytes.data)
+        message_tell(c, bytes);
+    else if (!dead)
+        half_close_tell(c);
     wire_message_free(c->wire);
     pthread_mutex_lock(&c->mutex);
     c->reading = false;
-    if (!bytes.data || (c->server && c->base.method->kind != RPC_BIDI)) c->read_over = true;
+    if (e || !bytes.data || (c->server && c->base.method->kind != RPC_BIDI)) c->read_over = true;
     read_start(c);
     pthread_mutex_unlock(&c->mutex);
 }
@@ -290,7 +318,8 @@ static void close_tell(struct call *c)
 
 /* ---- Life of a call ---- */
 
-static enum err call_create(struct reactor *r, struct server *server, struct channel *channel, struct call **out)
+static enum err call_create(struct reactor *r, struct server *server, struct channel *channel,
+                            struct call **out)
 {
     struct call *c;
     TRY(MEM_NEW(&c));
@@ -350,7 +379,8 @@ static void alive_cancel(struct reactor *r)
     for (;;) {
         pthread_mutex_lock(&r->mutex);
         struct call *c = r->alive;
-        while (c && c->doomed) c = c->alive_next;
+        while (c && c->doomed)
+            c = c->alive_next;
         if (c) c->doomed = true, rpc_acquire(&c->base);
         pthread_mutex_unlock(&r->mutex);
         if (!c) return;
@@ -359,7 +389,8 @@ static void alive_cancel(struct reactor *r)
     }
 }
 
-/* After an event was handled: tells the end when nothing else runs, retires after the last event. */
+/* After an event was handled: tells the end when nothing else runs, retires after the last event.
+ */
 static void event_done(struct call *c)
 {
     pthread_mutex_lock(&c->mutex);
@@ -380,14 +411,9 @@ static struct span call_metadata(const struct rpc_call *call, const char *key)
     return c->wire ? wire_metadata(c->wire, key) : (struct span){NULL, 0};
 }
 
-static const struct rpc_call_ops call_ops = {.send = call_send,
-                                             .pending = call_pending,
-                                             .half_close = call_half_close,
-                                             .finish = call_finish,
-                                             .cancel = call_cancel,
-                                             .hold = call_hold,
-                                             .metadata = call_metadata,
-                                             .free = call_free};
+static const struct rpc_call_ops call_ops = {call_send,     call_pending, call_half_close,
+                                             call_finish,   call_cancel,  call_hold,
+                                             call_metadata, call_free};
 
 /* ---- Events ---- */
 
@@ -406,7 +432,8 @@ static void calls_await(struct server *s)
         rpc_release(&c->base);
         break;
     }
-    if (!atomic_load(&s->n_waiting)) log_error("rpc: %s: no memory to await calls", s->base.address);
+    if (!atomic_load(&s->n_waiting))
+        log_error("rpc: %s: no memory to await calls", s->base.address);
 }
 
 static void on_new(struct call *c)
@@ -420,13 +447,16 @@ static void on_new(struct call *c)
     wire_peer_name(c->wire, c->base.peer_name, sizeof c->base.peer_name);
     int64_t left_us = wire_time_left_us(c->wire);
     if (left_us != INT64_MAX) c->base.deadline_us = clock_monotonic_us() + left_us;
-    const struct rpc_method *m = rpc_server_admit(&s->base, c->base.path, wire_metadata(c->wire, "authorization"), &code, &text);
+    const struct rpc_method *m = rpc_server_admit(
+        &s->base, c->base.path, wire_metadata(c->wire, "authorization"), &code, &text);
     c->base.method = m;
     if (m && m->send_bytes_max) c->out.limit = m->send_bytes_max;
     if (m && m->on_open) m->on_open(&c->base, m->ctx);
     pthread_mutex_lock(&c->mutex);
-    if (wire_close(c->wire)) c->n_events++;
-    else broken(c);
+    if (wire_close(c->wire))
+        c->n_events++;
+    else
+        broken(c);
     c->headers_wanted = m && m->kind != RPC_UNARY;
     c->read_over = !m;
     read_start(c);
@@ -457,10 +487,17 @@ static void on_event(const struct wire_event *event)
     case WIRE_NEW:
         if (!on_event_new(c, event->ok)) return;
         break;
-    case WIRE_RECV: on_recv(c, event->ok); break;
-    case WIRE_SEND: on_send(c, event->ok); break;
-    case WIRE_CLOSE: on_close(c); break;
-    case WIRE_SHUTDOWN: return;
+    case WIRE_RECV:
+        on_recv(c, event->ok);
+        break;
+    case WIRE_SEND:
+        on_send(c, event->ok);
+        break;
+    case WIRE_CLOSE:
+        on_close(c);
+        break;
+    case WIRE_SHUTDOWN:
+        return;
     }
     event_done(c);
 }
@@ -499,7 +536,8 @@ static void reactor_init(struct reactor *r)
 
 static enum err reactor_start(struct reactor *r, int n_pollers)
 {
-    if (pthread_create(&r->poster, NULL, poster_run, r)) FAIL(ERR_NO_MEMORY, "no thread for a server or channel");
+    if (pthread_create(&r->poster, NULL, poster_run, r))
+        FAIL(ERR_NO_MEMORY, "no thread for a server or channel");
     r->has_poster = true;
     for (; r->n_pollers < n_pollers && r->n_pollers < POLLERS_MAX; r->n_pollers++)
         if (pthread_create(&r->pollers[r->n_pollers], NULL, poller_run, r))
@@ -511,8 +549,10 @@ static void reactor_stop(struct reactor *r)
 {
     struct wire_event event;
     wire_queue_shutdown(r->queue);
-    for (int i = 0; i < r->n_pollers; i++) pthread_join(r->pollers[i], NULL);
-    while (wire_queue_next(r->queue, &event)) continue; /* no poller was started */
+    for (int i = 0; i < r->n_pollers; i++)
+        pthread_join(r->pollers[i], NULL);
+    while (wire_queue_next(r->queue, &event))
+        continue; /* no poller was started */
     pthread_mutex_lock(&r->mutex);
     r->stop = true;
     pthread_cond_signal(&r->work);
@@ -528,7 +568,8 @@ static void reactor_fini(struct reactor *r)
     pthread_mutex_destroy(&r->mutex);
 }
 
-/* Waits until no call lives and, for a server, its shutdown is complete. timeout_ms -1 = for ever. */
+/* Waits until no call lives and, for a server, its shutdown is complete. timeout_ms -1 = for ever.
+ */
 static bool reactor_wait(struct reactor *r, bool server, int timeout_ms)
 {
     int64_t until_us = clock_monotonic_us() + (int64_t)timeout_ms * 1000;
@@ -545,7 +586,10 @@ static bool reactor_wait(struct reactor *r, bool server, int timeout_ms)
 
 /* ---- Server ---- */
 
-static int server_port(const struct rpc_server *s) { return ((const struct server *)s)->port; }
+static int server_port(const struct rpc_server *s)
+{
+    return ((const struct server *)s)->port;
+}
 
 static bool server_drain(struct rpc_server *base, int timeout_ms)
 {
@@ -580,18 +624,22 @@ enum err rpc_net_server_create(const struct rpc_server_config *config, struct rp
     s->base.ops = &server_ops;
     reactor_init(&s->reactor);
     enum err e = rpc_server_init(&s->base, config);
-    if (!e) e = wire_server_create(config, s->base.n_calls_max, s->base.message_bytes_max, s->reactor.queue, &s->wire, &s->port);
+    if (!e)
+        e = wire_server_create(config, s->base.n_calls_max, s->base.message_bytes_max,
+                               s->reactor.queue, &s->wire, &s->port);
     if (!e) e = reactor_start(&s->reactor, config->n_threads > 0 ? config->n_threads : 1);
     if (!e) calls_await(s);
-    if (e) server_destroy(&s->base);
-    else *out = &s->base;
+    if (e)
+        server_destroy(&s->base);
+    else
+        *out = &s->base;
     return e;
 }
 
 /* ---- Channel ---- */
 
-static enum err channel_open(struct rpc_channel *base, const char *path, int timeout_ms, const struct rpc_handler *handler,
-                             struct rpc_call **out)
+static enum err channel_open(struct rpc_channel *base, const char *path, int timeout_ms,
+                             const struct rpc_handler *handler, struct rpc_call **out)
 {
     struct channel *ch = (struct channel *)base;
     struct call *c;
@@ -644,7 +692,9 @@ enum err rpc_net_channel_create(const struct rpc_channel_config *config, struct 
     enum err e = rpc_channel_init(&ch->base, config);
     if (!e) e = wire_channel_create(config, ch->base.message_bytes_max, &ch->wire);
     if (!e) e = reactor_start(&ch->reactor, 1);
-    if (e) channel_destroy(&ch->base);
-    else *out = &ch->base;
+    if (e)
+        channel_destroy(&ch->base);
+    else
+        *out = &ch->base;
     return e;
 }

@@ -21,22 +21,25 @@ bool wire_queue_next(struct wire_queue *q, struct wire_event *out);
 void wire_queue_destroy(struct wire_queue *q); /* after everything else; stops the library */
 
 struct wire_server;
-enum err wire_server_create(const struct rpc_server_config *config, uint32_t n_calls_max, size_t message_bytes_max,
-                            struct wire_queue *q, struct wire_server **out, int *out_port);
+enum err wire_server_create(const struct rpc_server_config *config, uint32_t n_calls_max,
+                            size_t message_bytes_max, struct wire_queue *q,
+                            struct wire_server **out, int *out_port);
 /* No new calls; WIRE_SHUTDOWN with this owner when the last has ended. */
 void wire_server_shutdown(struct wire_server *s, void *owner);
 void wire_server_cancel(struct wire_server *s); /* every call */
 void wire_server_destroy(struct wire_server *s);
 
 struct wire_channel;
-enum err wire_channel_create(const struct rpc_channel_config *config, size_t message_bytes_max, struct wire_channel **out);
+enum err wire_channel_create(const struct rpc_channel_config *config, size_t message_bytes_max,
+                             struct wire_channel **out);
 void wire_channel_destroy(struct wire_channel *ch);
 
 struct wire_call;
 /* Waits for one more call of a client: WIRE_NEW, not ok when the server shuts down instead. */
-enum err wire_call_request(struct wire_server *s, struct wire_queue *q, void *owner, struct wire_call **out);
-enum err wire_call_open(struct wire_channel *ch, struct wire_queue *q, const char *path, int timeout_ms, void *owner,
-                        struct wire_call **out);
+enum err wire_call_request(struct wire_server *s, struct wire_queue *q, void *owner,
+                           struct wire_call **out);
+enum err wire_call_open(struct wire_channel *ch, struct wire_queue *q, const char *path,
+                        int timeout_ms, void *owner, struct wire_call **out);
 void wire_call_destroy(struct wire_call *c); /* accepts NULL; after its last event */
 
 struct wire_send {
@@ -52,8 +55,9 @@ bool wire_recv(struct wire_call *c);
 bool wire_close(struct wire_call *c); /* WIRE_CLOSE when the whole call has ended */
 void wire_cancel(struct wire_call *c);
 
-/* After WIRE_RECV: the message, data NULL when there is none. Freed by wire_message_free. */
-struct span wire_message(struct wire_call *c);
+/* After WIRE_RECV: the message, data NULL when there is none. Freed by wire_message_free. ERR_TOO_BIG,
+ * ERR_FORMAT: it was compressed, and bigger than the limit or broken. */
+enum err wire_message(struct wire_call *c, struct span *out);
 void wire_message_free(struct wire_call *c);
 /* After WIRE_CLOSE. */
 bool wire_cancelled(const struct wire_call *c);                                      /* server */

@@ -109,10 +109,12 @@ static void info_fill(const struct worker_config *c, const struct model_config *
 
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out)
 {
+    struct worker_config c = *config;
     struct model_config model;
     struct memory_plan plan;
-    TRY(plan_make(config, &model, &plan));
-    info_fill(config, &model, &plan, out);
+    TRY(worker_rank_find(&c));
+    TRY(plan_make(&c, &model, &plan));
+    info_fill(&c, &model, &plan, out);
     snprintf(out->device, sizeof out->device, "%s", config->device ? config->device : "auto");
     return OK;
 }

@@ -17,12 +17,21 @@ static uint32_t blocks_for(const struct group *g, uint32_t n_tokens)
     return n_tokens / g->info.block_size + (n_tokens % g->info.block_size != 0);
 }
 
-void admission_uncount(struct engine *e, struct sequence *s)
+static void uncount(struct engine *e, struct sequence *s)
 {
     if (!s->counted) return;
     s->counted = false;
     e->limits.n_queued--;
     e->limits.n_queued_tokens -= s->n_prompt;
+}
+
+void admission_uncount(struct engine *e, struct sequence *s)
+{
+    for (uint32_t i = 0; s->job->beam && i < s->job->n_sequences; i++) {
+        struct sequence *t = s->job->sequences[i]; /* all beams run when one does */
+        if (t != s) uncount(e, t);
+    }
+    uncount(e, s);
 }
 
 /* Blocks to leave to those who run: each will need one soon. */
@@ -283,12 +292,25 @@ void admission_preempt(struct engine *e, struct group *g, struct sequence *s)
         sequence_list_append(&g->draining, LINK_WORK, s);
 }
 
+static void count_leaving(struct group *g, struct sequence *s)
+{
+    if (s->lists[LINK_WORK] == &g->prefilling) g->n_pending_tokens -= s->tokens.n - s->n_planned;
+    if (s->job->beam) beam_unseated(s);
+    s->lane->tenant->n_running--;
+}
+
 void admission_unseat(struct engine *e, struct group *g, struct sequence *s)
 {
     (void)e;
-    if (s->lists[LINK_WORK] == &g->prefilling) g->n_pending_tokens -= s->tokens.n - s->n_planned;
-    s->lane->tenant->n_running--;
+    count_leaving(g, s);
     group_unseat(g, s);
+}
+
+void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s)
+{
+    (void)e;
+    count_leaving(g, s);
+    group_unseat_late(g, s);
 }
 
 static struct sequence *newest_of_lowest_class(const struct group *g)

@@ -72,7 +72,8 @@ enum err engine_submit(struct engine *e, struct request *r, int64_t now_us)
     e->stats.n_rejected_full += err == ERR_FULL;
     e->stats.n_rejected_deadline += err == ERR_DEADLINE;
     if (err) return err;
-    if (job_find(e, r->id)) FAIL(ERR_INVALID, "request id %llu is alive", (unsigned long long)r->id);
+    if (job_find(e, r->id))
+        FAIL(ERR_INVALID, "request id %llu is alive", (unsigned long long)r->id);
     if (!r->arrival_us) r->arrival_us = now_us;
     TRY(job_create(e, r, &job));
     for (uint32_t i = 0; i < n; i++)
@@ -161,6 +162,7 @@ void engine_group_down(struct engine *e, uint32_t group, uint64_t epoch)
         admission_drop_host(e, s);
         admission_requeue(e, g, s);
     }
+    beam_group_down(e, g);
     for (struct sequence *s; (s = g->running.first);) {
         admission_unseat(e, g, s);
         admission_requeue(e, g, s);
@@ -281,6 +283,7 @@ void engine_check(const struct engine *e)
         for (uint32_t b = 0; b < g->kv.n_total; b++)
             ASSERT_CMP(g->kv.blocks[b].n_refs, ==, refs[b]);
         mem_free(refs);
-        ASSERT_CMP(g->running.n + g->n_free_slots + g->slot_limbo.n, ==, g->n_slots);
+        ASSERT_CMP(g->running.n + g->n_free_slots + g->slot_limbo.n + g->n_late_slots, ==,
+                   g->n_slots);
     }
 }

@@ -60,6 +60,7 @@ static enum err init_arrays(struct group *g)
     TRY(MEM_NEW_ARRAY(n, &g->slots));
     TRY(MEM_NEW_ARRAY(n, &g->seen_step));
     TRY(MEM_NEW_ARRAY(n, &g->free_slots));
+    TRY(MEM_NEW_ARRAY(n, &g->late_slots));
     TRY(MEM_NEW_ARRAY(n, &g->slot_limbo.ids));
     TRY(MEM_NEW_ARRAY(n, &g->slot_limbo.steps));
     TRY(wheel_init(&g->extend, g->info.block_size, n));
@@ -96,6 +97,7 @@ void group_fini(struct group *g)
     mem_free(g->slots);
     mem_free(g->seen_step);
     mem_free(g->free_slots);
+    mem_free(g->late_slots);
     mem_free(g->slot_limbo.ids);
     mem_free(g->slot_limbo.steps);
     wheel_fini(&g->extend);
@@ -152,7 +154,17 @@ void group_part(struct group *g, struct sequence *s)
     wheel_remove(&g->end, s->slot);
 }
 
-void group_unseat(struct group *g, struct sequence *s)
+static void close_slot(struct group *g, uint32_t slot)
+{
+    uint32_t at = (g->slot_limbo.first + g->slot_limbo.n) % g->slot_limbo.capacity;
+    ASSERT_CMP(g->slot_limbo.n, <, g->slot_limbo.capacity);
+    plan_add_close(g, slot);
+    g->slot_limbo.ids[at] = slot;
+    g->slot_limbo.steps[at] = g->next_step;
+    g->slot_limbo.n++;
+}
+
+static void leave(struct group *g, struct sequence *s)
 {
     uint64_t step = group_last_step(g);
     uint32_t *blocks = sequence_blocks(s);
@@ -162,12 +174,35 @@ void group_unseat(struct group *g, struct sequence *s)
     for (uint32_t i = s->blocks.n; i-- > s->n_window_freed;)
         kv_blocks_unref(&g->kv, blocks[i], step);
     s->blocks.n = 0;
-    plan_add_close(g, s->slot);
-    uint32_t at = (g->slot_limbo.first + g->slot_limbo.n) % g->slot_limbo.capacity;
-    ASSERT_CMP(g->slot_limbo.n, <, g->slot_limbo.capacity);
-    g->slot_limbo.ids[at] = s->slot;
-    g->slot_limbo.steps[at] = g->next_step;
-    g->slot_limbo.n++;
+}
+
+void group_unseat(struct group *g, struct sequence *s)
+{
+    leave(g, s);
+    close_slot(g, s->slot);
+}
+
+void group_unseat_late(struct group *g, struct sequence *s)
+{
+    leave(g, s);
+    g->late_slots[g->n_late_slots++] = s->slot;
+}
+
+void group_reseat(struct group *g, struct sequence *s)
+{
+    ASSERT(g->n_free_slots && !s->decoding);
+    g->late_slots[g->n_late_slots++] = s->slot;
+    g->slots[s->slot] = NULL;
+    s->slot = g->free_slots[--g->n_free_slots];
+    g->slots[s->slot] = s;
+    s->first_step = UINT64_MAX;
+    s->run_step = 0;
+}
+
+void group_close_late(struct group *g)
+{
+    while (g->n_late_slots)
+        close_slot(g, g->late_slots[--g->n_late_slots]);
 }
 
 void group_forget(struct group *g, struct sequence *s)

@@ -44,9 +44,10 @@ struct group {
     struct wheel extend, end;
     uint32_t n_decoding;
     struct sequence_list running; /* by LINK_PLACE: all that have a slot */
-    struct sequence_list prefilling, stalled, ready, waiting_result, draining,
-        leaving;               /* by LINK_WORK */
-    uint64_t n_pending_tokens; /* prompt tokens admitted and not planned */
+    /* by LINK_WORK, what they wait for: */
+    struct sequence_list prefilling, stalled, ready, waiting_result, draining, leaving, forking;
+    uint32_t *late_slots, n_late_slots; /* [n_slots] to close with the next plan */
+    uint64_t n_pending_tokens;          /* prompt tokens admitted and not planned */
     struct step_plan plan;
     uint32_t n_extends_max, n_drafts_max, n_drafts;
     int32_t *drafts; /* [n_drafts_max] of all runs of the plan */
@@ -82,6 +83,12 @@ bool group_seat(struct group *g, struct sequence *s);
 /* Its slot is closed by the next plan; blocks go back. It stays reachable by results up to its
  * last step. */
 void group_unseat(struct group *g, struct sequence *s);
+/* The same, but the slot is closed one plan later: others fork from it in this one. */
+void group_unseat_late(struct group *g, struct sequence *s);
+/* Moves to a free slot in the plan being built; the old one is closed one plan later. */
+void group_reseat(struct group *g, struct sequence *s);
+/* Closes in the plan being built the slots that waited for it. */
+void group_close_late(struct group *g);
 /* The slot's tokens have no reader any more. */
 void group_forget(struct group *g, struct sequence *s);
 /* Plans up to step were answered. */

@@ -161,7 +161,6 @@ static void drop_deadline(struct engine *e, struct job *job)
 void job_destroy(struct engine *e, struct job *job)
 {
     struct request *r = job->request;
-    drop_deadline(e, job);
     job_free(e, job);
     if (r->destroy) r->destroy(r);
 }
@@ -208,8 +207,9 @@ void job_first_token(struct engine *e, struct job *job)
     drop_deadline(e, job);
 }
 
-static void emit(struct engine *e, struct sequence *s, int32_t choice,
-                 const struct step_token *tokens, uint32_t n, const struct ending *end, bool last)
+void job_emit_choice(struct engine *e, struct sequence *s, int32_t choice,
+                     const struct step_token *tokens, uint32_t n, const struct ending *end,
+                     bool last)
 {
     struct job *job = s->job;
     struct emission news = {.request_id = job->request->id,
@@ -232,26 +232,32 @@ static void emit(struct engine *e, struct sequence *s, int32_t choice,
 
 void job_emit(struct engine *e, struct sequence *s, const struct step_token *tokens, uint32_t n)
 {
-    if (n && !s->job->buffered) emit(e, s, s->choice, tokens, n, NULL, false);
+    if (n && !s->job->buffered) job_emit_choice(e, s, s->choice, tokens, n, NULL, false);
 }
 
 /* The job leaves the map now; the memory goes with the flush. */
-static void job_done(struct engine *e, struct job *job)
+void job_done(struct engine *e, struct job *job)
 {
     job->done = true;
+    drop_deadline(e, job);
     map_remove(&e->jobs, job);
     job->next_done = e->done;
     e->done = job;
+}
+
+enum err job_room(struct engine *e, uint32_t n)
+{
+    if (n <= e->emit_capacity) return OK;
+    TRY(mem_resize((void **)&e->emit_tokens, n * sizeof *e->emit_tokens));
+    e->emit_capacity = n;
+    return OK;
 }
 
 /* The stored tokens of a buffered choice as an array of step tokens. */
 static enum err gather(struct engine *e, const struct sequence *s, uint32_t *out_n)
 {
     uint32_t n = s->tokens.n > s->n_prompt ? sequence_generated(s) : 0, top = 0;
-    if (n > e->emit_capacity) {
-        TRY(mem_resize((void **)&e->emit_tokens, n * sizeof *e->emit_tokens));
-        e->emit_capacity = n;
-    }
+    TRY(job_room(e, n));
     for (uint32_t i = 0; i < n; i++) {
         uint32_t n_top = i < s->top_counts.n ? ((uint32_t *)s->top_counts.items)[i] : 0;
         e->emit_tokens[i] =
@@ -274,7 +280,7 @@ static void emit_buffered(struct engine *e, struct sequence *s, int32_t choice, 
                          s->error_text};
     if (gather(e, s, &n))
         end = (struct ending){FINISH_ERROR, -1, ERR_NO_MEMORY, "no memory for the choice"};
-    emit(e, s, choice, e->emit_tokens, n, &end, last);
+    job_emit_choice(e, s, choice, e->emit_tokens, n, &end, last);
 }
 
 /* Whether a is better than b: whole ones before broken ones, then by cumulative logprob. */
@@ -323,7 +329,7 @@ void job_end(struct engine *e, struct sequence *s, const struct step_token *toke
     admission_uncount(e, s);
     if (!job->buffered) {
         e->stats.n_finished[end->finish]++;
-        emit(e, s, s->choice, tokens, n, end, !job->n_left);
+        job_emit_choice(e, s, s->choice, tokens, n, end, !job->n_left);
         job->sequences[s->choice] = NULL;
         sequence_destroy(e, s);
     } else if (!job->n_left && !job->beam) {
@@ -356,6 +362,8 @@ void sequence_withdraw(struct engine *e, struct sequence *s)
     } else if (s->state == SEQUENCE_RUNNING) {
         admission_unseat(e, e->groups[s->group], s);
         group_forget(e->groups[s->group], s);
+    } else if (s->state == SEQUENCE_PARKED) {
+        sequence_unlink(s, LINK_WORK); /* a beam on its way to a slot */
     } else if (s->state == SEQUENCE_DRAINING) {
         sequence_unlink(s, LINK_WORK);
         group_forget(e->groups[s->group], s);
@@ -366,6 +374,7 @@ void sequence_withdraw(struct engine *e, struct sequence *s)
 /* Ends one choice, or all (-1), wherever they are. */
 void job_abort(struct engine *e, struct job *job, int32_t choice, const struct ending *end)
 {
+    if (job->buffered && choice >= 0) return; /* which one it will be is not known before the end */
     if (job->beam) {
         job_end_beams(e, job, end);
         return;

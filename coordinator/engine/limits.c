@@ -20,6 +20,8 @@ static enum err check_shape(const struct request *r)
         FAIL(ERR_INVALID, "%u beams; at most %d", r->beam_width, (int)BEAMS_MAX);
     if (r->beam_width && r->n_choices > r->beam_width)
         FAIL(ERR_INVALID, "%u choices of %u beams", r->n_choices, r->beam_width);
+    if (r->beam_width && r->sampling.n_prompt_logprobs >= 0)
+        FAIL(ERR_INVALID, "beam search gives no prompt logprobs");
     if (!r->max_tokens && (r->sampling.n_prompt_logprobs < 0 || n > 1 || r->beam_width))
         FAIL(ERR_INVALID, "max_tokens must be at least 1");
     if (r->sampling.n_stop_ids < 0 || r->sampling.n_stop_ids > STOP_IDS_MAX)

@@ -134,8 +134,9 @@ static void run_ready(struct engine *e, struct group *g)
     }
 }
 
-static bool scores_prompt(const struct sequence *s)
+static bool scores_prompt(const struct group *g, const struct sequence *s)
 {
+    if (s->run_step == g->next_step && s->run_scores) return true; /* the run began in the prompt */
     return s->job->request->sampling.n_prompt_logprobs >= 0 && !s->choice &&
            s->n_planned < s->n_prompt;
 }
@@ -152,13 +153,14 @@ static struct plan_run *run_of(struct group *g, struct sequence *s)
 static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
 {
     uint32_t n_rest = s->tokens.n - s->n_planned, n = n_rest;
-    bool scores = scores_prompt(s);
+    bool scores = scores_prompt(g, s);
     if (n > n_most) n = n_most;
     if (n > g->n_tokens_left) n = g->n_tokens_left;
     if (scores && n > g->n_rows_left) n = g->n_rows_left;
     if (n == n_rest && !g->n_rows_left) n--;
     if (!n) return;
     struct plan_run *run = run_of(g, s);
+    s->run_scores = scores;
     run->n_tokens += n;
     s->n_planned += n;
     g->n_tokens_left -= n;
@@ -270,6 +272,7 @@ static void fill(struct engine *e, struct group *g)
     g->n_rows_left = g->n_rows_max - g->n_decoding;
     g->n_step_tokens = g->n_step_prompt = 0;
     resume_stalled(g);
+    beam_fork(e, g);
     run_ready(e, g);
     run_prefills(e, g, true);
     admit_waiting(e, g);
@@ -284,9 +287,10 @@ bool scheduler_plan(struct engine *e, struct group *g)
     if (!g->up || g->broken || group_in_flight(g) >= g->n_depth) return false;
     g->building = true;
     kv_blocks_acked(&g->kv, g->acked_step);
+    group_close_late(g);
+    admission_make_room(e, g); /* first: who is closed must not be named afterwards */
     stop_ended(g);
     stop_leaving(g);
-    admission_make_room(e, g);
     extend_decoding(g);
     uint32_t n_members = g->n_decoding;
     fill(e, g);
@@ -297,5 +301,5 @@ bool scheduler_plan(struct engine *e, struct group *g)
     }
     plan_clear(g);
     g->building = false;
-    return !empty;
+    return empty && g->n_late_slots ? scheduler_plan(e, g) : !empty; /* the closes make the next one */
 }

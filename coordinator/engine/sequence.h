@@ -48,7 +48,8 @@ struct sequence {
     } links[LINK_COUNT];
     struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
     struct lane *lane;
-    uint64_t order; /* of arrival; older ones are smaller */
+    struct sequence *parent; /* of a beam that waits for its fork */
+    uint64_t order;          /* of arrival; older ones are smaller */
     int64_t waiting_since_us;
     uint8_t state;
     bool decoding;    /* in the decode set: planned grows by one a step from join_step on */
@@ -84,6 +85,7 @@ struct sequence {
     bool given;             /* among the choices emitted at the end */
     uint64_t run_step;      /* the plan whose run run_index is its own */
     uint32_t run_index;
+    bool run_scores; /* each of its tokens needs a row of logits */
     /* drafts */
     uint32_t n_drafting; /* sent and not answered */
     uint8_t n_draft;     /* length to try next */

@@ -63,6 +63,12 @@ void job_end(struct engine *e, struct sequence *s, const struct step_token *toke
 void job_abort(struct engine *e, struct job *job, int32_t choice, const struct ending *end);
 /* Beams: gives the choices, ends every sequence that is left. */
 void job_end_beams(struct engine *e, struct job *job, const struct ending *end);
+void job_emit_choice(struct engine *e, struct sequence *s, int32_t choice,
+                     const struct step_token *tokens, uint32_t n, const struct ending *end,
+                     bool last);
+void job_done(struct engine *e, struct job *job);
+/* Room for n tokens in e->emit_tokens. */
+enum err job_room(struct engine *e, uint32_t n);
 void job_flush(struct engine *e);
 void job_first_token(struct engine *e, struct job *job);
 /* Takes the sequence out of wherever it is. */
@@ -83,6 +89,8 @@ void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
 void admission_drop_host(struct engine *e, struct sequence *s);
 /* As group_unseat, with the counts of those who run. */
 void admission_unseat(struct engine *e, struct group *g, struct sequence *s);
+/* The same, but its slot is closed one plan later. */
+void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s);
 
 /* scheduler.c */
 bool scheduler_plan(struct engine *e, struct group *g);
@@ -95,6 +103,9 @@ enum err beam_create(struct engine *e, struct job *job);
 void beam_destroy(struct engine *e, struct beam *beam);
 void beam_sampling(const struct beam *beam, struct sampling_params *p);
 void beam_preempt(struct engine *e, struct group *g, struct job *job);
+void beam_fork(struct engine *e, struct group *g);
+void beam_group_down(struct engine *e, struct group *g);
+void beam_unseated(struct sequence *s);
 void beam_learn(struct engine *e, struct group *g, struct sequence *s, const struct step_token *t,
                 uint32_t n);
 

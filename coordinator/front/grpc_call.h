@@ -6,10 +6,9 @@
 #include "coordinator/front/api.h"
 #include "coordinator/front/grpc_front.h"
 #include "coordinator/front/stream.h"
+#include "proto/health.h"
+#include "proto/reflection.h"
 #include "proto/serve.pb-c.h"
-
-#include <event2/event.h>
-#include <event2/event_struct.h>
 
 struct grpc_call;
 struct grpc_method {
@@ -22,6 +21,8 @@ struct grpc_method {
 struct grpc_front {
     struct front *front;
     struct rpc_server *server;
+    struct health *health;
+    struct reflection *reflection;
     pthread_mutex_t mutex;
     struct grpc_call *generating; /* list of Generate calls alive, for Cancel */
 };
@@ -33,7 +34,7 @@ struct grpc_call {
     struct rpc_call *rpc; /* one count of ours */
     const struct grpc_method *method;
     struct buf message, reply;
-    bool ended, gone;     /* we finished it; gRPC closed it */
+    bool ended, gone;       /* we finished it; gRPC closed it */
     atomic_bool cancelling; /* the cancel job is on its way */
     /* Generate */
     struct stream_writer writer;
@@ -41,10 +42,6 @@ struct grpc_call {
     struct api_call call;
     char id[132];
     struct grpc_call *next;
-    /* Watch */
-    struct event timer;
-    bool watching;
-    int told;
 };
 
 /* Ends the call towards the client: OK, or the error with err_detail's words. */

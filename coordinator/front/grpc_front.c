@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-enum { WATCH_MS = 500, DRAIN_MS = 1 };
+enum { DRAIN_MS = 1 };
 
 void grpc_call_end(struct grpc_call *c, enum err e, const char *why)
 {
@@ -116,57 +116,18 @@ UNARY(detokenize, DetokenizeRequest, detokenize_request)
 UNARY(model_info, ModelInfoRequest, model_info_request)
 UNARY(cancel, CancelRequest, cancel_request)
 
-/* --- grpc.health.v1: HealthCheckRequest{string service = 1}, Response{enum status = 1} --- */
+/* --- grpc.health.v1, asked from any thread --- */
 
-enum { HEALTH_UNKNOWN, HEALTH_SERVING, HEALTH_NOT_SERVING, HEALTH_SERVICE_UNKNOWN };
-
-static int health_status(struct grpc_call *c)
+static enum health_status health_status_of(void *ctx, const char *service)
 {
-    const unsigned char *p = (const unsigned char *)buf_string(&c->message);
-    size_t n = c->message.n;
-    struct span service = {"", 0};
-    if (n >= 2 && p[0] == 0x0a && p[1] < 0x80 && (size_t)p[1] + 2 == n)
-        service = (struct span){(const char *)p + 2, p[1]};
-    else if (n) return HEALTH_SERVICE_UNKNOWN;
-    if (span_equal(service, "liveness")) return HEALTH_SERVING;
-    if (service.n && !span_equal(service, "readiness") && !span_equal(service, "heddle.v1.Heddle"))
+    const struct grpc_front *g = ctx;
+    if (!strcmp(service, "liveness")) return HEALTH_SERVING;
+    if (*service && strcmp(service, "readiness") && strcmp(service, "heddle.v1.Heddle"))
         return HEALTH_SERVICE_UNKNOWN;
-    return front_ready(c->g->front) ? HEALTH_SERVING : HEALTH_NOT_SERVING;
+    return front_ready(g->front) ? HEALTH_SERVING : HEALTH_NOT_SERVING;
 }
 
-static enum err health_send(struct grpc_call *c, int status)
-{
-    const char bytes[2] = {0x08, (char)status};
-    return rpc_send(c->rpc, bytes, 2);
-}
-
-static void run_check(struct grpc_call *c)
-{
-    int status = health_status(c);
-    enum err e = OK;
-    if (status == HEALTH_SERVICE_UNKNOWN) e = err_set(ERR_NOT_FOUND, "no such service");
-    else e = health_send(c, status);
-    grpc_call_end(c, e, e ? err_detail() : "");
-}
-
-/* Tells the status, then again whenever it has changed. */
-static void watch_tick(evutil_socket_t fd, short what, void *ctx)
-{
-    (void)fd, (void)what;
-    struct grpc_call *c = ctx;
-    struct timeval tv = {0, WATCH_MS * 1000};
-    int status = health_status(c);
-    if (status != c->told && health_send(c, status) == OK) c->told = status;
-    evtimer_add(&c->timer, &tv);
-}
-
-static void run_watch(struct grpc_call *c)
-{
-    c->told = -1;
-    c->watching = true;
-    evtimer_assign(&c->timer, http_loop_base(c->loop->http), watch_tick, c);
-    watch_tick(-1, 0, c);
-}
+static const char *const health_services[] = {"", "liveness", "readiness", "heddle.v1.Heddle"};
 
 static const struct grpc_method methods[] = {
     {"/heddle.v1.Heddle/Generate", RPC_SERVER_STREAM, 0, grpc_generate},
@@ -174,16 +135,16 @@ static const struct grpc_method methods[] = {
     {"/heddle.v1.Heddle/Tokenize", RPC_UNARY, 0, run_tokenize},
     {"/heddle.v1.Heddle/Detokenize", RPC_UNARY, 0, run_detokenize},
     {"/heddle.v1.Heddle/ModelInfo", RPC_UNARY, 0, run_model_info},
-    {"/grpc.health.v1.Health/Check", RPC_UNARY, RPC_PUBLIC, run_check},
-    {"/grpc.health.v1.Health/Watch", RPC_SERVER_STREAM, RPC_PUBLIC, run_watch},
 };
-enum { N_METHODS = sizeof methods / sizeof *methods };
+enum {
+    N_METHODS = sizeof methods / sizeof *methods,
+    ROWS_MAX = N_METHODS + HEALTH_METHODS + REFLECTION_METHODS
+};
 
 /* --- the way of a call --- */
 
 static void call_free(struct grpc_call *c)
 {
-    if (c->watching) evtimer_del(&c->timer);
     grpc_generate_leave(c);
     api_call_fini(&c->call);
     buf_fini(&c->message);
@@ -273,41 +234,71 @@ static bool authorize(void *ctx, const char *path, struct span bearer)
     return false;
 }
 
+/* The whole table: Heddle's own methods, health and reflection. Returns how many. */
+static enum err rows_make(struct grpc_front *g, struct rpc_method rows[ROWS_MAX], size_t *out_n)
+{
+    const struct health_config health = {.status = health_status_of,
+                                         .ctx = g,
+                                         .services = health_services,
+                                         .n_services =
+                                             sizeof health_services / sizeof *health_services};
+    size_t n = 0;
+    TRY(health_create(&health, &g->health));
+    TRY(reflection_create(&g->reflection));
+    for (; n < N_METHODS; n++)
+        rows[n] = (struct rpc_method){.path = methods[n].path,
+                                      .kind = methods[n].kind,
+                                      .flags = methods[n].flags,
+                                      .on_message = rpc_message,
+                                      .on_close = rpc_closed,
+                                      .ctx = g};
+    n += health_methods(g->health, rows + n);
+    n += reflection_methods(g->reflection, rows + n);
+    reflection_serve(g->reflection, rows, n);
+    *out_n = n;
+    return OK;
+}
+
 enum err grpc_front_create(const struct grpc_front_config *config, struct grpc_front **out)
 {
     struct grpc_front *g = NULL;
-    struct rpc_method rows[N_METHODS];
+    struct rpc_method rows[ROWS_MAX];
+    size_t n_rows = 0;
     char address[300];
     TRY(MEM_NEW(&g));
     g->front = config->front;
     pthread_mutex_init(&g->mutex, NULL);
-    for (int i = 0; i < N_METHODS; i++)
-        rows[i] = (struct rpc_method){.path = methods[i].path,
-                                      .kind = methods[i].kind,
-                                      .flags = methods[i].flags,
-                                      .on_message = rpc_message,
-                                      .on_close = rpc_closed,
-                                      .ctx = g};
+    enum err e = rows_make(g, rows, &n_rows);
     bool six = config->port >= 0 && strchr(config->host, ':');
-    if (config->port < 0) snprintf(address, sizeof address, "%s", config->host);
+    if (config->port < 0)
+        snprintf(address, sizeof address, "%s", config->host);
     else
-        snprintf(address, sizeof address, "%s%s%s:%d", six ? "[" : "", config->host,
-                 six ? "]" : "", config->port);
+        snprintf(address, sizeof address, "%s%s%s:%d", six ? "[" : "", config->host, six ? "]" : "",
+                 config->port);
     struct rpc_server_config server = {.address = address,
                                        .authorize = authorize,
                                        .authorize_ctx = config->front,
                                        .tls = config->tls,
                                        .methods = rows,
-                                       .n_methods = N_METHODS,
-                                       .message_bytes_max = config->front->config.http.body_bytes_max};
-    enum err e = rpc_server_create(&server, &g->server);
-    if (e) grpc_front_destroy(g);
-    else *out = g;
+                                       .n_methods = n_rows,
+                                       .message_bytes_max =
+                                           config->front->config.http.body_bytes_max};
+    if (!e) e = rpc_server_create(&server, &g->server);
+    if (e)
+        grpc_front_destroy(g);
+    else
+        *out = g;
     return e;
 }
 
-int grpc_front_port(const struct grpc_front *g) { return rpc_server_port(g->server); }
-void grpc_front_drain(struct grpc_front *g) { rpc_server_drain(g->server, DRAIN_MS); }
+int grpc_front_port(const struct grpc_front *g)
+{
+    return rpc_server_port(g->server);
+}
+void grpc_front_drain(struct grpc_front *g)
+{
+    rpc_server_drain(g->server, DRAIN_MS);
+}
 
 void grpc_front_stop(struct grpc_front *g)
 {
@@ -320,6 +311,8 @@ void grpc_front_destroy(struct grpc_front *g)
 {
     if (!g) return;
     grpc_front_stop(g);
+    health_destroy(g->health);
+    reflection_destroy(g->reflection);
     pthread_mutex_destroy(&g->mutex);
     mem_free(g);
 }

@@ -11,7 +11,8 @@
 enum err cuda_check(cudaError_t result, const char *what)
 {
     if (result == cudaSuccess) return OK;
-    if (result == cudaErrorMemoryAllocation) FAIL(ERR_NO_MEMORY, "CUDA: out of device memory: %s", what);
+    if (result == cudaErrorMemoryAllocation)
+        FAIL(ERR_NO_MEMORY, "CUDA: out of device memory: %s", what);
     FAIL(ERR_DEVICE, "CUDA: %s: %s", what, cudaGetErrorString(result));
 }
 
@@ -40,16 +41,21 @@ enum err cuda_alloc(struct cuda_backend *b, size_t bytes, void **out)
     return e;
 }
 
-void cuda_free(void *mem)
+void cuda_free(struct cuda_backend *b, void *mem)
 {
-    if (mem) cudaFree(mem);
+    if (mem && !b->failed) cudaFree(mem);
+}
+
+void cuda_quiesce(struct cuda_backend *b)
+{
+    if (b->stream && !b->failed) cuda_sync(&b->base);
 }
 
 enum err cuda_reserve(struct cuda_backend *b, void **mem, size_t *have, size_t bytes)
 {
     if (bytes <= *have) return OK;
     TRY(cuda_check(cudaStreamSynchronize(b->stream), "waiting for the device"));
-    cuda_free(*mem);
+    cuda_free(b, *mem);
     *mem = NULL;
     *have = 0;
     TRY(cuda_alloc(b, bytes, mem));
@@ -61,16 +67,16 @@ static void cuda_close(struct backend *base)
 {
     struct cuda_backend *b = cuda_of(base);
     if (!b) return;
-    if (b->stream) cudaStreamSynchronize(b->stream);
+    cuda_quiesce(b);
     lt_close(b->lt);
     cuda_steps_close(b);
-    cuda_free(b->split_out);
-    cuda_free(b->split_ml);
-    cuda_free(b->x_8);
-    cuda_free(b->x_scales);
-    cuda_free(b->scratch);
-    if (b->stream) cudaStreamDestroy(b->stream);
-    if (b->side) cudaStreamDestroy(b->side);
+    cuda_free(b, b->split_out);
+    cuda_free(b, b->split_ml);
+    cuda_free(b, b->x_8);
+    cuda_free(b, b->x_scales);
+    cuda_free(b, b->scratch);
+    if (b->stream && !b->failed) cudaStreamDestroy(b->stream);
+    if (b->side && !b->failed) cudaStreamDestroy(b->side);
     mem_free(b);
 }
 
@@ -88,11 +94,12 @@ static enum err device_open(struct cuda_backend *b)
     TRY(cuda_check(cudaSetDevice(device), "choosing the device"));
     TRY(cuda_check(cudaDeviceGetAttribute(&b->n_sms, cudaDevAttrMultiProcessorCount, device),
                    "asking the device"));
-    TRY(cuda_check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "making a stream"));
+    TRY(cuda_check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking),
+                   "making a stream"));
     TRY(cuda_check(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), "making a stream"));
     b->base.stream = b->stream;
     TRY(cuda_steps_open(b));
-    if (lt_open(b->stream, &b->lt) != OK) log_warn("CUDA: products by own kernels: %s", err_detail());
+    if (lt_open(b, &b->lt) != OK) log_warn("CUDA: products by own kernels: %s", err_detail());
     return OK;
 }
 
@@ -134,23 +141,25 @@ static enum err cuda_alloc_op(struct backend *base, size_t bytes, void **out)
 
 static void cuda_release(struct backend *base, void *mem)
 {
-    cudaStreamSynchronize(cuda_of(base)->stream);
-    cuda_free(mem);
+    cuda_quiesce(cuda_of(base));
+    cuda_free(cuda_of(base), mem);
 }
 
 static enum err cuda_upload(struct backend *base, void *dst, const void *src, size_t bytes)
 {
     struct cuda_backend *b = cuda_of(base);
     b->quantized.of = NULL;
-    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, b->stream), "uploading"));
-    return cuda_check(cudaStreamSynchronize(b->stream), "uploading");
+    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, b->stream),
+                   "uploading"));
+    return cuda_sync(base);
 }
 
 static enum err cuda_download(struct backend *base, void *dst, const void *src, size_t bytes)
 {
     struct cuda_backend *b = cuda_of(base);
-    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, b->stream), "downloading"));
-    return cuda_check(cudaStreamSynchronize(b->stream), "downloading");
+    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, b->stream),
+                   "downloading"));
+    return cuda_sync(base);
 }
 
 const struct backend_ops heddle_backend_cuda = {

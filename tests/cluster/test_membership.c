@@ -1,6 +1,7 @@
 /* Goal: ranks join, groups form, plans reach every rank and results come back; a lost rank ends the
  * epoch at once and a new one begins when it has joined again; a coordinator that goes and returns
- * finds its ranks. Method: real links on threads against a real cluster whose engine is a record. */
+ * finds its ranks. Method: real links on threads against a real cluster whose engine is a record.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -28,9 +29,9 @@ struct told {
     pthread_mutex_t mutex;
     pthread_cond_t news;
     struct group_info info[GROUPS];
-    uint64_t up[GROUPS]; /* epoch, 0 = down */
-    int n_up, n_down, n_results[GROUPS], n_wrong;
-    uint64_t last_step[GROUPS];
+    atomic_uint_fast64_t up[GROUPS]; /* epoch, 0 = down */
+    atomic_int n_up, n_down, n_results[GROUPS], n_wrong;
+    atomic_uint_fast64_t last_step[GROUPS];
 };
 
 static void told_up(void *ctx, uint32_t group, const struct group_info *info)
@@ -61,8 +62,11 @@ static void told_result(void *ctx, uint32_t group, uint64_t epoch, const void *b
     struct told *t = ctx;
     Heddle__Cluster__FromWorker *m = heddle__cluster__from_worker__unpack(NULL, n, bytes);
     pthread_mutex_lock(&t->mutex);
-    if (!m || m->kind_case != HEDDLE__CLUSTER__FROM_WORKER__KIND_RESULT || m->result->epoch != epoch) t->n_wrong++;
-    else t->last_step[group] = m->result->step;
+    if (!m || m->kind_case != HEDDLE__CLUSTER__FROM_WORKER__KIND_RESULT ||
+        m->result->epoch != epoch)
+        t->n_wrong++;
+    else
+        t->last_step[group] = m->result->step;
     t->n_results[group]++;
     pthread_cond_broadcast(&t->news);
     pthread_mutex_unlock(&t->mutex);
@@ -72,7 +76,8 @@ static void told_result(void *ctx, uint32_t group, uint64_t epoch, const void *b
 static bool told_wait(struct told *t, bool (*is)(const struct told *), int ms)
 {
     bool yes = false;
-    for (int64_t until = clock_monotonic_us() + ms * 1000LL; !yes && clock_monotonic_us() < until; usleep(300)) {
+    for (int64_t until = clock_monotonic_us() + ms * 1000LL; !yes && clock_monotonic_us() < until;
+         usleep(300)) {
         pthread_mutex_lock(&t->mutex);
         yes = is(t);
         pthread_mutex_unlock(&t->mutex);
@@ -80,9 +85,18 @@ static bool told_wait(struct told *t, bool (*is)(const struct told *), int ms)
     return yes;
 }
 
-static bool all_up(const struct told *t) { return t->up[0] && t->up[1]; }
-static bool first_down(const struct told *t) { return !t->up[0]; }
-static bool first_up(const struct told *t) { return t->up[0] != 0; }
+static bool all_up(const struct told *t)
+{
+    return t->up[0] && t->up[1];
+}
+static bool first_down(const struct told *t)
+{
+    return !t->up[0];
+}
+static bool first_up(const struct told *t)
+{
+    return t->up[0] != 0;
+}
 
 /* ---- A worker that computes nothing ---- */
 
@@ -98,7 +112,8 @@ struct worker {
 
 static void worker_answer(struct worker *w, const struct link_event *e)
 {
-    Heddle__Cluster__ToWorker *plan = heddle__cluster__to_worker__unpack(NULL, e->bytes.n, (const uint8_t *)e->bytes.data);
+    Heddle__Cluster__ToWorker *plan =
+        heddle__cluster__to_worker__unpack(NULL, e->bytes.n, (const uint8_t *)e->bytes.data);
     Heddle__Cluster__StepResult r = HEDDLE__CLUSTER__STEP_RESULT__INIT;
     Heddle__Cluster__FromWorker m = HEDDLE__CLUSTER__FROM_WORKER__INIT;
     struct rpc_bytes *bytes;
@@ -109,9 +124,11 @@ static void worker_answer(struct worker *w, const struct link_event *e)
     r.epoch = plan->plan->epoch;
     r.step = plan->plan->step;
     r.compute_us = 77;
-    if (r.step != atomic_load(&w->last_step) + 1) atomic_fetch_add(&w->n_wrong, 1); /* in order, none missing */
+    if (r.step != atomic_load(&w->last_step) + 1)
+        atomic_fetch_add(&w->n_wrong, 1); /* in order, none missing */
     atomic_store(&w->last_step, r.step);
-    m.kind_case = w->config.join.rank ? HEDDLE__CLUSTER__FROM_WORKER__KIND_ACK : HEDDLE__CLUSTER__FROM_WORKER__KIND_RESULT;
+    m.kind_case = w->config.join.rank ? HEDDLE__CLUSTER__FROM_WORKER__KIND_ACK
+                                      : HEDDLE__CLUSTER__FROM_WORKER__KIND_RESULT;
     m.result = &r;
     assert_int_equal(envelope_pack(&m.base, &bytes), OK);
     (void)link_send_result(w->link, rpc_bytes_span(bytes).data, rpc_bytes_span(bytes).n);
@@ -126,13 +143,15 @@ static void worker_welcome(struct worker *w, const struct link_event *e)
     char mine[64];
     atomic_store(&w->epoch, e->epoch);
     atomic_store(&w->last_step, 0);
-    snprintf(mine, sizeof mine, "rank %u of epoch %llu", w->config.join.rank, (unsigned long long)e->epoch);
+    snprintf(mine, sizeof mine, "rank %u of epoch %llu", w->config.join.rank,
+             (unsigned long long)e->epoch);
     enum err err = link_exchange(w->link, "names", mine, strlen(mine), 5000000, all);
     for (uint32_t i = 0; !err && i < w->config.join.size; i++) {
         snprintf(mine, sizeof mine, "rank %u of epoch %llu", i, (unsigned long long)e->epoch);
         if (!span_equal(all[i], mine)) atomic_fetch_add(&w->n_wrong, 1);
     }
-    if (strlen(e->group_key) != 32 || e->group != w->config.join.replica) atomic_fetch_add(&w->n_wrong, 1);
+    if (strlen(e->group_key) != 32 || e->group != w->config.join.replica)
+        atomic_fetch_add(&w->n_wrong, 1);
     if (err == ERR_TIMEOUT) atomic_fetch_add(&w->n_wrong, 1);
     if (!err) (void)link_ready(w->link, e->epoch);
     atomic_fetch_add(&w->n_welcomes, 1);
@@ -166,13 +185,26 @@ static void *worker_run(void *ctx)
     return NULL;
 }
 
-static void worker_start(struct worker *w, const char *address, const char *token, uint32_t replica, uint32_t rank)
+static void worker_start(struct worker *w, const char *address, const char *token, uint32_t replica,
+                         uint32_t rank)
 {
     *w = (struct worker){.config = {.address = address, .token = token}};
-    w->config.join = (struct link_join){.model_digest = "d1", .model_name = "model", .host = "host", .device = "cpu",
-                                        .replica = replica, .rank = rank, .size = RANKS, .block_size = 16, .slots_max = 8,
-                                        .step_tokens_max = 512, .step_rows_max = 64, .context_max = 4096, .vocab_size = 1000,
-                                        .blocks_max = 100 + rank, .host_blocks_max = 50 - rank, .block_bytes = 1 << 14};
+    w->config.join = (struct link_join){.model_digest = "d1",
+                                        .model_name = "model",
+                                        .host = "host",
+                                        .device = "cpu",
+                                        .replica = replica,
+                                        .rank = rank,
+                                        .size = RANKS,
+                                        .block_size = 16,
+                                        .slots_max = 8,
+                                        .step_tokens_max = 512,
+                                        .step_rows_max = 64,
+                                        .context_max = 4096,
+                                        .vocab_size = 1000,
+                                        .blocks_max = 100 + rank,
+                                        .host_blocks_max = 50 - rank,
+                                        .block_bytes = 1 << 14};
     if (link_open(&w->config, &w->link)) fail_msg("%s", err_detail());
     pthread_create(&w->thread, NULL, worker_run, w);
 }
@@ -198,11 +230,17 @@ struct fixture {
 
 static void cluster_start(struct fixture *f, const char *address)
 {
-    struct cluster_config config = {.address = address, .token = "secret", .n_groups = GROUPS, .n_ranks = RANKS,
-                                    .heartbeat_ms = 100, .dead_ms = 1500, .join_timeout_ms = 1000};
+    struct cluster_config config = {.address = address,
+                                    .token = "secret",
+                                    .n_groups = GROUPS,
+                                    .n_ranks = RANKS,
+                                    .heartbeat_ms = 100,
+                                    .dead_ms = 1500,
+                                    .join_timeout_ms = 1000};
     struct cluster_hooks hooks = {told_up, told_down, told_result, &f->told};
     enum err e = ERR_IO;
-    for (int i = 0; i < 50 && e; i++, e ? (void)usleep(20000) : (void)0) e = cluster_create(&config, &hooks, &f->cluster);
+    for (int i = 0; i < 50 && e; i++, e ? (void)usleep(20000) : (void)0)
+        e = cluster_create(&config, &hooks, &f->cluster);
     if (e) fail_msg("%s", err_detail());
 }
 
@@ -215,10 +253,13 @@ static struct fixture *fixture_start(const char *listen, bool workers)
     f->listen = listen;
     cluster_start(f, listen);
     int port = cluster_port(f->cluster);
-    if (port) snprintf(f->address, sizeof f->address, "127.0.0.1:%d", port);
-    else snprintf(f->address, sizeof f->address, "%s", listen);
+    if (port)
+        snprintf(f->address, sizeof f->address, "127.0.0.1:%d", port);
+    else
+        snprintf(f->address, sizeof f->address, "%s", listen);
     for (uint32_t g = 0; workers && g < GROUPS; g++)
-        for (uint32_t r = 0; r < RANKS; r++) worker_start(&f->workers[g][r], f->address, "secret", g, r);
+        for (uint32_t r = 0; r < RANKS; r++)
+            worker_start(&f->workers[g][r], f->address, "secret", g, r);
     if (workers) assert_true(told_wait(&f->told, all_up, 10000));
     return f;
 }
@@ -245,7 +286,8 @@ static enum err plan_send(struct fixture *f, uint32_t group, uint64_t epoch, uin
     m.kind_case = HEDDLE__CLUSTER__TO_WORKER__KIND_PLAN;
     m.plan = &p;
     assert_int_equal(envelope_pack(&m.base, &bytes), OK);
-    enum err e = cluster_send_plan(f->cluster, group, rpc_bytes_span(bytes).data, rpc_bytes_span(bytes).n);
+    enum err e =
+        cluster_send_plan(f->cluster, group, rpc_bytes_span(bytes).data, rpc_bytes_span(bytes).n);
     rpc_bytes_release(bytes);
     return e;
 }
@@ -267,12 +309,16 @@ static void plans_run(struct fixture *f, uint32_t group, int n)
 
 static bool reaches(atomic_int *value, int want, int ms)
 {
-    for (int64_t until = clock_monotonic_us() + ms * 1000LL; clock_monotonic_us() < until; usleep(300))
+    for (int64_t until = clock_monotonic_us() + ms * 1000LL; clock_monotonic_us() < until;
+         usleep(300))
         if (atomic_load(value) >= want) return true;
     return false;
 }
 
-static const char *listen_get(void **state) { return *state; }
+static const char *listen_get(void **state)
+{
+    return *state;
+}
 
 /* ---- Cases ---- */
 
@@ -289,9 +335,11 @@ static void test_forms_and_runs(void **state)
         assert_int_equal(info->step_tokens_max, 512);
     }
     assert_int_not_equal(f->told.up[0], f->told.up[1]);
-    for (uint32_t g = 0; g < GROUPS; g++) plans_run(f, g, 200);
+    for (uint32_t g = 0; g < GROUPS; g++)
+        plans_run(f, g, 200);
     for (int g = 0; g < GROUPS; g++)
-        for (int r = 0; r < RANKS; r++) assert_true(reaches(&f->workers[g][r].n_plans, 200, 5000));
+        for (int r = 0; r < RANKS; r++)
+            assert_true(reaches(&f->workers[g][r].n_plans, 200, 5000));
     assert_int_equal(plan_send(f, 0, f->told.up[0] + 100, 1), ERR_PEER); /* not its epoch */
     assert_int_equal(plan_send(f, GROUPS, 1, 1), ERR_INVALID);
     usleep(150000);
@@ -351,7 +399,8 @@ static void test_coordinator_lost(void **state)
     assert_true(told_wait(&f->told, all_up, 10000));
     f->told.last_step[0] = 0;
     plans_run(f, 0, 10);
-    for (int r = 0; r < RANKS; r++) assert_int_equal(atomic_load(&f->workers[0][r].n_welcomes), 2);
+    for (int r = 0; r < RANKS; r++)
+        assert_int_equal(atomic_load(&f->workers[0][r].n_welcomes), 2);
     fixture_finish(f);
 }
 
@@ -386,7 +435,9 @@ static void test_fault(void **state)
 static void test_refusals(void **state)
 {
     struct fixture *f = fixture_start(listen_get(state), true);
-    static const char *const words[] = {"digest", "vocabulary", "replica", "blocks have", "one of 4 ranks", "no room", "held by a living"};
+    static const char *const words[] = {"digest",          "vocabulary",     "replica",
+                                        "blocks have",     "one of 4 ranks", "no room",
+                                        "held by a living"};
     for (int i = 0; i < 7; i++) {
         struct worker w = {.config = {.address = f->address, .token = "secret"}};
         w.config.join = f->workers[0][0].config.join;
@@ -416,7 +467,8 @@ static void test_drain(void **state)
 {
     struct fixture *f = fixture_start(listen_get(state), true);
     cluster_drain(f->cluster, 1);
-    for (int r = 0; r < RANKS; r++) assert_true(reaches(&f->workers[1][r].n_drains, 1, 3000));
+    for (int r = 0; r < RANKS; r++)
+        assert_true(reaches(&f->workers[1][r].n_drains, 1, 3000));
     usleep(50000);
     assert_int_equal(atomic_load(&f->workers[0][0].n_drains), 0);
     assert_int_equal(cluster_groups_up(f->cluster), 1);
@@ -446,14 +498,16 @@ static void test_patience(void **state)
     link_close(l);
 }
 
-#define CASES(X) X(test_forms_and_runs) X(test_rank_lost) X(test_coordinator_lost) X(test_watchdog) X(test_fault)  \
-    X(test_refusals) X(test_drain)
+#define CASES(X)                                                                                   \
+    X(test_forms_and_runs)                                                                         \
+    X(test_rank_lost) X(test_coordinator_lost) X(test_watchdog) X(test_fault) X(test_refusals)     \
+        X(test_drain)
 
 int main(void)
 {
     static char local[] = "local:cluster", tcp[] = "127.0.0.1:0";
 #define LOCAL(f) {"local " #f, f, NULL, NULL, local},
-#define TCP(f) {"tcp " #f, f, NULL, NULL, tcp},
+#define TCP(f)   {"tcp " #f, f, NULL, NULL, tcp},
     const struct CMUnitTest tests[] = {CASES(LOCAL) CASES(TCP) TCP(test_patience)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,6 +1,6 @@
-/* Goal: grpc.health.v1 and server reflection answer as their public protocols say, byte for byte where
- * the conformance data has the bytes. Method: a server over gRPC and over threads, asked with raw
- * messages; descriptors compared with protoc's own. */
+/* Goal: grpc.health.v1 and server reflection answer as their public protocols say, byte for byte
+ * where the conformance data has the bytes. Method: a server over gRPC and over threads, asked with
+ * raw messages; descriptors compared with protoc's own. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -34,7 +34,8 @@ static enum health_status status_of(void *ctx, const char *service)
 {
     struct fixture *f = ctx;
     if (!strcmp(service, "liveness") || !*service) return HEALTH_SERVING;
-    if (!strcmp(service, "readiness")) return atomic_load(&f->ready) ? HEALTH_SERVING : HEALTH_NOT_SERVING;
+    if (!strcmp(service, "readiness"))
+        return atomic_load(&f->ready) ? HEALTH_SERVING : HEALTH_NOT_SERVING;
     return HEALTH_SERVICE_UNKNOWN;
 }
 
@@ -52,15 +53,19 @@ static int setup(void **state, const char *listen)
     size_t n = 0;
     char address[64];
     assert_int_equal(mem_alloc(sizeof *f, (void **)&f), OK);
-    struct health_config hc = {.status = status_of, .ctx = f, .services = services, .n_services = 3, .poll_ms = 10000};
+    struct health_config hc = {
+        .status = status_of, .ctx = f, .services = services, .n_services = 3, .poll_ms = 10000};
     assert_int_equal(health_create(&hc, &f->health), OK);
     assert_int_equal(reflection_create(&f->reflection), OK);
-    methods[n++] = (struct rpc_method){.path = "/heddle.v1.Heddle/Generate", .kind = RPC_UNARY, .on_message = generate};
-    methods[n++] = (struct rpc_method){.path = "/heddle.v1.Heddle/Cancel", .kind = RPC_UNARY, .on_message = generate};
+    methods[n++] = (struct rpc_method){
+        .path = "/heddle.v1.Heddle/Generate", .kind = RPC_UNARY, .on_message = generate};
+    methods[n++] = (struct rpc_method){
+        .path = "/heddle.v1.Heddle/Cancel", .kind = RPC_UNARY, .on_message = generate};
     n += health_methods(f->health, methods + n);
     n += reflection_methods(f->reflection, methods + n);
     reflection_serve(f->reflection, methods, n);
-    struct rpc_server_config sc = {.address = listen, .token = "t", .methods = methods, .n_methods = n};
+    struct rpc_server_config sc = {
+        .address = listen, .token = "t", .methods = methods, .n_methods = n};
     assert_int_equal(rpc_server_create(&sc, &f->server), OK);
     int port = rpc_server_port(f->server);
     snprintf(address, sizeof address, port ? "127.0.0.1:%d" : "local:health", port);
@@ -70,8 +75,14 @@ static int setup(void **state, const char *listen)
     return 0;
 }
 
-static int setup_tcp(void **state) { return setup(state, "127.0.0.1:0"); }
-static int setup_local(void **state) { return setup(state, "local:health"); }
+static int setup_tcp(void **state)
+{
+    return setup(state, "127.0.0.1:0");
+}
+static int setup_local(void **state)
+{
+    return setup(state, "local:health");
+}
 
 static int teardown(void **state)
 {
@@ -92,7 +103,8 @@ static enum err check(struct fixture *f, const char *service, struct buf *reply,
     request[1] = (char)n;
     memcpy(request + 2, service, (size_t)n);
     buf_init(reply, 0);
-    return rpc_unary(f->channel, "/grpc.health.v1.Health/Check", (struct span){request, n ? (size_t)n + 2 : 0}, 3000, reply, code);
+    return rpc_unary(f->channel, "/grpc.health.v1.Health/Check",
+                     (struct span){request, n ? (size_t)n + 2 : 0}, 3000, reply, code);
 }
 
 static void test_check(void **state)
@@ -101,7 +113,9 @@ static void test_check(void **state)
     const struct {
         const char *service, *reply;
         int code;
-    } cases[] = {{"", "\x08\x01", RPC_OK}, {"liveness", "\x08\x01", RPC_OK}, {"readiness", "\x08\x02", RPC_OK},
+    } cases[] = {{"", "\x08\x01", RPC_OK},
+                 {"liveness", "\x08\x01", RPC_OK},
+                 {"readiness", "\x08\x02", RPC_OK},
                  {"nothing", "", RPC_NOT_FOUND}};
     struct buf reply;
     int code;
@@ -113,7 +127,9 @@ static void test_check(void **state)
         buf_fini(&reply);
     }
     buf_init(&reply, 0);
-    assert_int_equal(rpc_unary(f->channel, "/grpc.health.v1.Health/Check", (struct span){"\x0a\xff", 2}, 3000, &reply, &code), ERR_INVALID);
+    assert_int_equal(rpc_unary(f->channel, "/grpc.health.v1.Health/Check",
+                               (struct span){"\x0a\xff", 2}, 3000, &reply, &code),
+                     ERR_INVALID);
     buf_fini(&reply);
 }
 
@@ -122,7 +138,9 @@ static void test_list(void **state)
     struct fixture *f = *state;
     struct buf reply;
     buf_init(&reply, 0);
-    assert_int_equal(rpc_unary(f->channel, "/grpc.health.v1.Health/List", (struct span){"", 0}, 3000, &reply, NULL), OK);
+    assert_int_equal(rpc_unary(f->channel, "/grpc.health.v1.Health/List", (struct span){"", 0},
+                               3000, &reply, NULL),
+                     OK);
     static const char want[] = "\x0a\x06\x0a\x00\x12\x02\x08\x01"
                                "\x0a\x0e\x0a\x08liveness\x12\x02\x08\x01"
                                "\x0a\x0f\x0a\x09readiness\x12\x02\x08\x02";
@@ -130,7 +148,8 @@ static void test_list(void **state)
     static const char bare[] = "\x0a\x04\x12\x02\x08\x01";
     size_t tail = sizeof want - 1 - 8;
     bool full = reply.n == sizeof want - 1 && !memcmp(reply.data, want, reply.n);
-    bool short_ = reply.n == 6 + tail && !memcmp(reply.data, bare, 6) && !memcmp(reply.data + 6, want + 8, tail);
+    bool short_ = reply.n == 6 + tail && !memcmp(reply.data, bare, 6) &&
+                  !memcmp(reply.data + 6, want + 8, tail);
     assert_true(full || short_);
     buf_fini(&reply);
 }
@@ -161,7 +180,8 @@ static void record_end(struct rpc_call *call, void *ctx, int code, const char *t
 
 static bool reaches(atomic_int *value, int want, int ms)
 {
-    for (int64_t until = clock_monotonic_us() + ms * 1000LL; clock_monotonic_us() < until; usleep(300))
+    for (int64_t until = clock_monotonic_us() + ms * 1000LL; clock_monotonic_us() < until;
+         usleep(300))
         if (atomic_load(value) >= want) return true;
     return false;
 }
@@ -205,23 +225,28 @@ static void test_watch(void **state)
 
 /* ---- Reflection ---- */
 
-static Grpc__Reflection__V1__ServerReflectionResponse *ask(struct rpc_call *call, struct record *r, int field, const char *text)
+static Grpc__Reflection__V1__ServerReflectionResponse *ask(struct rpc_call *call, struct record *r,
+                                                           int field, const char *text)
 {
     char request[300];
-    int before = atomic_load(&r->n), n = snprintf(request, sizeof request, "%c%c%s", field << 3 | 2, (int)strlen(text), text);
+    int before = atomic_load(&r->n),
+        n = snprintf(request, sizeof request, "%c%c%s", field << 3 | 2, (int)strlen(text), text);
     assert_int_equal(rpc_send(call, request, (size_t)n), OK);
     assert_true(reaches(&r->n, before + 1, 3000));
     Grpc__Reflection__V1__ServerReflectionResponse *response =
-        grpc__reflection__v1__server_reflection_response__unpack(NULL, r->last_bytes, (const uint8_t *)r->last);
+        grpc__reflection__v1__server_reflection_response__unpack(NULL, r->last_bytes,
+                                                                 (const uint8_t *)r->last);
     assert_non_null(response);
     return response;
 }
 
 static void test_reflection(void **state)
 {
-    static const char *const paths[] = {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-                                        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"};
-    static const char *const services[] = {"heddle.v1.Heddle", "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection",
+    static const char *const paths[] = {
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"};
+    static const char *const services[] = {"heddle.v1.Heddle", "grpc.health.v1.Health",
+                                           "grpc.reflection.v1.ServerReflection",
                                            "grpc.reflection.v1alpha.ServerReflection"};
     const struct {
         const char *symbol, *file;
@@ -244,17 +269,21 @@ static void test_reflection(void **state)
         struct rpc_call *call = open_call(*state, paths[p], &r);
         Grpc__Reflection__V1__ServerReflectionResponse *a = ask(call, &r, 7, "*");
         assert_int_equal(a->list_services_response->n_service, 4);
-        for (int i = 0; i < 4; i++) assert_string_equal(a->list_services_response->service[i]->name, services[i]);
+        for (int i = 0; i < 4; i++)
+            assert_string_equal(a->list_services_response->service[i]->name, services[i]);
         assert_string_equal(a->original_request->list_services, "*");
         grpc__reflection__v1__server_reflection_response__free_unpacked(a, NULL);
         for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
             a = ask(call, &r, 4, symbols[i].symbol);
             if (symbols[i].file) {
-                assert_int_equal(a->message_response_case, GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_FILE_DESCRIPTOR_RESPONSE);
+                assert_int_equal(
+                    a->message_response_case,
+                    GRPC__REFLECTION__V1__SERVER_REFLECTION_RESPONSE__MESSAGE_RESPONSE_FILE_DESCRIPTOR_RESPONSE);
                 ProtobufCBinaryData *file = &a->file_descriptor_response->file_descriptor_proto[0];
                 struct span name;
                 size_t at = 0;
-                assert_true(envelope_bytes((struct span){(char *)file->data, file->len}, 1, &at, &name));
+                assert_true(
+                    envelope_bytes((struct span){(char *)file->data, file->len}, 1, &at, &name));
                 assert_true(span_equal(name, symbols[i].file));
             } else {
                 assert_int_equal(a->error_response->error_code, RPC_NOT_FOUND);
@@ -283,10 +312,12 @@ static void test_descriptors(void **state)
     struct span file, name;
     struct record r = {0};
     int n_compared = 0;
-    snprintf(path, sizeof path, "%s/grpc/descriptor_set_health_reflection_kserve.bin", data ? data : "");
+    snprintf(path, sizeof path, "%s/grpc/descriptor_set_health_reflection_kserve.bin",
+             data ? data : "");
     buf_init(&set, 0);
     if (buf_read_file(&set, path, 0)) skip();
-    struct rpc_call *call = open_call(*state, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", &r);
+    struct rpc_call *call =
+        open_call(*state, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", &r);
     for (size_t at = 0; envelope_bytes((struct span){set.data, set.n}, 1, &at, &file);) {
         size_t name_at = 0;
         char text[64];
@@ -307,7 +338,12 @@ static void test_descriptors(void **state)
 
 int main(void)
 {
-#define BOTH(f) {"tcp " #f, f, setup_tcp, teardown, NULL}, {"local " #f, f, setup_local, teardown, NULL}
-    const struct CMUnitTest tests[] = {BOTH(test_check), BOTH(test_list), BOTH(test_watch), BOTH(test_reflection), BOTH(test_descriptors)};
+#define BOTH(f)                                                                                    \
+    {"tcp " #f, f, setup_tcp, teardown, NULL},                                                     \
+    {                                                                                              \
+        "local " #f, f, setup_local, teardown, NULL                                                \
+    }
+    const struct CMUnitTest tests[] = {BOTH(test_check), BOTH(test_list), BOTH(test_watch),
+                                       BOTH(test_reflection), BOTH(test_descriptors)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

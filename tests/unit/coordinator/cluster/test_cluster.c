@@ -62,7 +62,8 @@ static void stream_message(struct rpc_call *call, void *ctx, struct span bytes)
 {
     struct stream *s = ctx;
     (void)call;
-    Heddle__Cluster__ToWorker *m = heddle__cluster__to_worker__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
+    Heddle__Cluster__ToWorker *m =
+        heddle__cluster__to_worker__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
     assert_non_null(m);
     switch (m->kind_case) {
     case HEDDLE__CLUSTER__TO_WORKER__KIND_WELCOME:
@@ -73,10 +74,17 @@ static void stream_message(struct rpc_call *call, void *ctx, struct span bytes)
         snprintf(s->reason, sizeof s->reason, "%s", m->refuse->reason);
         atomic_fetch_add(&s->n_refuse, 1);
         break;
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_HALT: atomic_fetch_add(&s->n_halt, 1); break;
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_PLAN: atomic_fetch_add(&s->n_plan, 1); break;
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_EXCHANGED: atomic_fetch_add(&s->n_exchanged, 1); break;
-    default: break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_HALT:
+        atomic_fetch_add(&s->n_halt, 1);
+        break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_PLAN:
+        atomic_fetch_add(&s->n_plan, 1);
+        break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_EXCHANGED:
+        atomic_fetch_add(&s->n_exchanged, 1);
+        break;
+    default:
+        break;
     }
     heddle__cluster__to_worker__free_unpacked(m, NULL);
 }
@@ -96,7 +104,8 @@ static void stream_open(struct stream *s, const char *address, const char *token
     struct rpc_handler handler = {stream_message, stream_end, s};
     *s = (struct stream){0};
     assert_int_equal(rpc_channel_create(&config, &s->channel), OK);
-    assert_int_equal(rpc_open(s->channel, "/heddle.cluster.Cluster/Attach", 0, &handler, &s->call), OK);
+    assert_int_equal(rpc_open(s->channel, "/heddle.cluster.Cluster/Attach", 0, &handler, &s->call),
+                     OK);
 }
 
 static void stream_close(struct stream *s)
@@ -107,7 +116,10 @@ static void stream_close(struct stream *s)
     s->call = NULL;
 }
 
-static void say(struct stream *s, Heddle__Cluster__FromWorker *m) { (void)envelope_send(s->call, &m->base); }
+static void say(struct stream *s, Heddle__Cluster__FromWorker *m)
+{
+    (void)envelope_send(s->call, &m->base);
+}
 
 static void say_join(struct stream *s, uint32_t rank, uint64_t incarnation)
 {
@@ -116,7 +128,8 @@ static void say_join(struct stream *s, uint32_t rank, uint64_t incarnation)
     static char digest[] = "d", words[] = "a\nb\033[2J\xff";
     j.protocol = 1, j.size = 2, j.rank = rank, j.incarnation = incarnation;
     j.model_digest = digest, j.host = words, j.device = words;
-    j.block_size = 16, j.blocks_max = 10, j.slots_max = 4, j.step_tokens_max = 64, j.step_rows_max = 8;
+    j.block_size = 16, j.blocks_max = 10, j.slots_max = 4, j.step_tokens_max = 64,
+    j.step_rows_max = 8;
     j.context_max = 128, j.vocab_size = 100;
     m.kind_case = HEDDLE__CLUSTER__FROM_WORKER__KIND_JOIN;
     m.join = &j;
@@ -138,7 +151,8 @@ static void say_step(struct stream *s, bool ack, uint64_t epoch, uint64_t step)
     Heddle__Cluster__StepResult r = HEDDLE__CLUSTER__STEP_RESULT__INIT;
     Heddle__Cluster__FromWorker m = HEDDLE__CLUSTER__FROM_WORKER__INIT;
     r.epoch = epoch, r.step = step;
-    m.kind_case = ack ? HEDDLE__CLUSTER__FROM_WORKER__KIND_ACK : HEDDLE__CLUSTER__FROM_WORKER__KIND_RESULT;
+    m.kind_case =
+        ack ? HEDDLE__CLUSTER__FROM_WORKER__KIND_ACK : HEDDLE__CLUSTER__FROM_WORKER__KIND_RESULT;
     m.result = &r;
     say(s, &m);
 }
@@ -154,6 +168,16 @@ static void say_exchange(struct stream *s, uint64_t epoch, const char *key, size
     say(s, &m);
 }
 
+static void say_fault(struct stream *s, uint64_t epoch)
+{
+    Heddle__Cluster__Fault x = HEDDLE__CLUSTER__FAULT__INIT;
+    Heddle__Cluster__FromWorker m = HEDDLE__CLUSTER__FROM_WORKER__INIT;
+    x.epoch = epoch;
+    m.kind_case = HEDDLE__CLUSTER__FROM_WORKER__KIND_FAULT;
+    m.fault = &x;
+    say(s, &m);
+}
+
 static void say_beat(struct stream *s)
 {
     Heddle__Cluster__Heartbeat h = HEDDLE__CLUSTER__HEARTBEAT__INIT;
@@ -165,7 +189,8 @@ static void say_beat(struct stream *s)
 
 static bool reaches(atomic_int *value, int want, int ms)
 {
-    for (int64_t until = clock_monotonic_us() + ms * 1000LL; clock_monotonic_us() < until; usleep(300))
+    for (int64_t until = clock_monotonic_us() + ms * 1000LL; clock_monotonic_us() < until;
+         usleep(300))
         if (atomic_load(value) >= want) return true;
     return false;
 }
@@ -193,8 +218,15 @@ static int setup(void **state, const char *listen)
 {
     struct fixture *f;
     struct cluster_hooks hooks = {on_up, on_down, on_result, NULL};
-    struct cluster_config config = {.address = listen, .token = "secret", .n_groups = 1, .n_ranks = 2, .heartbeat_ms = 50,
-                                    .dead_ms = 600, .join_timeout_ms = 400, .form_timeout_ms = 500, .n_pending_max = 4};
+    struct cluster_config config = {.address = listen,
+                                    .token = "secret",
+                                    .n_groups = 1,
+                                    .n_ranks = 2,
+                                    .heartbeat_ms = 50,
+                                    .dead_ms = 600,
+                                    .join_timeout_ms = 400,
+                                    .form_timeout_ms = 500,
+                                    .n_pending_max = 4};
     atomic_store(&n_up, 0), atomic_store(&n_down, 0), atomic_store(&n_results, 0);
     assert_int_equal(mem_alloc(sizeof *f, (void **)&f), OK);
     if (cluster_create(&config, &hooks, &f->cluster)) fail_msg("%s", err_detail());
@@ -205,22 +237,31 @@ static int setup(void **state, const char *listen)
         say_join(&f->ranks[i], i, 100 + i);
     }
     pthread_create(&f->beater, NULL, beat_run, f);
-    for (int i = 0; i < 2; i++) assert_true(reaches(&f->ranks[i].n_welcome, 1, 3000));
-    for (int i = 0; i < 2; i++) say_ready(&f->ranks[i], atomic_load(&f->ranks[i].epoch));
+    for (int i = 0; i < 2; i++)
+        assert_true(reaches(&f->ranks[i].n_welcome, 1, 3000));
+    for (int i = 0; i < 2; i++)
+        say_ready(&f->ranks[i], atomic_load(&f->ranks[i].epoch));
     assert_true(reaches(&n_up, 1, 3000));
     *state = f;
     return 0;
 }
 
-static int setup_local(void **state) { return setup(state, "local:port"); }
-static int setup_tcp(void **state) { return setup(state, "127.0.0.1:0"); }
+static int setup_local(void **state)
+{
+    return setup(state, "local:port");
+}
+static int setup_tcp(void **state)
+{
+    return setup(state, "127.0.0.1:0");
+}
 
 static int teardown(void **state)
 {
     struct fixture *f = *state;
     atomic_store(&f->stop, true);
     pthread_join(f->beater, NULL);
-    for (int i = 0; i < 2; i++) stream_close(&f->ranks[i]);
+    for (int i = 0; i < 2; i++)
+        stream_close(&f->ranks[i]);
     cluster_destroy(f->cluster);
     mem_free(f);
     return 0;
@@ -230,7 +271,8 @@ static void undisturbed(struct fixture *f)
 {
     assert_int_equal(atomic_load(&n_down), 0);
     assert_int_equal(cluster_groups_up(f->cluster), 1);
-    for (int i = 0; i < 2; i++) assert_int_equal(atomic_load(&f->ranks[i].ended), 0);
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(atomic_load(&f->ranks[i].ended), 0);
 }
 
 static void plan_send(struct fixture *f, uint64_t step)
@@ -241,7 +283,8 @@ static void plan_send(struct fixture *f, uint64_t step)
     p.epoch = atomic_load(&epoch_up), p.step = step;
     m.kind_case = HEDDLE__CLUSTER__TO_WORKER__KIND_PLAN, m.plan = &p;
     assert_int_equal(envelope_pack(&m.base, &bytes), OK);
-    assert_int_equal(cluster_send_plan(f->cluster, 0, rpc_bytes_span(bytes).data, rpc_bytes_span(bytes).n), OK);
+    assert_int_equal(
+        cluster_send_plan(f->cluster, 0, rpc_bytes_span(bytes).data, rpc_bytes_span(bytes).n), OK);
     rpc_bytes_release(bytes);
 }
 
@@ -258,10 +301,10 @@ static void test_strangers(void **state)
         {"wrong", "", 0, RPC_UNAUTHENTICATED},
         {NULL, "", 0, RPC_UNAUTHENTICATED},
         {"secret", "", 0, RPC_FAILED_PRECONDITION},
-        {"secret", "\x12\x00", 2, RPC_FAILED_PRECONDITION},             /* ready first */
+        {"secret", "\x12\x00", 2, RPC_FAILED_PRECONDITION},                 /* ready first */
         {"secret", "\x1a\x04\x08\x01\x10\x01", 6, RPC_FAILED_PRECONDITION}, /* a result first */
-        {"secret", "\x0a\x05\x0a", 3, RPC_FAILED_PRECONDITION},         /* cut short */
-        {"secret", "\x0a\x00", 2, RPC_FAILED_PRECONDITION},             /* a join that says nothing */
+        {"secret", "\x0a\x05\x0a", 3, RPC_FAILED_PRECONDITION},             /* cut short */
+        {"secret", "\x0a\x00", 2, RPC_FAILED_PRECONDITION}, /* a join that says nothing */
         {"secret", "\x0a\x02\x12\xff", 4, RPC_FAILED_PRECONDITION},
         {"secret", "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", 12, RPC_FAILED_PRECONDITION},
         {"secret", "GET / HTTP/1.1", 14, RPC_FAILED_PRECONDITION},
@@ -279,7 +322,8 @@ static void test_strangers(void **state)
     assert_int_equal(cluster_status_create(f->cluster, &status), OK);
     assert_int_equal(status->n_refused, sizeof cases / sizeof *cases);
     assert_int_equal(status->n_pending, 0);
-    assert_string_equal(status->ranks[0].host, "a?b?[2J?"); /* nothing of a rank's words reaches a terminal */
+    assert_string_equal(status->ranks[0].host,
+                        "a?b?[2J?"); /* nothing of a rank's words reaches a terminal */
     cluster_status_destroy(status);
 }
 
@@ -288,8 +332,10 @@ static void test_silence_and_flood(void **state)
     struct fixture *f = *state;
     struct stream s[8];
     int n_full = 0, n_late = 0;
-    for (int i = 0; i < 8; i++) stream_open(&s[i], f->address, "secret");
-    for (int i = 0; i < 8; i++) assert_true(reaches(&s[i].ended, 1, 3000));
+    for (int i = 0; i < 8; i++)
+        stream_open(&s[i], f->address, "secret");
+    for (int i = 0; i < 8; i++)
+        assert_true(reaches(&s[i].ended, 1, 3000));
     for (int i = 0; i < 8; i++) {
         n_full += s[i].code == RPC_RESOURCE_EXHAUSTED; /* beyond n_pending_max */
         n_late += s[i].code == RPC_FAILED_PRECONDITION && strstr(s[i].reason, "did not join");
@@ -313,7 +359,8 @@ static void test_living_place(void **state)
     undisturbed(f);
 }
 
-/* The holder has fallen silent without its stream breaking: the claimant waits, then gets the place. */
+/* The holder has fallen silent without its stream breaking: the claimant waits, then gets the
+ * place. */
 static void test_dead_place(void **state)
 {
     struct fixture *f = *state;
@@ -357,7 +404,8 @@ static void test_same_process(void **state)
 static void lose(struct fixture *f, int rank, const char *words)
 {
     assert_true(reaches(&f->ranks[rank].ended, 1, 2000));
-    if (words && !strstr(f->ranks[rank].reason, words)) fail_msg("'%s' does not say '%s'", f->ranks[rank].reason, words);
+    if (words && !strstr(f->ranks[rank].reason, words))
+        fail_msg("'%s' does not say '%s'", f->ranks[rank].reason, words);
     assert_true(reaches(&n_down, 1, 2000));
     assert_true(reaches(&f->ranks[!rank].n_halt, 1, 2000));
     assert_int_equal(atomic_load(&f->ranks[!rank].ended), 0);
@@ -408,6 +456,22 @@ static void test_stale_results(void **state)
     say_step(&f->ranks[0], false, atomic_load(&epoch_up), 1);
     assert_true(reaches(&n_results, 1, 1000));
     undisturbed(f);
+}
+
+/* A rank says that it cannot go on in an epoch: that one ends, another begins without joining anew.
+ */
+static void test_fault(void **state)
+{
+    struct fixture *f = *state;
+    say_fault(&f->ranks[1], atomic_load(&epoch_up) - 1); /* of one that has ended: nothing */
+    usleep(60000);
+    undisturbed(f);
+    say_fault(&f->ranks[1], atomic_load(&epoch_up));
+    assert_true(reaches(&n_down, 1, 1000));
+    for (int i = 0; i < 2; i++)
+        assert_true(reaches(&f->ranks[i].n_welcome, 2, 1000));
+    for (int i = 0; i < 2; i++)
+        assert_int_equal(atomic_load(&f->ranks[i].ended), 0);
 }
 
 static void test_second_join(void **state)
@@ -462,7 +526,8 @@ static void test_never_ready(void **state)
     say_join(&s, 1, 101); /* rank 1 dials again */
     assert_true(reaches(&f->ranks[0].n_welcome, 2, 1000));
     say_ready(&f->ranks[0], atomic_load(&f->ranks[0].epoch));
-    for (int i = 0; i < 30 && !atomic_load(&s.ended); i++, usleep(50000)) say_beat(&s);
+    for (int i = 0; i < 30 && !atomic_load(&s.ended); i++, usleep(50000))
+        say_beat(&s);
     assert_int_equal(atomic_load(&s.ended), 1);
     assert_int_equal(atomic_load(&f->ranks[0].ended), 0);
     assert_true(reaches(&f->ranks[0].n_halt, 2, 1000));
@@ -479,7 +544,8 @@ static void test_garbage_streams(void **state)
         char bytes[64];
         size_t n = (size_t)rand_below(&r, sizeof bytes);
         stream_open(&s, f->address, "secret");
-        for (size_t k = 0; k < n; k++) bytes[k] = (char)rand_next(&r);
+        for (size_t k = 0; k < n; k++)
+            bytes[k] = (char)rand_next(&r);
         if (i % 2) bytes[0] = 0x0a;
         (void)rpc_send(s.call, bytes, n);
         if (i % 3 == 0) rpc_cancel(s.call);
@@ -497,17 +563,21 @@ static void test_garbage_sockets(void **state)
     int fds[40], port = cluster_port(f->cluster);
     if (!port) return; /* threads have no socket */
     for (int i = 0; i < 40; i++) {
-        struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        struct sockaddr_in to = {.sin_family = AF_INET,
+                                 .sin_port = htons((uint16_t)port),
+                                 .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
         char bytes[512] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
         size_t at = i % 2 ? 24 : 0, n = at + (size_t)rand_below(&r, 400);
-        for (size_t k = at; k < n; k++) bytes[k] = (char)rand_next(&r);
+        for (size_t k = at; k < n; k++)
+            bytes[k] = (char)rand_next(&r);
         fds[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         assert_int_equal(connect(fds[i], (struct sockaddr *)&to, sizeof to), 0);
         (void)!send(fds[i], bytes, n, MSG_NOSIGNAL);
     }
     plan_send(f, 1);
     assert_true(reaches(&f->ranks[1].n_plan, 1, 2000));
-    for (int i = 0; i < 40; i++) close(fds[i]);
+    for (int i = 0; i < 40; i++)
+        close(fds[i]);
     undisturbed(f);
 }
 
@@ -522,7 +592,8 @@ static void test_config(void **state)
                                          {.address = "local:x", .n_groups = 4097, .n_ranks = 1},
                                          {.address = "local:x", .n_groups = 4096, .n_ranks = 256},
                                          {.address = NULL, .n_groups = 1, .n_ranks = 1}};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) assert_int_equal(cluster_create(&bad[i], &hooks, &c), ERR_INVALID);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(cluster_create(&bad[i], &hooks, &c), ERR_INVALID);
     struct cluster_config good = {.address = "local:x", .n_groups = 1, .n_ranks = 1};
     int made = 0;
     for (int n = 1; n < 40 && !made; n++) {
@@ -539,12 +610,29 @@ static void test_config(void **state)
 
 int main(void)
 {
-#define BOTH(f) {"local " #f, f, setup_local, teardown, NULL}, {"tcp " #f, f, setup_tcp, teardown, NULL}
-    const struct CMUnitTest tests[] = {
-        BOTH(test_strangers), BOTH(test_silence_and_flood), BOTH(test_living_place), BOTH(test_dead_place),
-        BOTH(test_same_process), BOTH(test_result_unasked), BOTH(test_result_of_the_future), BOTH(test_result_of_wrong_rank),
-        BOTH(test_result_malformed), BOTH(test_stale_results), BOTH(test_second_join), BOTH(test_exchange_limits),
-        BOTH(test_exchange_big), BOTH(test_exchange_twice), BOTH(test_never_ready), BOTH(test_garbage_streams),
-        BOTH(test_garbage_sockets), cmocka_unit_test(test_config)};
+#define BOTH(f)                                                                                    \
+    {"local " #f, f, setup_local, teardown, NULL},                                                 \
+    {                                                                                              \
+        "tcp " #f, f, setup_tcp, teardown, NULL                                                    \
+    }
+    const struct CMUnitTest tests[] = {BOTH(test_strangers),
+                                       BOTH(test_silence_and_flood),
+                                       BOTH(test_living_place),
+                                       BOTH(test_dead_place),
+                                       BOTH(test_same_process),
+                                       BOTH(test_result_unasked),
+                                       BOTH(test_result_of_the_future),
+                                       BOTH(test_result_of_wrong_rank),
+                                       BOTH(test_result_malformed),
+                                       BOTH(test_stale_results),
+                                       BOTH(test_fault),
+                                       BOTH(test_second_join),
+                                       BOTH(test_exchange_limits),
+                                       BOTH(test_exchange_big),
+                                       BOTH(test_exchange_twice),
+                                       BOTH(test_never_ready),
+                                       BOTH(test_garbage_streams),
+                                       BOTH(test_garbage_sockets),
+                                       cmocka_unit_test(test_config)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
