@@ -5,9 +5,10 @@
 DIR holds the Markdown books named in tools/demo_corpus.py. Out comes a complete Hugging Face
 folder: a byte-level BPE tokenizer, a Llama-architecture checkpoint in bf16, a chat template.
 A run is reproducible: fixed seed, one thread, deterministic algorithms; --resume goes on from the
-last state as if never interrupted. The published model came from Python 3.11, torch 2.15.0,
-tokenizers 0.23.3, transformers 5.23.0 (sampling only) on an AVX-512 BF16 CPU; another CPU or torch
-sums in another order and gives a slightly different model.
+last state as if never interrupted, and the rate is constant over the first 60 % of --steps, so that
+--steps may be changed until then. models/demo/README.md has the commands of the published model,
+made with Python 3.11.7, torch 2.15.0 and tokenizers 0.23.3 on an AVX-512 BF16 CPU; another CPU or
+torch sums in another order and gives a slightly different model.
 """
 
 import argparse
