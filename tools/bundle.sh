@@ -37,6 +37,23 @@ if [ -d "$mpi/openmpi/lib/openmpi3" ]; then
 fi
 strip --strip-unneeded "$bundle"/lib/*.so* "$bundle/heddle" 2>/dev/null || true
 
+# A library that names a folder of its own (DT_RUNPATH) would not look in the program's; that tag
+# becomes one that the loader ignores, and the program's RPATH holds for all.
+python3 - "$bundle"/lib/*.so* <<'PYTHON'
+import struct
+import sys
+
+for path in sys.argv[1:]:
+    data = bytearray(open(path, "rb").read())
+    offset, count = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<H", data, 60)[0]
+    for section in range(count):
+        kind, _, _, at, size = struct.unpack_from("<IQQQQ", data, offset + section * 64 + 4)
+        for entry in range(at, at + size, 16) if kind == 6 else ():
+            if struct.unpack_from("<q", data, entry)[0] in (15, 29):
+                struct.pack_into("<q", data, entry, 21)
+    open(path, "wb").write(data)
+PYTHON
+
 # No symbol newer than glibc 2.36.
 newest=$(find "$bundle" -type f \( -name '*.so*' -o -name 'heddle*' \) -exec objdump -T {} + 2>/dev/null |
   grep -o 'GLIBC_2\.[0-9]*' | sort -uV | tail -1)

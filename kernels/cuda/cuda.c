@@ -108,11 +108,13 @@ static enum err cuda_open(const struct backend_options *options, struct backend 
     struct cuda_backend *b;
     int capability;
     const char *wait = getenv("HEDDLE_CUDA_WAIT_MS");
-    TRY(cuda_probe(options->device, &capability));
+    int device = options->device < 0 ? 0 : options->device; /* negative: whichever comes first */
+    TRY(cuda_probe(device, &capability));
     TRY(options_check(options));
     TRY(MEM_NEW(&b));
     b->base = (struct backend){&heddle_backend_cuda, DTYPE_BF16, NULL};
     b->options = *options;
+    b->options.device = device;
     b->capability = capability;
     b->quantize_type = DTYPE_F32;
     b->wait_ms_max = wait && strtol(wait, NULL, 10) > 0 ? (int)strtol(wait, NULL, 10) : WAIT_MS_MAX;

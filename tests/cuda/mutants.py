@@ -55,7 +55,7 @@ MUTANTS = [
     ("sample.c", "if (cuda_sync(base)) return;", "", "sample"),
     ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
     ("matmul.c", "if (b->quantized.of == out.data) b->quantized.of = NULL;", "", "ops"),
-    ("kv.c", "call.n_tiles) cuda_ok", "0) cuda_ok", "attention"),
+    ("kv.c", "if (call.n_tiles)", "if (false)", "attention"),
     ("pack.c", "codes[i / 2] & 0x0f) | code << 4", "codes[i / 2] & 0x0f) | code << 3", "ops"),
     ("graph.c", "b->capture_refused = false;", "b->capture_refused = true;", "steps"),
 ]

@@ -196,8 +196,10 @@ static void vocab_case(struct backend *b, int vocab, int first)
     for (int i = 0; i < N; i++) {
         logits_fill(logits + i * vocab, vocab, (first + i) % 6);
         row_fill(&rows[i], &lists[i], vocab, first + i);
-        if ((first + i) % 6 == 5)
+        if ((first + i) % 3 == 2) /* cut within one bucket, or among ties */
             rows[i].top_p = 0.4f, rows[i].top_k = 0, rows[i].min_p = 0, rows[i].temperature = 1;
+        if ((first + i) % 6 == 1) /* the cut falls among ties that lie between kept tokens */
+            rows[i].top_p = 0.8f, rows[i].top_k = 0, rows[i].min_p = 0, rows[i].temperature = 1;
     }
     memset(results, 0xee, sizeof results);
     sample_rows(b, logits, vocab, rows, N, results);
