@@ -186,6 +186,7 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
     count_admission(e, g, s);
     open_slot(g, s);
     sequence_list_append(&g->prefilling, LINK_WORK, s);
+    if (s->job->beam) beam_admitted(e, s);
     return true;
 }
 
@@ -274,7 +275,11 @@ void admission_requeue(struct engine *e, struct group *g, struct sequence *s)
     group_forget(g, s);
     s->state = SEQUENCE_WAITING;
     s->resumed = true;
-    if (!s->job->beam) s->synced = false;
+    if (s->job->beam) {
+        beam_wait(e, s);
+        return;
+    }
+    s->synced = false;
     fair_wait(&e->fair, s, e->now_us);
 }
 
@@ -366,5 +371,6 @@ void admission_make_room(struct engine *e, struct group *g)
             admission_preempt(e, g, victim);
         n_demand = blocks_demanded(g);
     }
+    if (!group_in_flight(g) && g->running.n && e->fair.by_age.n) beam_unlock(e, g);
     if (class_inversion(e, g)) admission_preempt(e, g, newest_of_lowest_class(g));
 }

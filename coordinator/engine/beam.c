@@ -346,7 +346,41 @@ static void wait_again(struct engine *e, struct sequence *s)
 {
     sequence_unlink(s, LINK_WORK);
     s->state = SEQUENCE_WAITING;
+    beam_wait(e, s);
+}
+
+/* A beam that others of its search wait for, holding blocks, goes before all. */
+void beam_wait(struct engine *e, struct sequence *s)
+{
+    for (uint32_t i = 0; i < s->job->n_sequences; i++)
+        if (s->job->sequences[i]->state == SEQUENCE_RUNNING) {
+            fair_wait_urgent(&e->fair, s, e->now_us);
+            return;
+        }
     fair_wait(&e->fair, s, e->now_us);
+}
+
+void beam_admitted(struct engine *e, struct sequence *s)
+{
+    for (uint32_t i = 0; i < s->job->n_sequences; i++) {
+        struct sequence *t = s->job->sequences[i];
+        if (t->state != SEQUENCE_WAITING) continue;
+        fair_unwait(&e->fair, t);
+        fair_wait_urgent(&e->fair, t, e->now_us);
+    }
+}
+
+/* Nothing moves: beams of several searches hold what the others need. The newest gives way. */
+void beam_unlock(struct engine *e, struct group *g)
+{
+    struct sequence *newest = NULL, *oldest = NULL;
+    for (struct sequence *s = g->running.first; s; s = s->links[LINK_PLACE].next) {
+        if (!s->job->beam || s->lists[LINK_WORK] != &s->job->beam->resting)
+            return; /* somebody moves */
+        if (!newest || s->order > newest->order) newest = s;
+        if (!oldest || s->order < oldest->order) oldest = s;
+    }
+    if (newest && newest->job != oldest->job) beam_preempt(e, g, newest->job);
 }
 
 static void add_fork(struct group *g, const struct sequence *s, uint32_t from)

@@ -19,6 +19,7 @@ enum err engine_create(const struct engine_config *config, const struct engine_h
     if (e->config.pipeline_depth >= FLIGHTS_MAX) e->config.pipeline_depth = FLIGHTS_MAX - 1;
     e->next_deadline_us = FOREVER_US;
     e->order = 1;
+    e->limits.prefix_cache = config->prefix_cache;
     e->limits.n_queued_limit = config->n_queued_max;
     e->limits.n_queued_tokens_limit = config->n_queued_tokens_max;
     buf_init(&e->bytes, 0);
@@ -59,6 +60,7 @@ void engine_destroy(struct engine *e)
     fair_fini(&e->fair);
     buf_fini(&e->bytes);
     pool_fini(&e->pool);
+    sequence_slabs_fini(&e->slabs);
     mem_free(e);
 }
 

@@ -167,7 +167,7 @@ void fair_leave(struct fair *f, struct lane *lane)
     t->n_alive--;
 }
 
-void fair_wait(struct fair *f, struct sequence *s, int64_t now_us)
+static void enter_lane(struct fair *f, struct sequence *s)
 {
     struct lane *l = s->lane;
     struct sequence *at = l->waiting.last;
@@ -175,12 +175,28 @@ void fair_wait(struct fair *f, struct sequence *s, int64_t now_us)
         at = at->links[LINK_PLACE].previous;
     sequence_list_before(&l->waiting, LINK_PLACE,
                          at ? at->links[LINK_PLACE].next : l->waiting.first, s);
-    sequence_list_append(&f->by_age, LINK_AGE, s);
-    s->waiting_since_us = now_us;
     if (!l->heap_index)
         heap_push(f, l);
     else if (l->waiting.first == s)
         sift_up(f, l->heap_index - 1);
+}
+
+void fair_wait(struct fair *f, struct sequence *s, int64_t now_us)
+{
+    enter_lane(f, s);
+    sequence_list_append(&f->by_age, LINK_AGE, s);
+    s->waiting_since_us = now_us;
+}
+
+void fair_wait_urgent(struct fair *f, struct sequence *s, int64_t now_us)
+{
+    struct sequence *at = f->by_age.first;
+    (void)now_us;
+    enter_lane(f, s);
+    while (at && at->waiting_since_us == FAIR_SINCE_EVER_US && at->order < s->order)
+        at = at->links[LINK_AGE].next;
+    sequence_list_before(&f->by_age, LINK_AGE, at, s);
+    s->waiting_since_us = FAIR_SINCE_EVER_US;
 }
 
 void fair_unwait(struct fair *f, struct sequence *s)
@@ -196,7 +212,7 @@ void fair_unwait(struct fair *f, struct sequence *s)
 struct sequence *fair_next(struct fair *f, int64_t now_us)
 {
     struct sequence *oldest = f->by_age.first;
-    if (oldest && oldest->lane->heap_index && now_us - oldest->waiting_since_us > FAIR_STARVE_US)
+    if (oldest && oldest->lane->heap_index && now_us - FAIR_STARVE_US > oldest->waiting_since_us)
         return oldest;
     while (f->n_heap) {
         struct lane *l = f->heap[0];

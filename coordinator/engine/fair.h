@@ -13,6 +13,7 @@
 
 enum { FAIR_INPUT_COST = 1, FAIR_OUTPUT_COST = 2, FAIR_TENANTS_IDLE_MAX = 1024 };
 static const int64_t FAIR_STARVE_US = 60000000;
+static const int64_t FAIR_SINCE_EVER_US = INT64_MIN;
 
 struct tenant {
     uint64_t id, served;      /* served: cost * 1024 / weight */
@@ -50,6 +51,8 @@ enum err fair_enter(struct fair *f, uint64_t tenant, uint32_t weight, int32_t pr
 void fair_leave(struct fair *f, struct lane *lane);
 /* Puts it at its place by age; needs s->lane. */
 void fair_wait(struct fair *f, struct sequence *s, int64_t now_us);
+/* Before all others, the older first: somebody holds blocks and waits for it. */
+void fair_wait_urgent(struct fair *f, struct sequence *s, int64_t now_us);
 void fair_unwait(struct fair *f, struct sequence *s);
 /* Whose turn it is, or NULL. Looks further with fair_skip (this lane is passed over) until
  * fair_restore. */

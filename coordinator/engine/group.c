@@ -61,6 +61,7 @@ static enum err init_arrays(struct group *g)
     TRY(MEM_NEW_ARRAY(n, &g->seen_step));
     TRY(MEM_NEW_ARRAY(n, &g->free_slots));
     TRY(MEM_NEW_ARRAY(n, &g->late_slots));
+    TRY(MEM_NEW_ARRAY(n, &g->bucket));
     TRY(MEM_NEW_ARRAY(n, &g->slot_limbo.ids));
     TRY(MEM_NEW_ARRAY(n, &g->slot_limbo.steps));
     TRY(wheel_init(&g->extend, g->info.block_size, n));
@@ -98,6 +99,7 @@ void group_fini(struct group *g)
     mem_free(g->seen_step);
     mem_free(g->free_slots);
     mem_free(g->late_slots);
+    mem_free(g->bucket);
     mem_free(g->slot_limbo.ids);
     mem_free(g->slot_limbo.steps);
     wheel_fini(&g->extend);

@@ -42,6 +42,7 @@ struct group {
     uint32_t *free_slots, n_free_slots;
     struct kv_limbo slot_limbo;
     struct wheel extend, end;
+    uint32_t *bucket; /* [n_slots] scratch */
     uint32_t n_decoding;
     struct sequence_list running; /* by LINK_PLACE: all that have a slot */
     /* by LINK_WORK, what they wait for: */

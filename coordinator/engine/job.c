@@ -63,8 +63,7 @@ static enum err sequence_create(struct engine *e, struct job *job, uint32_t choi
 {
     const struct request *r = job->request;
     struct sequence *s;
-    size_t bytes;
-    TRY(pool_take(&e->pool, sizeof *s, (void **)&s, &bytes));
+    TRY(sequence_take(&e->slabs, &s));
     *s = (struct sequence){.job = job,
                            .choice = (int32_t)choice,
                            .state = SEQUENCE_PARKED,
@@ -83,7 +82,7 @@ static void sequence_destroy(struct engine *e, struct sequence *s)
 {
     if (s->lane) fair_leave(&e->fair, s->lane);
     sequence_fini(&e->pool, s);
-    pool_give(&e->pool, s, sizeof *s);
+    sequence_give(&e->slabs, s);
 }
 
 static enum err fill_tokens(struct engine *e, struct sequence *s)
@@ -126,6 +125,11 @@ enum err job_create(struct engine *e, struct request *r, struct job **out)
     struct job *job;
     TRY(MEM_NEW(&job));
     job->request = r;
+    job->sink = r->sink;
+    job->n_stop_ids = r->sampling.n_stop_ids;
+    for (int32_t i = 0; i < job->n_stop_ids && i < JOB_STOPS_NEAR; i++)
+        job->stop_ids[i] = r->sampling.stop_ids[i];
+    job->n_min_tokens = r->sampling.min_tokens > 0 ? (uint32_t)r->sampling.min_tokens : 0;
     uint32_t n_run = r->n_best_of > r->n_choices ? r->n_best_of : r->n_choices;
     job->n_sequences = r->beam_width ? r->beam_width : n_run;
     job->n_left = job->n_sequences;
@@ -226,8 +230,8 @@ void job_emit_choice(struct engine *e, struct sequence *s, int32_t choice,
                             .n_generated = s->tokens.n > s->n_prompt ? sequence_generated(s) : 0,
                             .queued_us = job->queued_us,
                             .prefill_us = job->prefill_us};
-    job->request->sink->emit(job->request->sink, &news);
-    touch_sink(e, job->request->sink);
+    job->sink->emit(job->sink, &news);
+    touch_sink(e, job->sink);
 }
 
 void job_emit(struct engine *e, struct sequence *s, const struct step_token *tokens, uint32_t n)

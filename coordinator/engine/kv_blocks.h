@@ -58,6 +58,11 @@ static inline uint32_t kv_blocks_available(const struct kv_blocks *kv)
     return kv->n_free + kv->n_cached;
 }
 
+/* Asks for the memory of the n-th block to be taken from now. */
+static inline void kv_blocks_prefetch_free(const struct kv_blocks *kv, uint32_t n)
+{
+    if (n < kv->n_free) __builtin_prefetch(&kv->blocks[kv->free[kv->n_free - 1 - n]], 1);
+}
 /* A block of one's own, held once, content worthless. KV_NONE when none is available. */
 uint32_t kv_blocks_take(struct kv_blocks *kv);
 void kv_blocks_ref(struct kv_blocks *kv, uint32_t block);

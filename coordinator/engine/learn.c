@@ -220,6 +220,24 @@ static enum err check_turn(struct group *g, const struct step_result *r)
     return check_result(g, r);
 }
 
+enum { AHEAD_SEQUENCES = 12, AHEAD_TOKENS = 6 };
+
+/* Ten thousand sequences are more than the cache holds: ask for the next ones early. */
+static inline void look_ahead(const struct group *g, const struct step_result *r, uint32_t i)
+{
+    if (i + AHEAD_SEQUENCES < r->n_tokens) {
+        const struct sequence *s = g->slots[r->tokens[i + AHEAD_SEQUENCES].slot];
+        __builtin_prefetch(s);
+        __builtin_prefetch((const char *)s + 64);
+    }
+    if (i + AHEAD_TOKENS < r->n_tokens) {
+        const struct sequence *s = g->slots[r->tokens[i + AHEAD_TOKENS].slot];
+        if (!s) return;
+        __builtin_prefetch(s->job);
+        __builtin_prefetch(sequence_tokens(s) + s->tokens.n, 1);
+    }
+}
+
 enum err engine_result(struct engine *e, uint32_t group, const struct step_result *r,
                        int64_t now_us)
 {
@@ -235,6 +253,7 @@ enum err engine_result(struct engine *e, uint32_t group, const struct step_resul
     }
     learn_cost(e, g, r);
     for (uint32_t i = 0, n; i < r->n_tokens; i += n) {
+        look_ahead(g, r, i);
         news = news_at(r, i);
         n = news.n;
         learn_slot(e, g, &news);

@@ -29,6 +29,15 @@ static enum err check_shape(const struct request *r)
     return OK;
 }
 
+uint64_t limits_beam_blocks(const struct request *r, uint32_t block_size, bool prefix_cache)
+{
+    /* All beams live at once; twice while they are exchanged. Found again, the prompt is shared. */
+    uint64_t n_prompt = r->n_tokens / block_size + 1,
+             n_output = (uint64_t)r->max_tokens / block_size + 3;
+    bool shared = prefix_cache && !r->no_prefix_cache;
+    return 2 * n_output * r->beam_width + n_prompt * (shared ? 2 : 2 * r->beam_width);
+}
+
 static enum err check_length(const struct engine_limits *l, const struct request *r)
 {
     uint64_t n = (uint64_t)r->n_tokens + (r->max_tokens ? 1 : 0);
@@ -39,10 +48,7 @@ static enum err check_length(const struct engine_limits *l, const struct request
              r->n_tokens, l->tokens_capacity - (r->max_tokens ? 1 : 0), l->context_max,
              l->n_blocks_max, l->block_size);
     if (!r->beam_width) return OK;
-    /* All beams live at once: the prompt shared, the rest apart, and twice while they are
-     * exchanged. */
-    uint64_t per_beam = (uint64_t)r->max_tokens / l->block_size + 3;
-    uint64_t n_blocks = r->n_tokens / l->block_size + 1 + 2 * per_beam * r->beam_width;
+    uint64_t n_blocks = limits_beam_blocks(r, l->block_size, l->prefix_cache);
     if (n_blocks > l->n_blocks_max || 2 * r->beam_width > l->n_slots_max)
         FAIL(ERR_TOO_LONG,
              "%u beams of %u tokens need %llu KV blocks and %u slots; there are %u and %u",

@@ -11,10 +11,13 @@ struct engine_limits {
     uint32_t context_max, n_blocks_max, block_size, n_slots_max, vocab_size;
     uint32_t n_queued, n_queued_limit; /* sequences accepted and not yet running */
     uint64_t n_queued_tokens, n_queued_tokens_limit;
+    bool prefix_cache;
     uint64_t token_ns; /* a queued token's cost over all groups, 0 = unknown */
 };
 
 /* Sequences that the request runs: n, best_of or beams. */
 uint32_t request_sequences(const struct request *r);
+/* KV blocks that a beam search may need at once. */
+uint64_t limits_beam_blocks(const struct request *r, uint32_t block_size, bool prefix_cache);
 /* ERR_INVALID, ERR_NOT_READY, ERR_TOO_LONG, ERR_FULL, ERR_DEADLINE. */
 enum err limits_check(const struct engine_limits *l, const struct request *r, int64_t now_us);

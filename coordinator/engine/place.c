@@ -28,11 +28,32 @@ static uint64_t cost(struct engine *e, struct group *g, struct sequence *s)
     return busy ? cost + (uint64_t)BUSY_STEPS * g->n_budget : cost;
 }
 
+bool place_can_hold(const struct engine *e, const struct group *g, const struct sequence *s)
+{
+    const struct job *job = s->job;
+    uint32_t capacity = group_tokens_capacity(g, e->config.context_max);
+    if (job->beam && (2 * job->n_sequences > g->n_slots ||
+                      limits_beam_blocks(job->request, g->info.block_size, e->config.prefix_cache) >
+                          g->info.n_blocks))
+        return false;
+    return job->request->max_tokens ? s->tokens.n < capacity : s->tokens.n <= capacity;
+}
+
+/* Beams of one search stay on one group. */
+static bool has_kin_elsewhere(const struct engine *e, const struct group *g,
+                              const struct sequence *s)
+{
+    for (uint32_t i = 0; s->job->beam && i < s->job->n_sequences; i++) {
+        const struct sequence *t = s->job->sequences[i];
+        if (t->state == SEQUENCE_RUNNING && t->group != g->index && e->groups[t->group]->up)
+            return true;
+    }
+    return false;
+}
+
 static bool fits(const struct engine *e, const struct group *g, const struct sequence *s)
 {
-    uint32_t capacity = group_tokens_capacity(g, e->config.context_max);
-    if (s->job->beam && 2 * s->job->n_sequences > g->n_slots) return false;
-    return s->job->request->max_tokens ? s->tokens.n < capacity : s->tokens.n <= capacity;
+    return place_can_hold(e, g, s) && !has_kin_elsewhere(e, g, s);
 }
 
 bool place_accepts(struct engine *e, struct group *g, struct sequence *s)

@@ -35,23 +35,45 @@ static void stop_leaving(struct group *g)
     }
 }
 
+/* Rests until there is a block for it. */
+static void stall(struct group *g, struct sequence *s)
+{
+    group_part(g, s);
+    plan_add_pause(g, s->slot);
+    sequence_list_append(&g->stalled, LINK_WORK, s);
+}
+
+enum { AHEAD_SEQUENCES = 24, AHEAD_TABLES = 12 };
+
+/* The slots of this step's bucket, in order; their sequences asked for ahead of their use. */
+static uint32_t list_bucket(struct group *g)
+{
+    uint32_t n = 0, b = (uint32_t)(g->next_step % g->extend.n_buckets);
+    for (uint32_t slot = g->extend.heads[b]; slot != KV_NONE; slot = g->extend.next[slot])
+        g->bucket[n++] = slot;
+    for (uint32_t i = 0; i < n && i < AHEAD_SEQUENCES; i++)
+        __builtin_prefetch(g->slots[g->bucket[i]]);
+    return n;
+}
+
 /* Those who decode and reach the end of their last block. */
 static void extend_decoding(struct group *g)
 {
     uint64_t step = g->next_step;
-    uint32_t next, b = (uint32_t)(step % g->extend.n_buckets);
-    for (uint32_t slot = g->extend.heads[b]; slot != KV_NONE; slot = next) {
-        struct sequence *s = g->slots[slot];
-        uint32_t position = sequence_planned(s, step);
-        next = g->extend.next[slot];
-        if (next != KV_NONE) __builtin_prefetch(g->slots[next]);
-        if (position == s->blocks.n * g->info.block_size && !admission_extend(g, s, position + 1)) {
-            group_part(g, s);
-            plan_add_pause(g, slot);
-            sequence_list_append(&g->stalled, LINK_WORK, s);
-            continue;
+    uint32_t n = list_bucket(g);
+    for (uint32_t i = 0; i < n; i++) {
+        struct sequence *s = g->slots[g->bucket[i]];
+        if (i + AHEAD_SEQUENCES < n) __builtin_prefetch(g->slots[g->bucket[i + AHEAD_SEQUENCES]]);
+        if (i + AHEAD_TABLES < n) {
+            const struct sequence *t = g->slots[g->bucket[i + AHEAD_TABLES]];
+            __builtin_prefetch(sequence_blocks(t) + t->blocks.n, 1);
+            kv_blocks_prefetch_free(&g->kv, AHEAD_TABLES);
         }
-        group_watch_end(g, s, step, s->n_end - 1 - position);
+        uint32_t position = sequence_planned(s, step);
+        if (position == s->blocks.n * g->info.block_size && !admission_extend(g, s, position + 1))
+            stall(g, s);
+        else
+            group_watch_end(g, s, step, s->n_end - 1 - position);
     }
 }
 
@@ -191,23 +213,20 @@ static void run_prefills(struct engine *e, struct group *g, bool share)
 /* Ends a sequence that no group can hold any more. Returns true when it did. */
 static bool refuse_hopeless(struct engine *e, struct sequence *s)
 {
-    uint32_t most = 0;
-    bool all_known = e->n_up >= e->config.n_groups;
-    for (uint32_t i = 0; i < e->n_groups; i++) {
-        uint32_t n = e->groups[i] && e->groups[i]->up
-                         ? group_tokens_capacity(e->groups[i], e->config.context_max)
-                         : 0;
-        if (n > most) most = n;
+    if (e->n_up < e->config.n_groups) return false; /* the missing one may be larger */
+    for (uint32_t i = 0; i < e->n_groups; i++)
+        if (e->groups[i] && e->groups[i]->up && place_can_hold(e, e->groups[i], s)) return false;
+    struct ending too_long = {FINISH_ERROR, -1, ERR_TOO_LONG,
+                              "the prompt is longer than any group can hold"};
+    if (s->job->beam) {
+        job_abort(e, s->job, -1, &too_long);
+        return true;
     }
-    if (!all_known || s->tokens.n < most || (!s->job->request->max_tokens && s->tokens.n <= most))
-        return false;
     sequence_withdraw(e, s);
     if (sequence_generated(s))
         job_end(e, s, NULL, 0, &(struct ending){FINISH_LENGTH, -1, OK, NULL});
     else
-        job_end(e, s, NULL, 0,
-                &(struct ending){FINISH_ERROR, -1, ERR_TOO_LONG,
-                                 "the prompt is longer than any group can hold"});
+        job_end(e, s, NULL, 0, &too_long);
     return true;
 }
 
@@ -301,5 +320,6 @@ bool scheduler_plan(struct engine *e, struct group *g)
     }
     plan_clear(g);
     g->building = false;
-    return empty && g->n_late_slots ? scheduler_plan(e, g) : !empty; /* the closes make the next one */
+    return empty && g->n_late_slots ? scheduler_plan(e, g)
+                                    : !empty; /* the closes make the next one */
 }

@@ -80,11 +80,49 @@ enum err sequence_hash(struct pool *p, struct sequence *s, uint32_t block_size, 
 
 bool sequence_stops_at(const struct sequence *s, int32_t token)
 {
-    const struct sampling_params *p = &s->job->request->sampling;
-    if (p->min_tokens > 0 && sequence_generated(s) <= (uint32_t)p->min_tokens) return false;
-    for (int32_t i = 0; i < p->n_stop_ids; i++)
-        if (p->stop_ids[i] == token) return true;
+    const struct job *job = s->job;
+    if (job->n_min_tokens && sequence_generated(s) <= job->n_min_tokens) return false;
+    for (int32_t i = 0; i < job->n_stop_ids && i < JOB_STOPS_NEAR; i++)
+        if (job->stop_ids[i] == token) return true;
+    for (int32_t i = JOB_STOPS_NEAR; i < job->n_stop_ids; i++)
+        if (job->request->sampling.stop_ids[i] == token) return true;
     return false;
+}
+
+enum { SLAB_SEQUENCES = 63 };
+struct slab {
+    _Alignas(64) struct slab *next;
+    struct sequence sequences[SLAB_SEQUENCES];
+};
+
+enum err sequence_take(struct sequence_slabs *l, struct sequence **out)
+{
+    if (!l->free) {
+        struct slab *slab;
+        TRY(mem_alloc_aligned(64, sizeof *slab, (void **)&slab));
+        slab->next = l->slabs;
+        l->slabs = slab;
+        for (int i = SLAB_SEQUENCES; i-- > 0;)
+            sequence_give(l, &slab->sequences[i]);
+    }
+    *out = l->free;
+    l->free = l->free->parent;
+    return OK;
+}
+
+void sequence_give(struct sequence_slabs *l, struct sequence *s)
+{
+    s->parent = l->free;
+    l->free = s;
+}
+
+void sequence_slabs_fini(struct sequence_slabs *l)
+{
+    for (struct slab *slab = l->slabs, *next; slab; slab = next) {
+        next = slab->next;
+        mem_free(slab);
+    }
+    *l = (struct sequence_slabs){0};
 }
 
 void sequence_fini(struct pool *p, struct sequence *s)

@@ -28,29 +28,31 @@ struct sequence_list {
 struct lane;
 struct beam;
 struct draft;
+enum { JOB_STOPS_NEAR = 4 };
 struct job {
     struct request *request;
-    struct sequence **sequences;  /* [n_sequences] NULL once forgotten */
-    struct job *next_done;        /* of those to destroy after the flush */
+    struct sink *sink;
     struct beam *beam;            /* beam search, or NULL */
     uint32_t n_sequences, n_left; /* n_left: not finished yet */
-    uint32_t n_to_emit;           /* best_of and beams: choices to give at the end */
-    uint32_t n_queued;            /* its sequences that count as queued */
-    int64_t queued_us, prefill_us;
+    int32_t n_stop_ids;
+    uint32_t n_min_tokens;
+    int32_t stop_ids[JOB_STOPS_NEAR]; /* the first of them; the rest in the request */
     bool admitted, started, buffered, done, no_match;
+    uint32_t n_to_emit;          /* best_of and beams: choices to give at the end */
+    struct sequence **sequences; /* [n_sequences] NULL once forgotten */
+    struct job *next_done;       /* of those to destroy after the flush */
+    int64_t queued_us, prefill_us;
     uint32_t deadline_index; /* position + 1 in the engine's list of deadlines */
 };
 
+/* The first line of cache is what a plan touches, the second what a result does. */
 struct sequence {
-    struct job *job;
-    struct {
-        struct sequence *previous, *next;
-    } links[LINK_COUNT];
-    struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
-    struct lane *lane;
-    struct sequence *parent; /* of a beam that waits for its fork */
-    uint64_t order;          /* of arrival; older ones are smaller */
-    int64_t waiting_since_us;
+    _Alignas(64) struct job *job;
+    uint64_t join_step;  /* first step as a member of the decode set */
+    struct strip blocks; /* uint32_t, the table */
+    uint32_t n_planned;  /* tokens whose KV is computed by plans up to the last (see decoding) */
+    uint32_t n_end;      /* it never knows more tokens than that */
+    uint32_t slot, n_registered;
     uint8_t state;
     bool decoding;    /* in the decode set: planned grows by one a step from join_step on */
     bool may_preempt; /* it got a token since it last got its slot */
@@ -58,41 +60,58 @@ struct sequence {
     bool synced;      /* runs only when all its results are in: drafts, beams */
     bool has_host;    /* its KV lies in host blocks of `group` */
     bool counted;     /* in the queue's counts */
+    bool run_scores;  /* each token of its run needs a row of logits */
+
+    struct strip tokens; /* int32_t, known */
+    struct lane *lane;
+    uint32_t n_prompt, n_cached;
+    uint32_t n_drafting; /* drafts sent and not answered */
     int32_t choice;
-    uint32_t n_prompt, n_end; /* n_end: it never knows more tokens than that */
-    struct strip tokens;      /* int32_t, known */
-    struct strip keys;        /* struct hash128 of full blocks */
+    uint32_t n_score_next; /* prompt logprobs: the next to come from the slot */
+    uint32_t n_scored;     /* of them given to the client */
+    uint16_t draft_rest;   /* tokens to decode before trying again */
+    uint16_t draft_backoff;
+    uint8_t n_draft; /* length to try next */
+
+    uint32_t draft_gain; /* accepted per try, 8.8 fixed point, moving average */
+    uint32_t group;
+    struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
+    struct {
+        struct sequence *previous, *next;
+    } links[LINK_COUNT];
+    struct sequence *parent; /* of a beam that waits for its fork; next of the free ones */
+    uint64_t order;          /* of arrival; older ones are smaller */
+    int64_t waiting_since_us;
+    struct strip keys; /* struct hash128 of full blocks */
     uint32_t key_block_size;
-    uint32_t group, slot;
-    struct strip blocks; /* uint32_t, the table */
-    struct strip host;   /* uint32_t */
-    uint32_t n_registered, n_window_freed;
-    uint32_t n_planned; /* tokens whose KV is computed by plans up to the last (see decoding) */
-    uint64_t join_step; /* first step as a member of the decode set */
+    struct strip host; /* uint32_t, host blocks */
+    uint32_t n_window_freed;
     uint64_t first_step, last_step; /* first and last that it samples in, in this slot */
-    uint32_t n_score_next,
-        n_scored; /* prompt logprobs: next to come from the slot; given to the client */
-    uint32_t n_cached;
-    uint32_t n_skips;         /* times a group left it to another that holds its prefix */
-    uint32_t n_host_computed; /* tokens whose KV lies in host blocks */
-    double score_sum;         /* cumulative logprob */
-    struct strip scores;      /* float, of buffered choices */
+    uint32_t n_skips;               /* times a group left it to another that holds its prefix */
+    uint32_t n_host_computed;       /* tokens whose KV lies in host blocks */
+    uint64_t run_step;              /* the plan whose run run_index is its own */
+    uint32_t run_index;
+    double score_sum;    /* cumulative logprob */
+    struct strip scores; /* float, of buffered choices */
     struct strip top_tokens, top_scores, top_counts;
     enum finish finish;
     int32_t stop_token;
     enum err error;
-    const char *error_text; /* static */
-    bool given;             /* among the choices emitted at the end */
-    uint64_t run_step;      /* the plan whose run run_index is its own */
-    uint32_t run_index;
-    bool run_scores; /* each of its tokens needs a row of logits */
-    /* drafts */
-    uint32_t n_drafting; /* sent and not answered */
-    uint8_t n_draft;     /* length to try next */
-    uint16_t draft_backoff;
-    uint16_t draft_rest; /* tokens to decode before trying again */
-    uint32_t draft_gain; /* accepted per try, 8.8 fixed point, moving average */
+    const char *error_text;       /* static */
+    bool given;                   /* among the choices emitted at the end */
+    _Alignas(64) char spread[64]; /* see below */
 };
+_Static_assert(sizeof(struct sequence) / 64 % 2,
+               "an odd number of lines, so that they spread over the cache");
+
+/* Sequences, many at once: they are never given back before the end. */
+struct sequence_slabs {
+    void *slabs; /* each begins with the next one */
+    struct sequence *free;
+};
+enum err sequence_take(struct sequence_slabs *l, struct sequence **out); /* not cleared */
+void sequence_give(struct sequence_slabs *l, struct sequence *s);
+void sequence_slabs_fini(struct sequence_slabs *l);
 
 static inline int32_t *sequence_tokens(const struct sequence *s)
 {

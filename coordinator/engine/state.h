@@ -25,6 +25,7 @@ struct engine {
     uint32_t n_groups;                       /* indexes in use */
     uint32_t n_up;
     struct pool pool;
+    struct sequence_slabs slabs;
     struct fair fair;
     struct job_map jobs;
     struct job **deadlines; /* jobs without a first token that have one */
@@ -96,6 +97,8 @@ void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s
 bool scheduler_plan(struct engine *e, struct group *g);
 
 /* place.c */
+/* Whether it could ever run there. */
+bool place_can_hold(const struct engine *e, const struct group *g, const struct sequence *s);
 bool place_accepts(struct engine *e, struct group *g, struct sequence *s);
 
 /* beam.c */
@@ -106,6 +109,9 @@ void beam_preempt(struct engine *e, struct group *g, struct job *job);
 void beam_fork(struct engine *e, struct group *g);
 void beam_group_down(struct engine *e, struct group *g);
 void beam_unseated(struct sequence *s);
+void beam_wait(struct engine *e, struct sequence *s);
+void beam_admitted(struct engine *e, struct sequence *s);
+void beam_unlock(struct engine *e, struct group *g);
 void beam_learn(struct engine *e, struct group *g, struct sequence *s, const struct step_token *t,
                 uint32_t n);
 
