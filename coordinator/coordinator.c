@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 enum { NAMES_BYTES_MAX = 4096, FLUSH_MS = 1000, LEAVE_MS = 1000 };
@@ -58,7 +59,8 @@ static bool signal_wait(int wait_ms)
     struct pollfd p = {.fd = signal_fd, .events = POLLIN};
     uint64_t count;
     int n;
-    do n = poll(&p, 1, wait_ms);
+    do
+        n = poll(&p, 1, wait_ms);
     while (n < 0 && errno == EINTR && wait_ms < 0);
     return n > 0 && read(signal_fd, &count, sizeof count) == sizeof count;
 }
@@ -72,6 +74,15 @@ static enum err signals_open(struct sigaction old[2])
     sigaction(SIGTERM, &act, &old[0]);
     sigaction(SIGINT, &act, &old[1]);
     return OK;
+}
+
+/* As many connections as the system lets us have. */
+static void files_raise(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) || limit.rlim_cur == limit.rlim_max) return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit)) log_warn("file descriptors: %s", strerror(errno));
 }
 
 static void signals_close(const struct sigaction old[2])
@@ -160,14 +171,16 @@ static enum err template_open(struct coordinator *c)
         snprintf(why, sizeof why, "%s", err_detail());
         FAIL(ERR_INVALID, "%s: %s", file, why);
     }
-    if (e) log_warn("the model's chat template is not usable, so chat is off: %s", err_detail());
-    else c->front_config.chat_template_source = source;
+    if (e)
+        log_warn("the model's chat template is not usable, so chat is off: %s", err_detail());
+    else
+        c->front_config.chat_template_source = source;
     return OK;
 }
 
 /* Splits at commas into pointers; text is a copy that lives with the coordinator. */
-static enum err split(const char *what, const char *list, char *text, const char **out, unsigned max,
-                      unsigned *out_n)
+static enum err split(const char *what, const char *list, char *text, const char **out,
+                      unsigned max, unsigned *out_n)
 {
     if (strlen(list) >= NAMES_BYTES_MAX) FAIL(ERR_INVALID, "%s: too long", what);
     memcpy(text, list, strlen(list) + 1);
@@ -189,7 +202,8 @@ static enum err names_set(struct coordinator *c)
                      &f->n_names);
     snprintf(c->names, sizeof c->names, "%s", dir);
     char *end = c->names + strlen(c->names);
-    while (end > c->names + 1 && end[-1] == '/') *--end = 0;
+    while (end > c->names + 1 && end[-1] == '/')
+        *--end = 0;
     char *slash = strrchr(c->names, '/');
     f->names[f->n_names++] = slash && slash[1] ? slash + 1 : c->names;
     if (f->names[0] != dir && strcmp(f->names[0], dir)) f->names[f->n_names++] = dir;
@@ -276,11 +290,11 @@ static enum err front_open(struct coordinator *c)
                   FRONT_ORIGINS_MAX, &f->n_origins));
     TRY(front_create(f, &c->front));
     if (!config->grpc_port) return OK;
-    struct grpc_front_config grpc = {.front = c->front,
-                                     .host = config->host ? config->host : "127.0.0.1",
-                                     .port = config->grpc_port,
-                                     .tls = {.cert_file = config->tls_certificate,
-                                             .key_file = config->tls_key}};
+    struct grpc_front_config grpc = {
+        .front = c->front,
+        .host = config->host ? config->host : "127.0.0.1",
+        .port = config->grpc_port,
+        .tls = {.cert_file = config->tls_certificate, .key_file = config->tls_key}};
     return grpc_front_create(&grpc, &c->grpc);
 }
 
@@ -352,6 +366,7 @@ enum err coordinator_run(const struct coordinator_config *config)
     TRY(MEM_NEW(&c));
     c->config = config;
     pthread_rwlock_init(&c->door, NULL);
+    files_raise();
     TRY_OUT(signals_open(old));
     TRY_OUT(model_open(c));
     TRY_OUT(engine_open(c));

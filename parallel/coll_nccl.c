@@ -20,7 +20,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NCCL_SUCCESS = 0, NCCL_IN_PROGRESS = 7, NCCL_SUM = 0, WATCH_MS = 100, TIMEOUT_MS_DEFAULT = 30000 };
+enum {
+    NCCL_SUCCESS = 0,
+    NCCL_IN_PROGRESS = 7,
+    NCCL_SUM = 0,
+    WATCH_MS = 100,
+    TIMEOUT_MS_DEFAULT = 30000
+};
 enum { NCCL_INT8 = 0, NCCL_FLOAT16 = 6, NCCL_FLOAT32 = 7, NCCL_BFLOAT16 = 9, CU_MEMORY_DEVICE = 2 };
 
 struct nccl_id {
@@ -52,14 +58,17 @@ struct library {
     int (*ncclGetVersion)(int *version);
     const char *(*ncclGetErrorString)(int result);
     int (*ncclGetUniqueId)(struct nccl_id *id);
-    int (*ncclCommInitRankConfig)(void **comm, int size, struct nccl_id id, int rank, struct nccl_config *config);
+    int (*ncclCommInitRankConfig)(void **comm, int size, struct nccl_id id, int rank,
+                                  struct nccl_config *config);
     int (*ncclCommGetAsyncError)(void *comm, int *error);
     int (*ncclCommAbort)(void *comm);
     int (*ncclCommFinalize)(void *comm);
     int (*ncclCommDestroy)(void *comm);
-    int (*ncclAllReduce)(const void *send, void *out, size_t n, int type, int op, void *comm, void *stream);
+    int (*ncclAllReduce)(const void *send, void *out, size_t n, int type, int op, void *comm,
+                         void *stream);
     int (*ncclAllGather)(const void *send, void *out, size_t n, int type, void *comm, void *stream);
-    int (*ncclBroadcast)(const void *send, void *out, size_t n, int type, int root, void *comm, void *stream);
+    int (*ncclBroadcast)(const void *send, void *out, size_t n, int type, int root, void *comm,
+                         void *stream);
     int (*ncclGroupStart)(void);
     int (*ncclGroupEnd)(void);
     int (*cuMemcpy2DAsync_v2)(const struct cu_copy_2d *copy, void *stream);
@@ -80,7 +89,10 @@ struct coll_nccl_state {
     atomic_bool stop, aborted;
 };
 
-static struct coll_nccl_state *nccl_of(struct collective *c) { return (struct coll_nccl_state *)c; }
+static struct coll_nccl_state *nccl_of(struct collective *c)
+{
+    return (struct coll_nccl_state *)c;
+}
 
 /* In the plugin's directory first, as a bundle has it, then wherever the loader looks. */
 static void *library_open(const char *name)
@@ -102,11 +114,11 @@ static bool library_load(struct library *l, char *why_not, size_t why_bytes)
         snprintf(why_not, why_bytes, "%s", dlerror());
         return false;
     }
-#define FIND(from, name)                                                                          \
-    *(void **)&l->name = dlsym(l->from, #name);                                                   \
-    if (!l->name) {                                                                               \
-        snprintf(why_not, why_bytes, "the library has no " #name);                                \
-        return false;                                                                             \
+#define FIND(from, name)                                                                           \
+    *(void **)&l->name = dlsym(l->from, #name);                                                    \
+    if (!l->name) {                                                                                \
+        snprintf(why_not, why_bytes, "the library has no " #name);                                 \
+        return false;                                                                              \
     }
     FIND(nccl, ncclGetVersion)
     FIND(nccl, ncclGetErrorString)
@@ -168,7 +180,8 @@ static void *watch(void *context)
         if (n->comm) n->lib.ncclCommGetAsyncError(n->comm, &error);
         bool failed = error != NCCL_SUCCESS && error != NCCL_IN_PROGRESS;
         if (n->comm && failed) {
-            log_warn("NCCL: a peer of rank %d is lost: %s", n->base.group.rank, n->lib.ncclGetErrorString(error));
+            log_warn("NCCL: a peer of rank %d is lost: %s", n->base.group.rank,
+                     n->lib.ncclGetErrorString(error));
             abort_locked(n);
         }
         bool done = !n->comm;
@@ -195,14 +208,16 @@ static enum err settle(struct coll_nccl_state *n, int result, const char *what)
         if (result == NCCL_IN_PROGRESS && (late || ended)) abort_locked(n);
         bool gone = !n->comm;
         pthread_mutex_unlock(&n->lock);
-        if (gone && late) FAIL(ERR_PEER, "NCCL %s: no answer from a peer within %d ms", what, n->timeout_ms);
+        if (gone && late)
+            FAIL(ERR_PEER, "NCCL %s: no answer from a peer within %d ms", what, n->timeout_ms);
         if (gone) break;
         if (result == NCCL_IN_PROGRESS) clock_sleep_us(20);
     }
     if (result == NCCL_SUCCESS && !atomic_load(&n->aborted)) return OK;
     bool aborted = atomic_load(&n->aborted);
     nccl_abort(&n->base);
-    FAIL(ERR_PEER, "NCCL %s: %s", what, aborted ? "the group has ended" : n->lib.ncclGetErrorString(result));
+    FAIL(ERR_PEER, "NCCL %s: %s", what,
+         aborted ? "the group has ended" : n->lib.ncclGetErrorString(result));
 }
 
 /* The communicator, locked; NULL and unlocked after an abort. */
@@ -214,8 +229,8 @@ static void *comm_acquire(struct coll_nccl_state *n)
     return NULL;
 }
 
-#define WITH_COMM(n, comm)                                                                        \
-    void *comm = comm_acquire(n);                                                                 \
+#define WITH_COMM(n, comm)                                                                         \
+    void *comm = comm_acquire(n);                                                                  \
     if (!comm) FAIL(ERR_PEER, "NCCL: the group has ended")
 
 static enum err comm_open(struct coll_nccl_state *n)
@@ -291,19 +306,20 @@ static int type_of(enum dtype t)
 static enum err nccl_all_reduce(struct collective *c, struct tensor out, struct tensor x)
 {
     struct coll_nccl_state *n = nccl_of(c);
-    ASSERT(x.stride == x.cols && out.stride == out.cols && out.cols == x.cols && out.rows == x.rows);
+    ASSERT(x.stride == x.cols && out.stride == out.cols && out.cols == x.cols &&
+           out.rows == x.rows);
     ASSERT(x.dtype == DTYPE_F32 || x.dtype == DTYPE_F16 || x.dtype == DTYPE_BF16);
     WITH_COMM(n, comm);
     int result = NCCL_SUCCESS;
     if (x.rows > 0 && x.cols > 0)
-        result = n->lib.ncclAllReduce(x.data, out.data, (size_t)(x.rows * x.cols), type_of(x.dtype), NCCL_SUM, comm,
-                                      n->backend->stream);
+        result = n->lib.ncclAllReduce(x.data, out.data, (size_t)(x.rows * x.cols), type_of(x.dtype),
+                                      NCCL_SUM, comm, n->backend->stream);
     pthread_mutex_unlock(&n->lock);
     return settle(n, result, "sum");
 }
 
-static enum err copy_rows(struct coll_nccl_state *n, void *to, size_t to_pitch, const void *from, size_t from_pitch,
-                          size_t width, size_t rows)
+static enum err copy_rows(struct coll_nccl_state *n, void *to, size_t to_pitch, const void *from,
+                          size_t from_pitch, size_t width, size_t rows)
 {
     struct cu_copy_2d copy = {.src_type = CU_MEMORY_DEVICE,
                               .src_device = (uintptr_t)from,
@@ -319,48 +335,57 @@ static enum err copy_rows(struct coll_nccl_state *n, void *to, size_t to_pitch, 
     return OK;
 }
 
-/* Slices one after another in `staging`, each [rows][its columns]: mine is there, the others come. */
-static int exchange_slices(struct coll_nccl_state *n, void *comm, uint8_t *staging, size_t rows, size_t item, int type,
-                           const int32_t *start)
+/* Slices one after another in `staging`, each [rows][its columns]: mine is there, the others come.
+ */
+static int exchange_slices(struct coll_nccl_state *n, void *comm, uint8_t *staging, size_t rows,
+                           size_t item, int type, const int32_t *start)
 {
     int size = n->base.group.size, rank = n->base.group.rank, result = NCCL_SUCCESS;
     void *stream = n->backend->stream;
     bool even = true;
-    for (int r = 0; r < size; r++) even &= start[r + 1] - start[r] == start[1];
+    for (int r = 0; r < size; r++)
+        even &= start[r + 1] - start[r] == start[1];
     if (even)
-        return n->lib.ncclAllGather(staging + rows * (size_t)start[rank] * item, staging, rows * (size_t)start[1], type,
-                                    comm, stream);
+        return n->lib.ncclAllGather(staging + rows * (size_t)start[rank] * item, staging,
+                                    rows * (size_t)start[1], type, comm, stream);
     n->lib.ncclGroupStart();
     for (int r = 0; r < size; r++) {
         uint8_t *slice = staging + rows * (size_t)start[r] * item;
         size_t count = rows * (size_t)(start[r + 1] - start[r]);
-        int one = count ? n->lib.ncclBroadcast(slice, slice, count, type, r, comm, stream) : NCCL_SUCCESS;
+        int one =
+            count ? n->lib.ncclBroadcast(slice, slice, count, type, r, comm, stream) : NCCL_SUCCESS;
         if (one != NCCL_SUCCESS && one != NCCL_IN_PROGRESS) result = one;
     }
     int end = n->lib.ncclGroupEnd();
     return result != NCCL_SUCCESS ? result : end;
 }
 
-static enum err nccl_all_gather(struct collective *c, struct tensor out, struct tensor part, const int32_t *start)
+static enum err nccl_all_gather(struct collective *c, struct tensor out, struct tensor part,
+                                const int32_t *start)
 {
     struct coll_nccl_state *n = nccl_of(c);
     int size = c->group.size, rank = c->group.rank;
-    size_t item = dtype_bytes(out.dtype), rows = (size_t)out.rows, pitch = (size_t)out.stride * item;
+    size_t item = dtype_bytes(out.dtype), rows = (size_t)out.rows,
+           pitch = (size_t)out.stride * item;
     size_t mine = (size_t)(start[rank + 1] - start[rank]) * item;
-    ASSERT(part.rows == out.rows && part.dtype == out.dtype && start[size] == out.cols && item != 1);
+    ASSERT(part.rows == out.rows && part.dtype == out.dtype && start[size] == out.cols &&
+           item != 1);
     ASSERT_CMP(part.cols, ==, start[rank + 1] - start[rank]);
     uint8_t *staging = rows <= 1 ? out.data : n->scratch;
     if (rows > 1 && rows * (size_t)out.cols * item > n->scratch_bytes)
-        FAIL(ERR_TOO_LONG, "NCCL: a gather of %zu bytes, at most %zu", rows * (size_t)out.cols * item, n->scratch_bytes);
-    TRY(copy_rows(n, staging + rows * (size_t)start[rank] * item, mine, part.data, (size_t)part.stride * item, mine, rows));
+        FAIL(ERR_TOO_LONG, "NCCL: a gather of %zu bytes, at most %zu",
+             rows * (size_t)out.cols * item, n->scratch_bytes);
+    TRY(copy_rows(n, staging + rows * (size_t)start[rank] * item, mine, part.data,
+                  (size_t)part.stride * item, mine, rows));
     WITH_COMM(n, comm);
-    int result = rows ? exchange_slices(n, comm, staging, rows, item, type_of(out.dtype), start) : NCCL_SUCCESS;
+    int result = rows ? exchange_slices(n, comm, staging, rows, item, type_of(out.dtype), start)
+                      : NCCL_SUCCESS;
     pthread_mutex_unlock(&n->lock);
     TRY(settle(n, result, "gather"));
     for (int r = 0; r < size && rows > 1; r++) {
         size_t width = (size_t)(start[r + 1] - start[r]) * item;
-        TRY(copy_rows(n, (uint8_t *)out.data + (size_t)start[r] * item, pitch, staging + rows * (size_t)start[r] * item,
-                      width, width, rows));
+        TRY(copy_rows(n, (uint8_t *)out.data + (size_t)start[r] * item, pitch,
+                      staging + rows * (size_t)start[r] * item, width, width, rows));
     }
     return OK;
 }
@@ -369,7 +394,9 @@ static enum err nccl_broadcast(struct collective *c, void *mem, size_t bytes, in
 {
     struct coll_nccl_state *n = nccl_of(c);
     WITH_COMM(n, comm);
-    int result = bytes ? n->lib.ncclBroadcast(mem, mem, bytes, NCCL_INT8, root, comm, n->backend->stream) : NCCL_SUCCESS;
+    int result =
+        bytes ? n->lib.ncclBroadcast(mem, mem, bytes, NCCL_INT8, root, comm, n->backend->stream)
+              : NCCL_SUCCESS;
     pthread_mutex_unlock(&n->lock);
     return settle(n, result, "broadcast");
 }

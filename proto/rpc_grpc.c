@@ -2,6 +2,7 @@
  * out events and owns the core's objects; what a call does next is decided in rpc_net.c. */
 #include "base/log.h"
 #include "base/mem.h"
+#include "proto/inflate.h"
 #include "proto/rpc_impl.h"
 #include "proto/rpc_wire.h"
 
@@ -26,10 +27,12 @@ struct tag {
 struct wire_server {
     grpc_server *server;
     grpc_completion_queue *cq;
+    size_t message_bytes_max;
     struct tag shutdown;
 };
 struct wire_channel {
     grpc_channel *channel;
+    size_t message_bytes_max;
 };
 struct wire_call {
     grpc_call *call;
@@ -38,6 +41,7 @@ struct wire_call {
     grpc_byte_buffer *in;
     grpc_slice in_slice; /* the message in one piece, when the buffer is not */
     bool has_in_slice;
+    struct buf inflated; /* a compressed message */
     int cancelled;
     grpc_status_code code;
     grpc_slice details;
@@ -203,24 +207,35 @@ void wire_cancel(struct wire_call *c)
 
 /* ---- What a call has heard ---- */
 
-struct span wire_message(struct wire_call *c)
+enum err wire_message(struct wire_call *c, struct span *out)
 {
-    if (!c->in) return (struct span){NULL, 0};
-    grpc_slice_buffer *slices = &c->in->data.raw.slice_buffer;
-    if (c->in->data.raw.compression == GRPC_COMPRESS_NONE && slices->count <= 1)
-        return slices->count ? slice_span(&slices->slices[0]) : (struct span){"", 0};
     grpc_byte_buffer_reader reader;
-    if (!grpc_byte_buffer_reader_init(&reader, c->in)) return (struct span){NULL, 0};
-    c->in_slice = grpc_byte_buffer_reader_readall(&reader);
-    c->has_in_slice = true;
-    grpc_byte_buffer_reader_destroy(&reader);
-    return slice_span(&c->in_slice);
+    *out = (struct span){NULL, 0};
+    if (!c->in) return OK;
+    grpc_slice_buffer *slices = &c->in->data.raw.slice_buffer;
+    grpc_compression_algorithm compression = c->in->data.raw.compression;
+    if (slices->count <= 1) {
+        *out = slices->count ? slice_span(&slices->slices[0]) : (struct span){"", 0};
+    } else {
+        c->in->data.raw.compression = GRPC_COMPRESS_NONE; /* join the pieces as they are */
+        if (!grpc_byte_buffer_reader_init(&reader, c->in))
+            FAIL(ERR_FORMAT, "an unreadable message");
+        c->in_slice = grpc_byte_buffer_reader_readall(&reader);
+        c->has_in_slice = true;
+        grpc_byte_buffer_reader_destroy(&reader);
+        *out = slice_span(&c->in_slice);
+    }
+    if (compression == GRPC_COMPRESS_NONE) return OK;
+    TRY(inflate_bounded(*out, &c->inflated));
+    *out = (struct span){buf_string(&c->inflated), c->inflated.n};
+    return OK;
 }
 
 void wire_message_free(struct wire_call *c)
 {
     if (c->has_in_slice) grpc_slice_unref(c->in_slice);
     if (c->in) grpc_byte_buffer_destroy(c->in);
+    buf_fini(&c->inflated);
     c->has_in_slice = false;
     c->in = NULL;
 }
@@ -281,11 +296,13 @@ int64_t wire_time_left_us(const struct wire_call *c)
 
 /* ---- Calls ---- */
 
-static enum err call_create(bool server, void *owner, struct wire_call **out)
+static enum err call_create(bool server, size_t message_bytes_max, void *owner,
+                            struct wire_call **out)
 {
     struct wire_call *c;
     TRY(MEM_NEW(&c));
     c->server = server;
+    buf_init(&c->inflated, message_bytes_max);
     for (int kind = 0; kind <= WIRE_CLOSE; kind++)
         c->tags[kind].kind = (enum wire_tag)kind, c->tags[kind].owner = owner;
     c->details = grpc_empty_slice();
@@ -312,7 +329,7 @@ enum err wire_call_request(struct wire_server *s, struct wire_queue *q, void *ow
                            struct wire_call **out)
 {
     struct wire_call *c;
-    TRY(call_create(true, owner, &c));
+    TRY(call_create(true, s->message_bytes_max, owner, &c));
     *out = c; /* before the event can come */
     grpc_call_error e = grpc_server_request_call(s->server, &c->call, &c->request, &c->initial,
                                                  cq_of(q), cq_of(q), arm(&c->tags[WIRE_NEW]));
@@ -326,7 +343,7 @@ enum err wire_call_open(struct wire_channel *ch, struct wire_queue *q, const cha
                         int timeout_ms, void *owner, struct wire_call **out)
 {
     struct wire_call *c;
-    TRY(call_create(false, owner, &c));
+    TRY(call_create(false, ch->message_bytes_max, owner, &c));
     gpr_timespec deadline = gpr_inf_future(GPR_CLOCK_MONOTONIC);
     if (timeout_ms > 0)
         deadline = gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
@@ -416,7 +433,7 @@ static grpc_arg option(const char *key, int value)
     return a;
 }
 
-enum { COMMON_OPTIONS = 7 };
+enum { COMMON_OPTIONS = 8 };
 /* Losing a peer quickly is the heartbeats' work, so keepalive is unhurried: a second kills slow
  * ones. */
 static size_t common_options(grpc_arg *a, size_t message_bytes_max)
@@ -424,6 +441,8 @@ static size_t common_options(grpc_arg *a, size_t message_bytes_max)
     size_t n = 0;
     a[n++] = option(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, (int)message_bytes_max);
     a[n++] = option(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1); /* bounded by rpc.c */
+    /* The library would inflate a message of any size before it looks at the limit. */
+    a[n++] = option(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
     a[n++] = option(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
     a[n++] = option(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
     a[n++] = option(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
@@ -453,6 +472,7 @@ enum err wire_server_create(const struct rpc_server_config *config, uint32_t n_c
     grpc_channel_args options = {n, a};
     s->server = grpc_server_create(&options, NULL);
     s->cq = cq_of(q);
+    s->message_bytes_max = message_bytes_max;
     grpc_server_register_completion_queue(s->server, cq_of(q), NULL);
     int port =
         credentials ? grpc_server_add_http2_port(s->server, config->address, credentials) : 0;
@@ -513,6 +533,7 @@ enum err wire_channel_create(const struct rpc_channel_config *config, size_t mes
         a[n++].value.string = (char *)(uintptr_t)config->tls.name_override;
     }
     grpc_channel_args options = {n, a};
+    ch->message_bytes_max = message_bytes_max;
     ch->channel = grpc_channel_create(config->address, credentials, &options);
     *out = ch;
 out:

@@ -250,18 +250,34 @@ static void half_close_tell(struct call *c)
         call_finish(&c->base, RPC_OK, "");
 }
 
+/* A compressed message that is broken or too big ends the call; nothing more is read. */
+static void message_refuse(struct call *c, enum err e)
+{
+    if (c->server)
+        call_finish(&c->base, e == ERR_TOO_BIG ? RPC_RESOURCE_EXHAUSTED : RPC_INVALID_ARGUMENT,
+                    err_detail());
+    else
+        call_cancel(&c->base);
+}
+
 static void on_recv(struct call *c, bool ok)
 {
-    struct span bytes = ok ? wire_message(c->wire) : (struct span){NULL, 0};
+    struct span bytes = {NULL, 0};
+    enum err e = ok ? wire_message(c->wire, &bytes) : OK;
     pthread_mutex_lock(&c->mutex);
     bool dead = c->server && c->close_seen && wire_cancelled(c->wire);
     pthread_mutex_unlock(&c->mutex);
-    if (!dead && bytes.data) message_tell(c, bytes);
-    if (!dead && !bytes.data) half_close_tell(c);
+    if (e) bytes.data = NULL;
+    if (!dead && e)
+        message_refuse(c, e);
+    else if (!dead && bytes.data)
+        message_tell(c, bytes);
+    else if (!dead)
+        half_close_tell(c);
     wire_message_free(c->wire);
     pthread_mutex_lock(&c->mutex);
     c->reading = false;
-    if (!bytes.data || (c->server && c->base.method->kind != RPC_BIDI)) c->read_over = true;
+    if (e || !bytes.data || (c->server && c->base.method->kind != RPC_BIDI)) c->read_over = true;
     read_start(c);
     pthread_mutex_unlock(&c->mutex);
 }
@@ -395,14 +411,9 @@ static struct span call_metadata(const struct rpc_call *call, const char *key)
     return c->wire ? wire_metadata(c->wire, key) : (struct span){NULL, 0};
 }
 
-static const struct rpc_call_ops call_ops = {.send = call_send,
-                                             .pending = call_pending,
-                                             .half_close = call_half_close,
-                                             .finish = call_finish,
-                                             .cancel = call_cancel,
-                                             .hold = call_hold,
-                                             .metadata = call_metadata,
-                                             .free = call_free};
+static const struct rpc_call_ops call_ops = {call_send,     call_pending, call_half_close,
+                                             call_finish,   call_cancel,  call_hold,
+                                             call_metadata, call_free};
 
 /* ---- Events ---- */
 

@@ -55,8 +55,9 @@ bool wire_recv(struct wire_call *c);
 bool wire_close(struct wire_call *c); /* WIRE_CLOSE when the whole call has ended */
 void wire_cancel(struct wire_call *c);
 
-/* After WIRE_RECV: the message, data NULL when there is none. Freed by wire_message_free. */
-struct span wire_message(struct wire_call *c);
+/* After WIRE_RECV: the message, data NULL when there is none. Freed by wire_message_free. ERR_TOO_BIG,
+ * ERR_FORMAT: it was compressed, and bigger than the limit or broken. */
+enum err wire_message(struct wire_call *c, struct span *out);
 void wire_message_free(struct wire_call *c);
 /* After WIRE_CLOSE. */
 bool wire_cancelled(const struct wire_call *c);                                      /* server */

@@ -177,7 +177,7 @@ def train(args, model, optimizers, tokenizer, books, heldout, first):
     stream = Stream(books, tokenizer, args.seed)
     heldout_ids = torch.tensor(tokenizer.encode(heldout).ids)
     start, saved, mean = time.time(), time.time(), None
-    for step in range(first, args.steps):
+    for step in range(first, min(args.steps, args.stop)):
         for optimizer, rate in zip(optimizers, (LR_MATRIX, LR_REST)):
             optimizer.param_groups[0]["lr"] = rate * rate_scale(step, args.steps)
         loss = model(*batch_get(stream, step, args.steps))
@@ -197,7 +197,7 @@ def train(args, model, optimizers, tokenizer, books, heldout, first):
             print(
                 f"step {step + 1} held-out loss {heldout_loss(model, heldout_ids):.4f}", flush=True
             )
-        if time.time() - saved > args.save_s or step + 1 == args.steps:
+        if time.time() - saved > args.save_s or step + 1 in (args.steps, args.stop):
             state_save(args.state, step + 1, model, optimizers)
             export(model, tokenizer, heldout, args.out)
             saved = time.time()
@@ -210,6 +210,9 @@ def main():
     parser.add_argument("--state", type=Path, default=Path("build/train_demo.state"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--stop", type=int, default=1 << 30, help="end early, to go on by another plan"
+    )
     parser.add_argument("--save-s", type=float, default=240, help="seconds between checkpoints")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()

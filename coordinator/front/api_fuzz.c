@@ -1,7 +1,7 @@
 /* Any bytes as the body of /v1/completions, /v1/chat/completions and /tokenize: refused with words,
  * or a call whose every number is within its limits. */
-#include "coordinator/front/api.h"
 #include "base/clock.h"
+#include "coordinator/front/api.h"
 #include "tests/unit/coordinator/front/bytes_tokenizer.h"
 
 #include <string.h>
@@ -52,8 +52,8 @@ static void set_up(void)
     front.config.max_logprobs = 20;
     front.config.chat_template_source = template;
     front.config.defaults.sampling = (struct sampling_params){.temperature = 1, .top_p = 1};
-    enum err e = tokenizer_open_memory((struct span){json.data, json.n}, &config,
-                                       &front.config.tokenizer);
+    enum err e =
+        tokenizer_open_memory((struct span){json.data, json.n}, &config, &front.config.tokenizer);
     ASSERT(!e);
     e = chat_template_compile(template, sizeof template - 1, &front.config.chat_template);
     ASSERT(!e);
@@ -87,8 +87,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         api_call_init(&call, (enum api_kind)kind, &front);
         enum err e = kind == API_CHAT ? api_chat_parse(&front, body, &call)
                                       : api_completions_parse(&front, body, &call);
-        if (!e) check_call(&call);
-        else ASSERT(err_detail()[0] != 0);
+        if (!e)
+            check_call(&call);
+        else
+            ASSERT(err_detail()[0] != 0);
         api_call_fini(&call);
     }
     json_t *root = NULL;

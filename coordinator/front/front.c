@@ -96,8 +96,10 @@ enum err front_create(const struct front_config *config, struct front **out)
     enum err e = MEM_NEW_ARRAY(HTTP_LOOPS_MAX, &f->loops);
     if (!e) e = text_pool_create(TEXT_THREADS, &f->texts);
     if (!e) e = http_server_open(&config->http, &callbacks, &f->http);
-    if (e) front_destroy(f);
-    else *out = f;
+    if (e)
+        front_destroy(f);
+    else
+        *out = f;
     return e;
 }
 
@@ -117,14 +119,16 @@ void front_stop(struct front *f)
     http_server_stop(f->http);
     text_pool_destroy(f->texts);
     f->texts = NULL;
-    for (unsigned i = 0; i < f->n_loops; i++) jobs_run(&f->loops[i]);
+    for (unsigned i = 0; i < f->n_loops; i++)
+        jobs_run(&f->loops[i]);
 }
 
 void front_destroy(struct front *f)
 {
     if (!f) return;
     text_pool_destroy(f->texts);
-    for (unsigned i = 0; i < f->n_loops; i++) stream_pump_ready(&f->loops[i]);
+    for (unsigned i = 0; i < f->n_loops; i++)
+        stream_pump_ready(&f->loops[i]);
     http_server_close(f->http);
     for (unsigned i = 0; i < f->n_loops; i++) {
         pthread_mutex_destroy(&f->loops[i].mutex);
@@ -150,7 +154,10 @@ uint32_t front_context_max(struct front *f)
     return !own || (engine && engine < own) ? engine : own;
 }
 
-uint32_t front_vocab_size(struct front *f) { return f->config.vocab_size; }
+uint32_t front_vocab_size(struct front *f)
+{
+    return f->config.vocab_size;
+}
 
 void front_cluster_get(struct front *f, struct front_cluster *out)
 {

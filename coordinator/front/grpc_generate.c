@@ -92,10 +92,14 @@ static enum err body_make(const Heddle__V1__GenerateRequest *r, json_t **out)
 static const char *finish_word(enum finish finish)
 {
     switch (finish) {
-    case FINISH_STOP: return "stop";
-    case FINISH_LENGTH: return "length";
-    case FINISH_CANCELLED: return "cancelled";
-    default: return "";
+    case FINISH_STOP:
+        return "stop";
+    case FINISH_LENGTH:
+        return "length";
+    case FINISH_CANCELLED:
+        return "cancelled";
+    default:
+        return "";
     }
 }
 
@@ -141,7 +145,8 @@ static enum err piece_send(struct grpc_call *c, struct arena *arena, const struc
     char *text;
     TRY(arena_copy_string(arena, p->text.data, p->text.n, &text));
     TRY(arena_alloc_array(arena, p->n_tokens + 1, sizeof(uint32_t), (void **)&reply.tokens));
-    for (size_t i = 0; i < p->n_tokens; i++) reply.tokens[i] = (uint32_t)p->tokens[i].token;
+    for (size_t i = 0; i < p->n_tokens; i++)
+        reply.tokens[i] = (uint32_t)p->tokens[i].token;
     reply.request_id = c->id;
     reply.choice = p->choice;
     reply.text = text;

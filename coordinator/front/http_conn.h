@@ -13,11 +13,12 @@ struct bufferevent;
 struct evconnlistener;
 
 enum http_conn_state {
-    HTTP_CONN_HEAD,   /* waits for a head (idle while none of its bytes came) */
+    HTTP_CONN_HEAD, /* waits for a head (idle while none of its bytes came) */
     HTTP_CONN_BODY,
     HTTP_CONN_BUSY,   /* a handler owns the exchange */
     HTTP_CONN_FLUSH,  /* the last answer is on its way, then the connection ends */
-    HTTP_CONN_LINGER, /* the answer is out; what the client still sends is thrown away for a while */
+    HTTP_CONN_LINGER, /* the answer is out; what the client still sends is thrown away for a while
+                       */
 };
 
 struct http_exchange {
@@ -26,15 +27,15 @@ struct http_exchange {
     LIST_ENTRY(http_exchange) link; /* connections of the loop */
     struct event timer;             /* the state's deadline */
     enum http_conn_state state;
-    struct buf head_bytes, body;    /* the head's copy (its spans point here), the body */
+    struct buf head_bytes, body; /* the head's copy (its spans point here), the body */
     struct http_head head;
     struct http_chunks chunks;
-    size_t scanned;                 /* bytes of the input known to hold no whole head */
-    bool processing;                /* http_conn_process is on the stack */
-    bool drop;                      /* free it when processing is over */
+    size_t scanned;  /* bytes of the input known to hold no whole head */
+    bool processing; /* http_conn_process is on the stack */
+    bool drop;       /* free it when processing is over */
     /* the answer */
-    struct buf headers;             /* added so far */
-    int status;                     /* 0 = not begun */
+    struct buf headers; /* added so far */
+    int status;         /* 0 = not begun */
     bool chunked, no_body, close_after;
     int64_t begun_us;
     const void *tag;

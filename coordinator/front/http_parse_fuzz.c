@@ -35,7 +35,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     bool first = chunks_read(data, size, size ? size : 1, &whole) == OK;
     bool second = chunks_read(data, size, 1, &pieces) == OK;
     ASSERT(first == second);
-    ASSERT(!first || (whole.n == pieces.n && (!whole.n || !memcmp(whole.data, pieces.data, whole.n))));
+    ASSERT(!first ||
+           (whole.n == pieces.n && (!whole.n || !memcmp(whole.data, pieces.data, whole.n))));
     buf_fini(&whole);
     buf_fini(&pieces);
     buf_fini(&path);

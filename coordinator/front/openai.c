@@ -19,10 +19,14 @@ struct openai_choice *openai_choice_of(struct openai_answer *a, uint32_t index)
 const char *openai_finish_word(enum finish finish)
 {
     switch (finish) {
-    case FINISH_STOP: return "\"stop\"";
-    case FINISH_LENGTH: return "\"length\"";
-    case FINISH_CANCELLED: return "\"stop\"";
-    default: return "null";
+    case FINISH_STOP:
+        return "\"stop\"";
+    case FINISH_LENGTH:
+        return "\"length\"";
+    case FINISH_CANCELLED:
+        return "\"stop\"";
+    default:
+        return "null";
     }
 }
 
@@ -30,11 +34,13 @@ static void answer_destroy(struct openai_answer *a)
 {
     for (uint32_t i = 0; i < a->n_choices; i++) {
         struct openai_choice *c = &a->choices[i];
-        struct buf *all[] = {&c->text, &c->tokens, &c->values, &c->tops,
+        struct buf *all[] = {&c->text,    &c->tokens,  &c->values, &c->tops,
                              &c->offsets, &c->content, &c->ids};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++) buf_fini(all[k]);
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++)
+            buf_fini(all[k]);
     }
-    for (uint32_t i = 0; a->scored && i < a->call.n_prompts; i++) mem_free(a->scored[i].tokens);
+    for (uint32_t i = 0; a->scored && i < a->call.n_prompts; i++)
+        mem_free(a->scored[i].tokens);
     mem_free(a->scored);
     mem_free(a->choices);
     api_call_fini(&a->call);
@@ -49,7 +55,8 @@ static void answer_destroy(struct openai_answer *a)
 static void usage_write(struct openai_answer *a, struct buf *out)
 {
     struct stream_usage u = {0};
-    if (a->stream) stream_usage_get(a->stream, &u);
+    if (a->stream)
+        stream_usage_get(a->stream, &u);
     else
         for (uint32_t i = 0; i < a->call.n_prompts; i++)
             u.prompt_tokens += a->call.prompts[i].tokens.n;
@@ -189,12 +196,15 @@ static void on_piece(struct stream_writer *w, const struct stream_piece *p)
         }
         if (a->call.kind == API_CHAT && a->call.stream) chat_role_event(a, p->choice);
     }
-    for (size_t i = 0; i < p->n_tokens; i++) openai_logprobs_add(a, c, &p->tokens[i]);
+    for (size_t i = 0; i < p->n_tokens; i++)
+        openai_logprobs_add(a, c, &p->tokens[i]);
     c->finish = p->finish;
     c->stop_index = p->stop_index;
     c->stop_token = p->stop_token;
-    if (a->call.stream) choice_event(a, p->choice, text);
-    else buf_add(&c->text, text.data, text.n);
+    if (a->call.stream)
+        choice_event(a, p->choice, text);
+    else
+        buf_add(&c->text, text.data, text.n);
     buf_fini(&first);
 }
 
@@ -240,8 +250,10 @@ static void answer_end(struct openai_answer *a)
 {
     if (!a->call.stream) {
         document_write(a);
-        if (buf_err(&a->out)) route_error(a->front, a->x, ERR_NO_MEMORY, "");
-        else http_exchange_reply(a->x, 200, "application/json", a->out.data, a->out.n);
+        if (buf_err(&a->out))
+            route_error(a->front, a->x, ERR_NO_MEMORY, "");
+        else
+            http_exchange_reply(a->x, 200, "application/json", a->out.data, a->out.n);
         return;
     }
     if (a->call.include_usage) {
@@ -272,8 +284,10 @@ static void answer_fail(struct openai_answer *a, enum err e, const char *why)
 static void on_finished(struct stream_writer *w, enum err e, const char *why)
 {
     struct openai_answer *a = (struct openai_answer *)w;
-    if (e) answer_fail(a, e, why);
-    else answer_end(a);
+    if (e)
+        answer_fail(a, e, why);
+    else
+        answer_end(a);
     answer_destroy(a);
 }
 
@@ -291,8 +305,8 @@ static enum err answer_begin(struct openai_answer *a)
 {
     struct front *f = a->front;
     struct api_call *call = &a->call;
-    const char *objects[] = {"text_completion", call->stream ? "chat.completion.chunk"
-                                                             : "chat.completion"};
+    const char *objects[] = {"text_completion",
+                             call->stream ? "chat.completion.chunk" : "chat.completion"};
     uint32_t n = call->n_prompts * (uint32_t)call->n;
     TRY(MEM_NEW_ARRAY(n, &a->choices));
     a->n_choices = n;
@@ -405,8 +419,10 @@ static void parse_back(struct front_job *job, struct front_loop *loop)
 {
     (void)loop;
     struct openai_answer *a = answer_of(job, offsetof(struct openai_answer, parse.back));
-    if (a->x) call_begin(a);
-    else answer_destroy(a);
+    if (a->x)
+        call_begin(a);
+    else
+        answer_destroy(a);
 }
 
 /* The client left while its body was being parsed: parse_back will see. */

@@ -18,7 +18,8 @@ static void *pool_run(void *ctx)
     struct text_pool *p = ctx;
     pthread_mutex_lock(&p->mutex);
     for (;;) {
-        while (!p->first && !p->stopping) pthread_cond_wait(&p->wake, &p->mutex);
+        while (!p->first && !p->stopping)
+            pthread_cond_wait(&p->wake, &p->mutex);
         if (p->stopping) break;
         struct text_job *job = p->first;
         p->first = job->next;
@@ -68,7 +69,8 @@ void text_pool_destroy(struct text_pool *p)
     p->stopping = true;
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->mutex);
-    for (unsigned i = 0; i < p->n_threads; i++) pthread_join(p->threads[i], NULL);
+    for (unsigned i = 0; i < p->n_threads; i++)
+        pthread_join(p->threads[i], NULL);
     for (struct text_job *job = p->first, *next; job; job = next) {
         next = job->next;
         front_post(job->loop, &job->back);

@@ -1,5 +1,5 @@
-/* A few threads for the long work of text: parsing, rendering and tokenizing large requests, so that
- * a long prompt does not hold up the streams of its loop.
+/* A few threads for the long work of text: parsing, rendering and tokenizing large requests, so
+ * that a long prompt does not hold up the streams of its loop.
  *
  * It must never know what the work is. */
 #pragma once

@@ -6,6 +6,7 @@
  * merging is known to end there, which is most words of most texts. */
 #include "base/hash.h"
 #include "base/mem.h"
+#include "base/utf8.h"
 #include "coordinator/text/model.h"
 #include "coordinator/text/part.h"
 #include "coordinator/text/unicode.h"
@@ -99,12 +100,8 @@ static enum err index_characters(struct model *m)
     TRY(MEM_NEW_ARRAY(MODEL_CODES_DIRECT, &m->code_ids));
     for (uint32_t code = 0; code < MODEL_CODES_DIRECT; code++) {
         char text[4];
-        struct buf b = {0};
-        enum err e = unicode_add_code(&b, code);
-        if (e) return e;
-        memcpy(text, b.data, b.n < 4 ? b.n : 4);
-        m->code_ids[code] = vocab_find(&m->vocab, text, b.n);
-        buf_fini(&b);
+        bool surrogate = code >= 0xd800 && code < 0xe000;
+        m->code_ids[code] = surrogate ? -1 : vocab_find(&m->vocab, text, utf8_encode(code, text));
     }
     return OK;
 }

@@ -90,12 +90,14 @@ static struct chat_template_limits fill_limits(const struct chat_template_limits
 static enum err run(struct render *r, const json_t *context)
 {
     struct value variables;
+    value_take_work(); /* what an earlier rendering on this thread left */
     if (!json_is_object(context))
         FAIL(ERR_INVALID, "a chat template's variables must be a JSON object");
     TRY(value_from_json(&r->arena, context, 0, &variables));
     r->context = variables.dict;
     TRY(render_new_scope(r, NULL, &r->scope));
-    return template_execute(r, r->t->body);
+    TRY(template_execute(r, r->t->body));
+    return render_charge(r, 0); /* what the last comparison cost */
 }
 
 /* Names the limit or the line in an error that does not. */

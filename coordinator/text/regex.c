@@ -10,7 +10,8 @@ enum {
     MATCH_LIMIT = 10 * 1000 * 1000,
     HEAP_LIMIT_KIB = 64 * 1024,
     JIT_STACK_BYTES_MAX = 1 << 20,
-    PATTERN_BYTES_MAX = 1 << 16
+    PATTERN_BYTES_MAX = 1 << 16,
+    HEAP_FAILED = 121, /* PCRE2 has no name for this compile error outside its sources */
 };
 
 struct regex {
@@ -183,6 +184,7 @@ enum err regex_compile(const char *pattern, size_t n, struct regex **out)
     r->code = pcre2_compile((PCRE2_SPTR)buf_string(&text), text.n,
                             PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C,
                             &error, &offset, context);
+    if (!r->code && error == HEAP_FAILED) FAIL_OUT(ERR_NO_MEMORY, "out of memory for a pattern");
     if (!r->code) {
         PCRE2_UCHAR why[160] = "";
         pcre2_get_error_message(error, why, sizeof why);
@@ -250,6 +252,7 @@ enum err regex_find(const struct regex *r, struct regex_scratch *s, const char *
         *out_found = false;
         return OK;
     }
+    if (k == PCRE2_ERROR_NOMEMORY) FAIL(ERR_NO_MEMORY, "out of memory for matching");
     if (k < 0)
         FAIL(ERR_INVALID, "the tokenizer's pattern exceeds its match limit at byte %zu (%d)", from,
              k);

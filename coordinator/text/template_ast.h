@@ -74,6 +74,7 @@ struct node {
     enum node_kind kind;
     enum binary_operator op;
     int line;
+    bool recursive;   /* of a loop */
     const char *text; /* a name */
     struct value value;
     struct node *a, *b, *c, *d;

@@ -80,12 +80,28 @@ static enum err call_range(struct render *r, struct value self, const struct arg
     return render_charge(r, out->list->n / 4);
 }
 
+/* The entries of a list of pairs. */
+static enum err add_pairs(struct render *r, struct dict *dict, struct value pairs)
+{
+    struct list *list, *pair;
+    TRY(value_iterate(r, pairs, &list));
+    for (size_t i = 0; i < list->n; i++) {
+        TRY(value_iterate(r, list->items[i], &pair));
+        TRY(render_charge(r, 1 + dict->n / 16));
+        if (pair->n != 2) FAIL(ERR_INVALID, "a dict is made of mappings, pairs and names");
+        TRY(dict_set(&r->arena, dict, pair->items[0], pair->items[1]));
+    }
+    return OK;
+}
+
 static enum err add_entries(struct render *r, struct dict *dict, const struct args *args)
 {
     for (size_t i = 0; i < args->n; i++) {
         if (args->items[i].kind == VALUE_UNDEFINED) return value_undefined_error(args->items[i]);
-        if (args->items[i].kind != VALUE_DICT)
-            FAIL(ERR_INVALID, "a dict is made of mappings and names");
+        if (args->items[i].kind != VALUE_DICT) {
+            TRY(add_pairs(r, dict, args->items[i]));
+            continue;
+        }
         const struct dict *from = args->items[i].dict;
         TRY(render_charge(r, from->n * from->n / 64 + 1));
         for (size_t k = 0; k < from->n; k++)

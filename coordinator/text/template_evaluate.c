@@ -10,7 +10,7 @@
 
 enum err render_charge(struct render *r, size_t n)
 {
-    r->steps += n;
+    r->steps += n + value_take_work() / 8;
     if (r->steps > r->limits.steps_max)
         FAIL(ERR_INVALID, "more than %zu steps (the limit steps_max)", r->limits.steps_max);
     return OK;
@@ -390,6 +390,8 @@ enum err template_call(struct render *r, struct value callee, const struct args 
         return callee.function->call(r, callee.function->self, args, out);
     case VALUE_MACRO:
         return template_call_macro(r, callee.macro, args, out);
+    case VALUE_LOOP:
+        return template_call_loop(r, callee.loop, args, out);
     case VALUE_JOINER: /* nothing the first time, then its separator */
         *out = callee.cycler->at++ ? callee.cycler->items[0] : value_string("");
         return OK;

@@ -139,21 +139,46 @@ static enum err run_loop(struct render *r, const struct node *node, struct loop 
     return e;
 }
 
-static enum err execute_for(struct render *r, const struct node *node)
+/* Runs a loop over v; depth counts how often a recursive one has called itself. */
+static enum err walk(struct render *r, const struct node *node, struct value v, int depth)
 {
-    struct value v;
     struct list *list;
-    struct loop *loop, *outer = r->loop;
-    TRY(template_evaluate(r, node->b, &v));
+    struct loop *loop;
     TRY(value_iterate(r, v, &list));
     if (node->c) TRY(filter_items(r, node, &list));
     if (!list->n) return template_execute(r, node->otherwise);
     TRY(arena_alloc(&r->arena, sizeof *loop, (void **)&loop));
-    *loop =
-        (struct loop){.items = list->items, .n = list->n, .depth = outer ? outer->depth + 1 : 1};
-    r->loop = loop;
-    enum err e = run_loop(r, node, loop);
-    r->loop = outer;
+    *loop = (struct loop){
+        .items = list->items, .n = list->n, .depth = depth, .node = node, .scope = r->scope};
+    return run_loop(r, node, loop);
+}
+
+static enum err execute_for(struct render *r, const struct node *node)
+{
+    struct value v;
+    TRY(template_evaluate(r, node->b, &v));
+    return walk(r, node, v, 1);
+}
+
+/* loop(items) inside a recursive loop: the same body over other items, as a string. */
+enum err template_call_loop(struct render *r, const struct loop *loop, const struct args *args,
+                            struct value *out)
+{
+    struct buf text, *outer = r->out;
+    struct scope *saved = r->scope;
+    if (!loop->node->recursive) FAIL(ERR_INVALID, "the loop is not marked as recursive");
+    if (!args->n) FAIL(ERR_INVALID, "a recursive loop needs what to walk over");
+    if (++r->depth > r->limits.depth_max)
+        FAIL(ERR_INVALID, "nested deeper than %d (the limit depth_max)", r->limits.depth_max);
+    buf_init(&text, r->limits.output_bytes_max);
+    r->out = &text;
+    r->scope = loop->scope;
+    enum err e = walk(r, loop->node, args->items[0], loop->depth + 1);
+    if (!e) e = value_copy_string(&r->arena, buf_string(&text), text.n, out);
+    r->out = outer;
+    r->scope = saved;
+    buf_fini(&text);
+    r->depth--;
     return e;
 }
 
@@ -230,14 +255,11 @@ static enum err run_macro(struct render *r, const struct macro *macro, const str
                           struct value *out)
 {
     struct scope *scope, *saved = r->scope;
-    struct loop *loop = r->loop;
     TRY(render_new_scope(r, macro->scope, &scope));
     r->scope = scope; /* defaults see the parameters before them */
-    r->loop = NULL;
     enum err e = bind_parameters(r, macro, args, scope);
     if (!e) e = capture(r, macro->body, scope, out);
     r->scope = saved;
-    r->loop = loop;
     return e;
 }
 

@@ -24,7 +24,9 @@ struct macro {
 struct loop {
     const struct value *items; /* [n] */
     size_t n, index;
-    int depth;
+    int depth;               /* calls of a recursive loop to itself, from 1 */
+    const struct node *node; /* the statement, and the scope it stands in */
+    struct scope *scope;
     struct value last_changed; /* what changed() saw; undefined at first */
     bool has_changed;
 };
@@ -44,7 +46,6 @@ struct render {
     struct buf *out; /* where output goes now */
     struct scope *scope;
     const struct dict *context;
-    struct loop *loop; /* the innermost, NULL outside */
     size_t steps;
     int depth;
     int line;    /* of what was evaluated last */
@@ -60,12 +61,13 @@ enum err render_new_scope(struct render *r, struct scope *parent, struct scope *
 
 enum err template_evaluate(struct render *r, const struct node *node, struct value *out);
 enum err template_execute(struct render *r, const struct node *body);
-/* Evaluates arguments; extra, where not NULL, is one more named argument. */
 enum err template_arguments(struct render *r, const struct node *nodes, struct args *out);
 enum err template_call(struct render *r, struct value callee, const struct args *args,
                        struct value *out);
 enum err template_call_macro(struct render *r, const struct macro *macro, const struct args *args,
                              struct value *out);
+enum err template_call_loop(struct render *r, const struct loop *loop, const struct args *args,
+                            struct value *out);
 /* Applies a chain of filters whose innermost has no operand to a value. */
 enum err template_apply_filters(struct render *r, const struct node *filters, struct value in,
                                 struct value *out);

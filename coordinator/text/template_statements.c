@@ -132,8 +132,8 @@ static enum err parse_for(struct parser *p, struct node *node)
         TRY(parser_advance(p));
         TRY(parse_expression(p, true, &node->c));
     }
-    if (parser_at_name(p, "recursive"))
-        return parser_error(p, p->now.line, "recursive loops are not supported");
+    node->recursive = parser_at_name(p, "recursive");
+    if (node->recursive) TRY(parser_advance(p));
     TRY(expect_block_end(p));
     p->n_loops++;
     TRY(parse_body(p, ends, &node->body));

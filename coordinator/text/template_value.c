@@ -206,8 +206,24 @@ static bool dict_equal(const struct dict *a, const struct dict *b)
     return true;
 }
 
+enum { VALUE_WORK_MAX = 1 << 23 };
+/* More than any budget of steps. */
+#define VALUE_WORK_ENDLESS ((size_t)1 << 48)
+static _Thread_local size_t work;
+
+size_t value_take_work(void)
+{
+    size_t done = work;
+    work = 0;
+    return done;
+}
+
 bool value_equal(struct value a, struct value b)
 {
+    if (++work > VALUE_WORK_MAX) {
+        work = VALUE_WORK_ENDLESS;
+        return false;
+    }
     if (value_is_number(a) && value_is_number(b)) {
         if (a.kind != VALUE_FLOAT && b.kind != VALUE_FLOAT)
             return value_as_int(a) == value_as_int(b);

@@ -138,7 +138,11 @@ bool value_is_number(struct value v); /* booleans are numbers too */
 bool value_is_text(struct value v, const char *text);
 double value_as_number(struct value v); /* of a number */
 int64_t value_as_int(struct value v);   /* of a boolean or an integer */
+/* Equality of values that share parts may take exponential time, so comparisons are counted, per
+ * thread: whoever budgets steps takes the count with value_take_work. A comparison that gives up
+ * says "unequal" and counts as more than any budget. */
 bool value_equal(struct value a, struct value b);
+size_t value_take_work(void);
 /* <0, 0, >0 in *out; ERR_INVALID when Python has no order for the two. */
 enum err value_compare(struct value a, struct value b, int *out);
 /* The type's name in error messages. */

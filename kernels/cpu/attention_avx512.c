@@ -2,30 +2,10 @@
 #define LANES_HEADER "kernels/cpu/lanes_avx512.h"
 #include "kernels/cpu/attention_lanes.h"
 
-#define CHUNK_KERNEL_MORE(NAME)                                                                    \
-    case 3:                                                                                        \
-        NAME##_rows(c, 3);                                                                         \
-        return;                                                                                    \
-    case 4:                                                                                        \
-        NAME##_rows(c, 4);                                                                         \
-        return;                                                                                    \
-    case 5:                                                                                        \
-        NAME##_rows(c, 5);                                                                         \
-        return;                                                                                    \
-    case 6:                                                                                        \
-        NAME##_rows(c, 6);                                                                         \
-        return;                                                                                    \
-    case 7:                                                                                        \
-        NAME##_rows(c, 7);                                                                         \
-        return;                                                                                    \
-    case 8:                                                                                        \
-        NAME##_rows(c, 8);                                                                         \
-        return;
-
-CHUNK_KERNEL(chunk_f32, scores_f32, softmax_row, values_f32)
-CHUNK_KERNEL(chunk_f16, scores_f16, softmax_row, values_f16)
-CHUNK_KERNEL(chunk_bf16, scores_widened, softmax_row, values_widened)
-CHUNK_KERNEL(chunk_i8, scores_i8, softmax_row, values_i8)
+CHUNK_KERNEL_8(chunk_f32, scores_f32, softmax_row, values_f32)
+CHUNK_KERNEL_8(chunk_f16, scores_f16, softmax_row, values_f16)
+CHUNK_KERNEL_8(chunk_bf16, scores_widened, softmax_row, values_widened)
+CHUNK_KERNEL_8(chunk_i8, scores_i8, softmax_row, values_i8)
 
 const struct attention_kernels attention_avx512 = {
     .chunk = {[DTYPE_F32] = chunk_f32,

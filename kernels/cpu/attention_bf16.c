@@ -97,26 +97,7 @@ LANES_INLINE void values_pairs_wide(const struct chunk_call *c, const int rows, 
 }
 VALUES_BY_WIDTH(values_pairs)
 
-#define CHUNK_KERNEL_MORE(NAME)                                                                    \
-    case 3:                                                                                        \
-        NAME##_rows(c, 3);                                                                         \
-        return;                                                                                    \
-    case 4:                                                                                        \
-        NAME##_rows(c, 4);                                                                         \
-        return;                                                                                    \
-    case 5:                                                                                        \
-        NAME##_rows(c, 5);                                                                         \
-        return;                                                                                    \
-    case 6:                                                                                        \
-        NAME##_rows(c, 6);                                                                         \
-        return;                                                                                    \
-    case 7:                                                                                        \
-        NAME##_rows(c, 7);                                                                         \
-        return;                                                                                    \
-    case 8:                                                                                        \
-        NAME##_rows(c, 8);                                                                         \
-        return;
-CHUNK_KERNEL(chunk_pairs, scores_pairs, softmax_pairs, values_pairs)
+CHUNK_KERNEL_8(chunk_pairs, scores_pairs, softmax_pairs, values_pairs)
 
 const struct attention_kernels attention_bf16 = {
     .chunk = {[DTYPE_BF16] = chunk_pairs},

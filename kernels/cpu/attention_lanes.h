@@ -222,23 +222,35 @@ VALUES(values_f32, float, lanes_load)
 VALUES(values_f16, uint16_t, lanes_load_f16)
 VALUES(values_i8, int8_t, lanes_load_i8)
 
-#define CHUNK_KERNEL(NAME, SCORES_OF, SOFTMAX, VALUES_OF)                                          \
-    LANES_INLINE void NAME##_rows(const struct chunk_call *c, const int rows)                      \
+/* NAME_1, NAME_2, .. for each number of rows, and NAME that picks one of them. */
+#define CHUNK_HEIGHT(NAME, SCORES_OF, SOFTMAX, VALUES_OF, ROWS, ATTRIBUTES)                        \
+    static __attribute__((noinline)) ATTRIBUTES void NAME##_##ROWS(const struct chunk_call *c)     \
     {                                                                                              \
-        SCORES_OF(c, rows);                                                                        \
-        for (int r = 0; r < rows; r++)                                                             \
+        SCORES_OF(c, ROWS);                                                                        \
+        for (int r = 0; r < (ROWS); r++)                                                           \
             SOFTMAX(c, r);                                                                         \
-        VALUES_OF(c, rows);                                                                        \
-    }                                                                                              \
+        VALUES_OF(c, ROWS);                                                                        \
+    }
+#define CHUNK_KERNEL_2(NAME, S, M, V)                                                              \
+    CHUNK_HEIGHT(NAME, S, M, V, 1, )                                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 2, )                                                               \
     static void NAME(const struct chunk_call *c)                                                   \
     {                                                                                              \
-        switch (c->rows) {                                                                         \
-        case 1:                                                                                    \
-            NAME##_rows(c, 1);                                                                     \
-            return;                                                                                \
-        case 2:                                                                                    \
-            NAME##_rows(c, 2);                                                                     \
-            return;                                                                                \
-            CHUNK_KERNEL_MORE(NAME)                                                                \
-        }                                                                                          \
+        static chunk_kernel *const heights[] = {NAME##_1, NAME##_2};                               \
+        heights[c->rows - 1](c);                                                                   \
+    }
+#define CHUNK_KERNEL_8(NAME, S, M, V)                                                              \
+    CHUNK_HEIGHT(NAME, S, M, V, 1, )                                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 2, KERNEL_UNCHECKED)                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 3, KERNEL_UNCHECKED)                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 4, KERNEL_UNCHECKED)                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 5, KERNEL_UNCHECKED)                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 6, KERNEL_UNCHECKED)                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 7, KERNEL_UNCHECKED)                                               \
+    CHUNK_HEIGHT(NAME, S, M, V, 8, KERNEL_UNCHECKED)                                               \
+    static void NAME(const struct chunk_call *c)                                                   \
+    {                                                                                              \
+        static chunk_kernel *const heights[] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4,            \
+                                                NAME##_5, NAME##_6, NAME##_7, NAME##_8};           \
+        heights[c->rows - 1](c);                                                                   \
     }

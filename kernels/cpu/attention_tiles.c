@@ -237,7 +237,7 @@ static void unit_store(const struct tiles_job *t, const struct unit *u,
 
 /* --- whole units --- */
 
-static void unit_compute(const void *args, int index, void *scratch)
+static void unit_run(const void *args, int index, void *scratch)
 {
     const struct tiles_job *t = args;
     struct unit_scratch *s = scratch;
@@ -250,18 +250,7 @@ static void unit_compute(const void *args, int index, void *scratch)
         for (int r = 0; r < u.n_rows; r++)
             state_merge(&s->total[r], s->total_out + r * n, s->span[r], s->span_out + r * n, n);
     }
-}
-
-static void unit_commit(const void *args, int index, void *scratch)
-{
-    struct unit u;
-    if (unit_find(args, index, &u)) unit_store(args, &u, scratch);
-}
-
-static void unit_whole(const void *args, int index, void *scratch)
-{
-    unit_compute(args, index, scratch);
-    unit_commit(args, index, scratch);
+    unit_store(t, &u, s);
 }
 
 /* --- units cut into spans --- */
@@ -271,25 +260,16 @@ static float *partial_at(const struct tiles_job *t, int index, int span)
     return t->partial + ((int64_t)index * t->spans + span) * t->rows * (t->j.args->head_dim + 2);
 }
 
-static void span_item_compute(const void *args, int item, void *scratch)
+static void span_run(const void *args, int item, void *scratch)
 {
     const struct tiles_job *t = args;
-    struct unit u;
-    int span = item % t->spans;
-    if (!unit_find(t, item / t->spans, &u) || span * SPAN >= u.high || (span + 1) * SPAN <= u.low)
-        return;
-    queries_load(t, &u, scratch);
-    span_compute(t, &u, span, scratch);
-}
-
-static void span_item_commit(const void *args, int item, void *scratch)
-{
-    const struct tiles_job *t = args;
-    const struct unit_scratch *s = scratch;
+    struct unit_scratch *s = scratch;
     struct unit u;
     int span = item % t->spans, n = t->j.args->head_dim;
     if (!unit_find(t, item / t->spans, &u) || span * SPAN >= u.high || (span + 1) * SPAN <= u.low)
         return;
+    queries_load(t, &u, s);
+    span_compute(t, &u, span, s);
     float *to = partial_at(t, item / t->spans, span);
     for (int r = 0; r < u.n_rows; r++, to += n + 2) {
         memcpy(to, s->span_out + r * n, (size_t)n * sizeof *to);
@@ -345,15 +325,13 @@ void attend_tiles(struct cpu_backend *cpu, const struct attention_job *job)
     size_t bytes = (size_t)units * (size_t)t.spans * (size_t)t.rows *
                    (size_t)(job->args->head_dim + 2) * sizeof(float);
     bool split = units < UNITS_PER_THREAD * pool_n_threads(cpu->pool) &&
-                 pool_n_threads(cpu->pool) > 1 && t.spans > 1 && bytes <= ATTENTION_PARTIAL_BYTES &&
-                 units * t.spans <= POOL_CHUNKS_MAX;
-    struct pool_job run = {unit_compute, unit_commit, &t, sizeof t, units};
+                 pool_n_threads(cpu->pool) > 1 && t.spans > 1 && bytes <= ATTENTION_PARTIAL_BYTES;
+    /* No commit, so no rescue: a late thread would read the next step's batch. */
+    struct pool_job run = {unit_run, NULL, &t, sizeof t, units};
     if (split) {
-        run = (struct pool_job){span_item_compute, span_item_commit, &t, sizeof t, units * t.spans};
-        pool_run(cpu->pool, &run);
-        run = (struct pool_job){spans_merge, NULL, &t, sizeof t, units};
-    } else if (units > POOL_CHUNKS_MAX) {
-        run = (struct pool_job){unit_whole, NULL, &t, sizeof t, units};
+        struct pool_job spans = {span_run, NULL, &t, sizeof t, units * t.spans};
+        pool_run(cpu->pool, &spans);
+        run.compute = spans_merge;
     }
     pool_run(cpu->pool, &run);
 }

@@ -8,6 +8,10 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/pool.h"
 
+/* Sanitizers check the kernels of one and two rows; the taller ones repeat their pattern of
+ * addresses many times over, unrolled, and would take minutes to compile with checks. */
+#define KERNEL_UNCHECKED __attribute__((no_sanitize("address,undefined"), no_sanitize_thread))
+
 enum cpu_isa {
     CPU_ISA_REFERENCE,
     CPU_ISA_AVX2,

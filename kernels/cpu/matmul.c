@@ -18,9 +18,11 @@ enum {
     PARALLEL_PACK_ROWS = 8, /* fewer rows are packed by the caller alone */
 };
 
+/* All by value but the operands themselves: a thread that comes back late from an old matmul still
+ * reads within them, whatever the backend does next. */
 struct matmul_args {
     const struct weight *w;
-    const struct activations *a;
+    struct activations a;
     panel_kernel *kernel;
     float *out;
     int64_t out_stride, n_columns;
@@ -119,7 +121,7 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
                           float *out, int64_t out_stride)
 {
     const struct weight *w = m->w;
-    const struct activations *a = m->a;
+    const struct activations *a = &m->a;
     const struct format_info *f = &format_infos[w->format];
     int row0 = row_panel_first(a, i0);
     int n_row_panels = i1 - i0;
@@ -167,10 +169,10 @@ static struct chunk_range chunk_range(const struct matmul_args *m, int chunk)
     c.panel0 = (int64_t)(chunk % m->n_panel_chunks) * m->panels_per_chunk;
     c.n_panels = panels - c.panel0 < m->panels_per_chunk ? panels - c.panel0 : m->panels_per_chunk;
     c.i0 = chunk / m->n_panel_chunks * m->row_panels_per_chunk;
-    c.i1 = c.i0 + m->row_panels_per_chunk < m->a->n_row_panels ? c.i0 + m->row_panels_per_chunk
-                                                               : m->a->n_row_panels;
-    c.row0 = row_panel_first(m->a, c.i0);
-    c.n_rows = row_panel_first(m->a, c.i1) - c.row0;
+    c.i1 = c.i0 + m->row_panels_per_chunk < m->a.n_row_panels ? c.i0 + m->row_panels_per_chunk
+                                                              : m->a.n_row_panels;
+    c.row0 = row_panel_first(&m->a, c.i0);
+    c.n_rows = row_panel_first(&m->a, c.i1) - c.row0;
     return c;
 }
 
@@ -226,7 +228,7 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
     int64_t panels = (m->n_columns + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
     int per_block = CHUNK_ROWS / a->rows_max;
     int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
-    m->a = a;
+    m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
     m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);

@@ -69,24 +69,24 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
     }
 
 /* NAME_1 .. NAME_12 from the inline NAME, and NAME_any that picks one by the number of rows. */
-#define ONE_HEIGHT(NAME, ROWS)                                                                     \
-    static __attribute__((noinline)) void NAME##_##ROWS(const struct panel_call *c)                \
+#define ONE_HEIGHT(NAME, ROWS, ATTRIBUTES)                                                         \
+    static __attribute__((noinline)) ATTRIBUTES void NAME##_##ROWS(const struct panel_call *c)     \
     {                                                                                              \
         NAME(c, ROWS);                                                                             \
     }
 #define ALL_HEIGHTS(NAME)                                                                          \
-    ONE_HEIGHT(NAME, 1)                                                                            \
-    ONE_HEIGHT(NAME, 2)                                                                            \
-    ONE_HEIGHT(NAME, 3)                                                                            \
-    ONE_HEIGHT(NAME, 4)                                                                            \
-    ONE_HEIGHT(NAME, 5)                                                                            \
-    ONE_HEIGHT(NAME, 6)                                                                            \
-    ONE_HEIGHT(NAME, 7)                                                                            \
-    ONE_HEIGHT(NAME, 8)                                                                            \
-    ONE_HEIGHT(NAME, 9)                                                                            \
-    ONE_HEIGHT(NAME, 10)                                                                           \
-    ONE_HEIGHT(NAME, 11)                                                                           \
-    ONE_HEIGHT(NAME, 12)                                                                           \
+    ONE_HEIGHT(NAME, 1, )                                                                          \
+    ONE_HEIGHT(NAME, 2, )                                                                          \
+    ONE_HEIGHT(NAME, 3, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 4, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 5, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 6, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 7, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 8, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 9, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 10, KERNEL_UNCHECKED)                                                         \
+    ONE_HEIGHT(NAME, 11, KERNEL_UNCHECKED)                                                         \
+    ONE_HEIGHT(NAME, 12, KERNEL_UNCHECKED)                                                         \
     HEIGHT_SWITCH(NAME)
 #define HEIGHT_SWITCH(NAME)                                                                        \
     static void NAME##_any(const struct panel_call *c, int rows)                                   \

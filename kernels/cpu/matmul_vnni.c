@@ -182,26 +182,28 @@ ALWAYS_INLINE void panel_int4_many(const struct panel_call *c, int rows,
     }
 }
 
-#define FEW(ROWS)                                                                                  \
-    static __attribute__((noinline)) void panel_int4_##ROWS(const struct panel_call *c)            \
+#define FEW(ROWS, ATTRIBUTES)                                                                      \
+    static __attribute__((noinline)) ATTRIBUTES void panel_int4_##ROWS(const struct panel_call *c) \
     {                                                                                              \
         panel_int4_few(c, ROWS);                                                                   \
     }
 #define MANY(ROWS)                                                                                 \
-    static __attribute__((noinline, noclone)) void group_int4_##ROWS(const struct group_call *c)   \
+    static __attribute__((noinline, noclone))                                                      \
+    KERNEL_UNCHECKED void group_int4_##ROWS(const struct group_call *c)                            \
     {                                                                                              \
         group_many(c, ROWS);                                                                       \
     }                                                                                              \
-    static __attribute__((noinline)) void panel_int4_##ROWS(const struct panel_call *c)            \
+    static __attribute__((noinline))                                                               \
+    KERNEL_UNCHECKED void panel_int4_##ROWS(const struct panel_call *c)                            \
     {                                                                                              \
         panel_int4_many(c, ROWS, group_int4_##ROWS);                                               \
     }
-FEW(1)
-FEW(2)
-FEW(3)
-FEW(4)
-FEW(5)
-FEW(6)
+FEW(1, )
+FEW(2, )
+FEW(3, KERNEL_UNCHECKED)
+FEW(4, KERNEL_UNCHECKED)
+FEW(5, KERNEL_UNCHECKED)
+FEW(6, KERNEL_UNCHECKED)
 MANY(7)
 MANY(8)
 MANY(9)

@@ -11,7 +11,8 @@
 enum err cuda_check(cudaError_t result, const char *what)
 {
     if (result == cudaSuccess) return OK;
-    if (result == cudaErrorMemoryAllocation) FAIL(ERR_NO_MEMORY, "CUDA: out of device memory: %s", what);
+    if (result == cudaErrorMemoryAllocation)
+        FAIL(ERR_NO_MEMORY, "CUDA: out of device memory: %s", what);
     FAIL(ERR_DEVICE, "CUDA: %s: %s", what, cudaGetErrorString(result));
 }
 
@@ -93,7 +94,8 @@ static enum err device_open(struct cuda_backend *b)
     TRY(cuda_check(cudaSetDevice(device), "choosing the device"));
     TRY(cuda_check(cudaDeviceGetAttribute(&b->n_sms, cudaDevAttrMultiProcessorCount, device),
                    "asking the device"));
-    TRY(cuda_check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "making a stream"));
+    TRY(cuda_check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking),
+                   "making a stream"));
     TRY(cuda_check(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), "making a stream"));
     b->base.stream = b->stream;
     TRY(cuda_steps_open(b));
@@ -147,14 +149,16 @@ static enum err cuda_upload(struct backend *base, void *dst, const void *src, si
 {
     struct cuda_backend *b = cuda_of(base);
     b->quantized.of = NULL;
-    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, b->stream), "uploading"));
+    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, b->stream),
+                   "uploading"));
     return cuda_sync(base);
 }
 
 static enum err cuda_download(struct backend *base, void *dst, const void *src, size_t bytes)
 {
     struct cuda_backend *b = cuda_of(base);
-    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, b->stream), "downloading"));
+    TRY(cuda_check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, b->stream),
+                   "downloading"));
     return cuda_sync(base);
 }
 

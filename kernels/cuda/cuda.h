@@ -19,10 +19,10 @@ enum {
 /* One step in flight: what the host wrote for the device, and where its results go. */
 struct cuda_step {
     cudaEvent_t done;
-    uint64_t ticket;    /* 0 = nothing to deliver */
-    int32_t *staging;   /* pinned [landing_ints] */
+    uint64_t ticket;  /* 0 = nothing to deliver */
+    int32_t *staging; /* pinned [landing_ints] */
     size_t staging_ints;
-    uint8_t *edits;     /* pinned [edit_bytes] tasks and edits of sample */
+    uint8_t *edits; /* pinned [edit_bytes] tasks and edits of sample */
     size_t edits_used;
     struct sample_result *results; /* pinned [n_tokens_max] */
     struct {
@@ -44,7 +44,7 @@ struct weight {
     void *scales_16; /* device f16 [n_out][n_in_padded / 128] for INT4 */
     float *bias;     /* device [n_out] or NULL */
     void *bias_16;   /* the same in BF16 */
-    bool library; /* cuBLASLt multiplies straight into the output */
+    bool library;    /* cuBLASLt multiplies straight into the output */
     size_t bytes;
 };
 
@@ -58,7 +58,7 @@ struct cuda_backend {
     struct backend base;
     struct backend_options options;
     cudaStream_t stream, side; /* side: copies while stream records a graph */
-    int n_sms, capability; /* 80, 90, ... */
+    int n_sms, capability;     /* 80, 90, ... */
     int wait_ms_max;
     enum err failed; /* the first failure, and its words */
     char why[WHY_BYTES];
@@ -68,10 +68,11 @@ struct cuda_backend {
     int32_t *batch_ints;       /* the memory of batch, but for its block table */
     int32_t *landing;          /* device [landing_ints]: the step's integers as they arrive */
     size_t landing_ints, tile_ints, table_ints;
-    int tiles_group, n_tiles; /* the group that this step's list of tiles was made for, 0 = none yet */
-    int group_last;           /* the group of the last attention, 0 = none yet */
-    int32_t *feedback;        /* device [n_slots_max] token last sampled for a slot */
-    uint8_t *edits;           /* device [edit_bytes] */
+    int tiles_group,
+        n_tiles;       /* the group that this step's list of tiles was made for, 0 = none yet */
+    int group_last;    /* the group of the last attention, 0 = none yet */
+    int32_t *feedback; /* device [n_slots_max] token last sampled for a slot */
+    uint8_t *edits;    /* device [edit_bytes] */
     size_t edit_bytes;
     int32_t *token_count;          /* host [vocab_size] zeros between uses */
     struct sample_result *results; /* device [n_tokens_max] */
@@ -95,7 +96,10 @@ struct cuda_backend {
 
 extern const struct backend_ops heddle_backend_cuda; /* the plugin's one symbol */
 
-static inline struct cuda_backend *cuda_of(struct backend *b) { return (struct cuda_backend *)b; }
+static inline struct cuda_backend *cuda_of(struct backend *b)
+{
+    return (struct cuda_backend *)b;
+}
 
 /* Remembers the first failure. Returns whether result is success. */
 bool cuda_ok(struct cuda_backend *b, cudaError_t result, const char *what);
@@ -146,27 +150,32 @@ void cuda_written(struct cuda_backend *b, struct tensor out);
 enum err cuda_matmul_prepare(struct cuda_backend *b, struct weight *w);
 
 /* ops.c */
-void cuda_embed(struct backend *base, struct tensor out, const struct weight *table, const struct batch *batch);
-void cuda_add_positions(struct backend *base, struct tensor x, const struct weight *table, int offset,
-                        const struct batch *batch);
-void cuda_add_norm(struct backend *base, struct tensor x, struct tensor delta, const struct norm_args *args,
-                   struct tensor out);
+void cuda_embed(struct backend *base, struct tensor out, const struct weight *table,
+                const struct batch *batch);
+void cuda_add_positions(struct backend *base, struct tensor x, const struct weight *table,
+                        int offset, const struct batch *batch);
+void cuda_add_norm(struct backend *base, struct tensor x, struct tensor delta,
+                   const struct norm_args *args, struct tensor out);
 void cuda_add(struct backend *base, struct tensor x, struct tensor y);
 void cuda_scale(struct backend *base, struct tensor x, float by, float softcap);
-void cuda_activate(struct backend *base, struct tensor out, struct tensor in, enum activation kind, bool gated);
-void cuda_gather(struct backend *base, struct tensor out, struct tensor x, const struct batch *batch);
-void cuda_moe_route(struct backend *base, struct tensor weights, struct tensor experts, struct tensor scores,
-                    int top_k, bool renormalize);
+void cuda_activate(struct backend *base, struct tensor out, struct tensor in, enum activation kind,
+                   bool gated);
+void cuda_gather(struct backend *base, struct tensor out, struct tensor x,
+                 const struct batch *batch);
+void cuda_moe_route(struct backend *base, struct tensor weights, struct tensor experts,
+                    struct tensor scores, int top_k, bool renormalize);
 /* sample.c */
-void cuda_sample(struct backend *base, struct tensor logits, const struct sample_row *rows, int n_rows,
-                 struct sample_result *results);
+void cuda_sample(struct backend *base, struct tensor logits, const struct sample_row *rows,
+                 int n_rows, struct sample_result *results);
 
 /* kv.c */
 int cuda_block_size_default(struct backend *base);
 size_t cuda_kv_bytes(struct backend *base, const struct kv_cache_args *args);
-enum err cuda_kv_create(struct backend *base, const struct kv_cache_args *args, struct kv_cache **out);
+enum err cuda_kv_create(struct backend *base, const struct kv_cache_args *args,
+                        struct kv_cache **out);
 void cuda_kv_destroy(struct backend *base, struct kv_cache *kv);
-void cuda_kv_copy(struct backend *base, struct kv_cache *kv, const int32_t *src, const int32_t *dst, int n);
+void cuda_kv_copy(struct backend *base, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
+                  int n);
 void cuda_kv_save(struct backend *base, struct kv_cache *kv, int32_t block, void *host);
 void cuda_kv_load(struct backend *base, struct kv_cache *kv, int32_t block, const void *host);
 void cuda_qkv_prepare(struct backend *base, struct tensor qkv, struct kv_cache *kv,

@@ -18,11 +18,14 @@ enum { SHAPES_MAX = 128, BUCKETS_MAX = 18, PROPOSALS_MAX = 8, TIMED_RUNS = 3 };
 static const size_t WORKSPACE_BYTES = (size_t)32 << 20, TUNE_BYTES_MAX = (size_t)256 << 20;
 static const char library_name[] = "libcublasLt.so.13";
 
-#define LT_FUNCTIONS(X)                                                                                       \
-    X(cublasLtCreate) X(cublasLtDestroy) X(cublasLtMatmulDescCreate) X(cublasLtMatmulDescDestroy)             \
-    X(cublasLtMatmulDescSetAttribute) X(cublasLtMatrixLayoutCreate) X(cublasLtMatrixLayoutDestroy)            \
-    X(cublasLtMatrixLayoutSetAttribute) X(cublasLtMatmulPreferenceCreate) X(cublasLtMatmulPreferenceDestroy)  \
-    X(cublasLtMatmulPreferenceSetAttribute) X(cublasLtMatmulAlgoGetHeuristic) X(cublasLtMatmul)
+#define LT_FUNCTIONS(X)                                                                            \
+    X(cublasLtCreate)                                                                              \
+    X(cublasLtDestroy) X(cublasLtMatmulDescCreate) X(cublasLtMatmulDescDestroy)                    \
+        X(cublasLtMatmulDescSetAttribute) X(cublasLtMatrixLayoutCreate)                            \
+            X(cublasLtMatrixLayoutDestroy) X(cublasLtMatrixLayoutSetAttribute)                     \
+                X(cublasLtMatmulPreferenceCreate) X(cublasLtMatmulPreferenceDestroy)               \
+                    X(cublasLtMatmulPreferenceSetAttribute) X(cublasLtMatmulAlgoGetHeuristic)      \
+                        X(cublasLtMatmul)
 
 struct shape {
     int64_t n_out, n_in, w_stride;
@@ -62,8 +65,8 @@ static void *library_open(void)
 
 static enum err functions_find(struct lt *lt)
 {
-#define X(name)                                                                                               \
-    *(void **)&lt->name = dlsym(lt->library, #name);                                                          \
+#define X(name)                                                                                    \
+    *(void **)&lt->name = dlsym(lt->library, #name);                                               \
     if (!lt->name) FAIL(ERR_DEVICE, "%s has no %s", library_name, #name);
     LT_FUNCTIONS(X)
 #undef X
@@ -81,7 +84,8 @@ enum err lt_open(struct cuda_backend *b, struct lt **out)
     if (!lt->library) FAIL_OUT(ERR_DEVICE, "%s", dlerror());
     TRY_OUT(functions_find(lt));
     cublasStatus_t status = lt->cublasLtCreate(&lt->handle);
-    if (status != CUBLAS_STATUS_SUCCESS) FAIL_OUT(ERR_DEVICE, "%s: status %d when created", library_name, (int)status);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        FAIL_OUT(ERR_DEVICE, "%s: status %d when created", library_name, (int)status);
     TRY_OUT(cuda_check(cudaMalloc(&lt->workspace, WORKSPACE_BYTES), "the workspace of cuBLASLt"));
 out:
     if (e)
@@ -103,7 +107,8 @@ static void shape_fini(struct lt *lt, struct shape *s)
 void lt_close(struct lt *lt)
 {
     if (!lt) return;
-    for (int i = 0; i < lt->n_shapes; i++) shape_fini(lt, &lt->shapes[i]);
+    for (int i = 0; i < lt->n_shapes; i++)
+        shape_fini(lt, &lt->shapes[i]);
     if (lt->handle && !lt->backend->failed) lt->cublasLtDestroy(lt->handle);
     cuda_free(lt->backend, lt->workspace);
     /* The library stays open: it keeps threads and exit handlers of its own. */
@@ -113,16 +118,23 @@ void lt_close(struct lt *lt)
 static cudaDataType_t library_type(enum dtype t)
 {
     switch (t) {
-    case DTYPE_F32: return CUDA_R_32F;
-    case DTYPE_F16: return CUDA_R_16F;
-    case DTYPE_BF16: return CUDA_R_16BF;
-    case DTYPE_I32: return CUDA_R_32I;
-    case DTYPE_I8: return CUDA_R_8I;
-    default: return CUDA_R_8F_E4M3;
+    case DTYPE_F32:
+        return CUDA_R_32F;
+    case DTYPE_F16:
+        return CUDA_R_16F;
+    case DTYPE_BF16:
+        return CUDA_R_16BF;
+    case DTYPE_I32:
+        return CUDA_R_32I;
+    case DTYPE_I8:
+        return CUDA_R_8I;
+    default:
+        return CUDA_R_8F_E4M3;
     }
 }
 
-static bool desc_set(struct lt *lt, struct shape *s, cublasLtMatmulDescAttributes_t a, const void *value, size_t bytes)
+static bool desc_set(struct lt *lt, struct shape *s, cublasLtMatmulDescAttributes_t a,
+                     const void *value, size_t bytes)
 {
     return lt->cublasLtMatmulDescSetAttribute(s->desc, a, value, bytes) == CUBLAS_STATUS_SUCCESS;
 }
@@ -131,17 +143,20 @@ static bool shape_init(struct lt *lt, struct shape *s)
 {
     bool whole = s->type == DTYPE_I8;
     cublasComputeType_t compute = whole ? CUBLAS_COMPUTE_32I : CUBLAS_COMPUTE_32F;
-    cudaDataType_t scale = whole ? CUDA_R_32I : CUDA_R_32F, in = library_type(s->type), bias = library_type(s->out_type);
+    cudaDataType_t scale = whole ? CUDA_R_32I : CUDA_R_32F, in = library_type(s->type),
+                   bias = library_type(s->out_type);
     cublasOperation_t transposed = CUBLAS_OP_T;
     cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
     cublasLtMatmulMatrixScale_t outer = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
     if (lt->cublasLtMatmulDescCreate(&s->desc, compute, scale)) return false;
     if (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed)) return false;
-    if (s->has_bias && (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue) ||
-                        !desc_set(lt, s, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias, sizeof bias)))
+    if (s->has_bias &&
+        (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue) ||
+         !desc_set(lt, s, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &bias, sizeof bias)))
         return false;
-    if (s->has_scales && (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &outer, sizeof outer) ||
-                          !desc_set(lt, s, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &outer, sizeof outer)))
+    if (s->has_scales &&
+        (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &outer, sizeof outer) ||
+         !desc_set(lt, s, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &outer, sizeof outer)))
         return false;
     uint64_t k = (uint64_t)s->n_in, m = (uint64_t)s->n_out;
     return !lt->cublasLtMatrixLayoutCreate(&s->w, in, k, m, s->w_stride) &&
@@ -149,32 +164,40 @@ static bool shape_init(struct lt *lt, struct shape *s)
            !lt->cublasLtMatrixLayoutCreate(&s->out, library_type(s->out_type), m, 1, s->n_out);
 }
 
-static bool layout_resize(struct lt *lt, cublasLtMatrixLayout_t layout, int64_t cols, int64_t stride)
+static bool layout_resize(struct lt *lt, cublasLtMatrixLayout_t layout, int64_t cols,
+                          int64_t stride)
 {
     uint64_t n = (uint64_t)cols;
-    return !lt->cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_COLS, &n, sizeof n) &&
-           !lt->cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_LD, &stride, sizeof stride);
+    return !lt->cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_COLS, &n,
+                                                 sizeof n) &&
+           !lt->cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_LD, &stride,
+                                                 sizeof stride);
 }
 
-static cublasStatus_t run(struct lt *lt, struct shape *s, const struct gemm *g, const cublasLtMatmulAlgo_t *algo)
+static cublasStatus_t run(struct lt *lt, struct shape *s, const struct gemm *g,
+                          const cublasLtMatmulAlgo_t *algo)
 {
     static const float one = 1.0f, zero = 0.0f;
     static const int32_t one_i = 1, zero_i = 0;
     bool whole = s->type == DTYPE_I8;
-    if (!layout_resize(lt, s->x, g->rows, g->x_stride) || !layout_resize(lt, s->out, g->rows, g->out_stride))
+    if (!layout_resize(lt, s->x, g->rows, g->x_stride) ||
+        !layout_resize(lt, s->out, g->rows, g->out_stride))
         return CUBLAS_STATUS_INVALID_VALUE;
-    if (s->has_bias && !desc_set(lt, s, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias, sizeof g->bias))
+    if (s->has_bias &&
+        !desc_set(lt, s, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g->bias, sizeof g->bias))
         return CUBLAS_STATUS_INVALID_VALUE;
-    if (s->has_scales && (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &g->w_scales, sizeof g->w_scales) ||
-                          !desc_set(lt, s, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &g->x_scales, sizeof g->x_scales)))
+    if (s->has_scales &&
+        (!desc_set(lt, s, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &g->w_scales, sizeof g->w_scales) ||
+         !desc_set(lt, s, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &g->x_scales, sizeof g->x_scales)))
         return CUBLAS_STATUS_INVALID_VALUE;
-    return lt->cublasLtMatmul(lt->handle, s->desc, whole ? (const void *)&one_i : &one, g->w, s->w, g->x, s->x,
-                              whole ? (const void *)&zero_i : &zero, g->out, s->out, g->out, s->out, algo,
-                              lt->workspace, WORKSPACE_BYTES, lt->stream);
+    return lt->cublasLtMatmul(lt->handle, s->desc, whole ? (const void *)&one_i : &one, g->w, s->w,
+                              g->x, s->x, whole ? (const void *)&zero_i : &zero, g->out, s->out,
+                              g->out, s->out, algo, lt->workspace, WORKSPACE_BYTES, lt->stream);
 }
 
 /* The library's proposals for a number of rows, best first; returns how many. */
-static int proposals(struct lt *lt, struct shape *s, int64_t rows, cublasLtMatmulHeuristicResult_t *out)
+static int proposals(struct lt *lt, struct shape *s, int64_t rows,
+                     cublasLtMatmulHeuristicResult_t *out)
 {
     cublasLtMatmulPreference_t p;
     int n = 0;
@@ -182,36 +205,43 @@ static int proposals(struct lt *lt, struct shape *s, int64_t rows, cublasLtMatmu
     if (!layout_resize(lt, s->x, rows, s->type == DTYPE_BF16 ? s->n_in : s->w_stride) ||
         !layout_resize(lt, s->out, rows, s->n_out) || lt->cublasLtMatmulPreferenceCreate(&p))
         return 0;
-    lt->cublasLtMatmulPreferenceSetAttribute(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES,
-                                             sizeof WORKSPACE_BYTES);
+    lt->cublasLtMatmulPreferenceSetAttribute(p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                             &WORKSPACE_BYTES, sizeof WORKSPACE_BYTES);
     static const cublasLtMatmulPreferenceAttributes_t aligned[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-    for (int i = 0; i < 3; i++) lt->cublasLtMatmulPreferenceSetAttribute(p, aligned[i], &align, sizeof align);
-    if (lt->cublasLtMatmulAlgoGetHeuristic(lt->handle, s->desc, s->w, s->x, s->out, s->out, p, PROPOSALS_MAX, out, &n))
+    for (int i = 0; i < 3; i++)
+        lt->cublasLtMatmulPreferenceSetAttribute(p, aligned[i], &align, sizeof align);
+    if (lt->cublasLtMatmulAlgoGetHeuristic(lt->handle, s->desc, s->w, s->x, s->out, s->out, p,
+                                           PROPOSALS_MAX, out, &n))
         n = 0;
     lt->cublasLtMatmulPreferenceDestroy(p);
     return n;
 }
 
 /* Milliseconds of one run, or a negative number when it fails. */
-static float time_one(struct lt *lt, struct shape *s, const struct gemm *g, const cublasLtMatmulAlgo_t *algo,
-                      cudaEvent_t from, cudaEvent_t to)
+static float time_one(struct lt *lt, struct shape *s, const struct gemm *g,
+                      const cublasLtMatmulAlgo_t *algo, cudaEvent_t from, cudaEvent_t to)
 {
     float ms = -1;
     if (run(lt, s, g, algo) != CUBLAS_STATUS_SUCCESS) return -1;
     cudaEventRecord(from, lt->stream);
-    for (int i = 0; i < TIMED_RUNS; i++) run(lt, s, g, algo);
+    for (int i = 0; i < TIMED_RUNS; i++)
+        run(lt, s, g, algo);
     cudaEventRecord(to, lt->stream);
-    if (cudaEventSynchronize(to) != cudaSuccess || cudaEventElapsedTime(&ms, from, to) != cudaSuccess) return -1;
+    if (cudaEventSynchronize(to) != cudaSuccess ||
+        cudaEventElapsedTime(&ms, from, to) != cudaSuccess)
+        return -1;
     return ms / TIMED_RUNS;
 }
 
 /* Index of the fastest; 0, the library's own choice, when there is no memory to try in. */
-static int fastest(struct lt *lt, struct shape *s, struct gemm g, const cublasLtMatmulHeuristicResult_t *list, int n)
+static int fastest(struct lt *lt, struct shape *s, struct gemm g,
+                   const cublasLtMatmulHeuristicResult_t *list, int n)
 {
     size_t x_bytes = (size_t)(g.rows * g.x_stride) * dtype_bytes(g.type);
-    size_t out_bytes = (size_t)(g.rows * g.out_stride) * dtype_bytes(g.out_type), scales = (size_t)g.rows * 4;
+    size_t out_bytes = (size_t)(g.rows * g.out_stride) * dtype_bytes(g.out_type),
+           scales = (size_t)g.rows * 4;
     cudaEvent_t from = NULL, to = NULL;
     uint8_t *memory = NULL;
     int best = 0;
@@ -224,7 +254,8 @@ static int fastest(struct lt *lt, struct shape *s, struct gemm g, const cublasLt
     g.x = memory;
     g.out = memory + x_bytes;
     if (s->has_scales) g.x_scales = (const float *)(memory + x_bytes + out_bytes);
-    if (!cudaEventCreateWithFlags(&from, cudaEventDefault) && !cudaEventCreateWithFlags(&to, cudaEventDefault))
+    if (!cudaEventCreateWithFlags(&from, cudaEventDefault) &&
+        !cudaEventCreateWithFlags(&to, cudaEventDefault))
         for (int i = 0; i < n; i++) {
             float ms = time_one(lt, s, &g, &list[i].algo, from, to);
             if (ms >= 0 && (best_ms < 0 || ms < best_ms)) best = i, best_ms = ms;
@@ -233,8 +264,8 @@ static int fastest(struct lt *lt, struct shape *s, struct gemm g, const cublasLt
     if (to) cudaEventDestroy(to);
     cudaStreamSynchronize(lt->stream);
     cudaFree(memory);
-    log_debug("cuBLASLt %lld x %lld %s, %lld rows: proposal %d of %d, %.4f ms", (long long)g.n_out, (long long)g.n_in,
-              dtype_name(g.type), (long long)g.rows, best, n, (double)best_ms);
+    log_debug("cuBLASLt %lld x %lld %s, %lld rows: proposal %d of %d, %.4f ms", (long long)g.n_out,
+              (long long)g.n_in, dtype_name(g.type), (long long)g.rows, best, n, (double)best_ms);
     return best;
 }
 
@@ -242,8 +273,9 @@ static struct shape *shape_find(struct lt *lt, const struct gemm *g)
 {
     for (int i = 0; i < lt->n_shapes; i++) {
         struct shape *s = &lt->shapes[i];
-        if (s->n_out == g->n_out && s->n_in == g->n_in && s->w_stride == g->w_stride && s->type == g->type &&
-            s->out_type == g->out_type && s->has_bias == !!g->bias && s->has_scales == !!g->w_scales)
+        if (s->n_out == g->n_out && s->n_in == g->n_in && s->w_stride == g->w_stride &&
+            s->type == g->type && s->out_type == g->out_type && s->has_bias == !!g->bias &&
+            s->has_scales == !!g->w_scales)
             return s;
     }
     return NULL;
@@ -253,7 +285,8 @@ static struct shape *shape_find(struct lt *lt, const struct gemm *g)
 static int bucket_of(const struct shape *s, int64_t rows)
 {
     int i = 0;
-    while (i < s->n_buckets - 1 && (int64_t)1 << i < rows) i++;
+    while (i < s->n_buckets - 1 && (int64_t)1 << i < rows)
+        i++;
     return i;
 }
 

@@ -9,7 +9,8 @@ enum err cuda_capture_begin(struct backend *base)
 {
     struct cuda_backend *b = cuda_of(base);
     if (b->failed) FAIL(b->failed, "%s", b->why);
-    TRY(cuda_check(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal), "recording a graph"));
+    TRY(cuda_check(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal),
+                   "recording a graph"));
     b->capturing = true;
     b->capture_refused = false;
     return OK;
@@ -23,7 +24,8 @@ enum err cuda_capture_end(struct backend *base, void **out_graph)
     cudaError_t result = cudaStreamEndCapture(b->stream, &graph);
     b->capturing = false;
     b->quantized.of = NULL;
-    if (result == cudaSuccess && !b->capture_refused) result = cudaGraphInstantiate(&exec, graph, 0);
+    if (result == cudaSuccess && !b->capture_refused)
+        result = cudaGraphInstantiate(&exec, graph, 0);
     if (graph) cudaGraphDestroy(graph);
     if (b->capture_refused)
         FAIL(ERR_UNSUPPORTED, "a step that reads a prompt cannot be recorded as a graph");

@@ -29,11 +29,20 @@ struct device_batch {
 
 /* --- prep.cu: the step's integers arrive as one array and are spread to their places ---------- */
 enum {
-    STEP_IDS, STEP_SLOTS, STEP_SEQS, STEP_POSITIONS, STEP_CACHE_SLOTS, STEP_STARTS, STEP_LENS, STEP_ROWS,
-    STEP_TILES, STEP_BLOCKS, STEP_PARTS
+    STEP_IDS,
+    STEP_SLOTS,
+    STEP_SEQS,
+    STEP_POSITIONS,
+    STEP_CACHE_SLOTS,
+    STEP_STARTS,
+    STEP_LENS,
+    STEP_ROWS,
+    STEP_TILES,
+    STEP_BLOCKS,
+    STEP_PARTS
 };
 struct prep_call {
-    const int32_t *landing;       /* the parts one after another */
+    const int32_t *landing; /* the parts one after another */
     int32_t part_ints[STEP_PARTS];
     struct batch_shape shape;
     struct device_batch batch;
@@ -45,21 +54,23 @@ int launch_feed(int32_t *feedback, int32_t slot, int32_t token, void *stream);
 
 /* --- embed.cu -------------------------------------------------------------------------------- */
 /* out[i] = table[ids[i]]; an id outside the table gives zeros. */
-int launch_embed(struct tensor out, const void *table, int64_t n_rows, const int32_t *ids, void *stream);
+int launch_embed(struct tensor out, const void *table, int64_t n_rows, const int32_t *ids,
+                 void *stream);
 /* x[i] += table[positions[i] + offset] */
-int launch_add_positions(struct tensor x, const void *table, int64_t n_rows, int offset, const int32_t *positions,
-                         void *stream);
+int launch_add_positions(struct tensor x, const void *table, int64_t n_rows, int offset,
+                         const int32_t *positions, void *stream);
 int launch_gather(struct tensor out, struct tensor x, const int32_t *rows, void *stream);
 
-/* --- norm.cu, act.cu, quantize.cu: an operation may leave its rows in 8 bits too --------------- */
+/* --- norm.cu, act.cu, quantize.cu: an operation may leave its rows in 8 bits too ---------------
+ */
 struct quantize_to {
-    void *data; /* [rows][stride] of dtype, NULL = not wanted */
-    float *scales; /* [rows] value = code * scale */
+    void *data;       /* [rows][stride] of dtype, NULL = not wanted */
+    float *scales;    /* [rows] value = code * scale */
     enum dtype dtype; /* I8 or FP8_E4M3 */
     int64_t stride;   /* codes from cols to stride are zero */
 };
-int launch_add_norm(struct tensor x, struct tensor delta, const struct norm_args *args, struct tensor out,
-                    struct quantize_to quantize, void *stream);
+int launch_add_norm(struct tensor x, struct tensor delta, const struct norm_args *args,
+                    struct tensor out, struct quantize_to quantize, void *stream);
 int launch_activate(struct tensor out, struct tensor in, enum activation kind, bool gated,
                     struct quantize_to quantize, void *stream);
 int launch_quantize(struct tensor x, struct quantize_to quantize, void *stream);
@@ -97,10 +108,10 @@ struct attend_call {
     struct device_batch batch;
     int n_seqs, n_tiles; /* of the grids */
     int n_splits;
-    bool bulk_copy;      /* the device has cp.async.bulk (sm_90 and newer) */
-    bool tiles_only;     /* every sequence goes through the tiles, none through the decode kernel */
-    float *split_out;    /* [n_seqs][n_kv_heads][DECODE_ROWS][n_splits][head_dim] */
-    float *split_ml;     /* the same without head_dim, two numbers each: maximum (base 2), sum */
+    bool bulk_copy;   /* the device has cp.async.bulk (sm_90 and newer) */
+    bool tiles_only;  /* every sequence goes through the tiles, none through the decode kernel */
+    float *split_out; /* [n_seqs][n_kv_heads][DECODE_ROWS][n_splits][head_dim] */
+    float *split_ml;  /* the same without head_dim, two numbers each: maximum (base 2), sum */
 };
 bool attention_supports(int head_dim);
 /* Sequences of at most DECODE_ROWS rows (tokens times heads of a group), keys split over blocks. */
@@ -113,34 +124,37 @@ struct kv_pairs {
     int32_t from[KV_PAIRS_MAX], to[KV_PAIRS_MAX];
 };
 /* Copies whole blocks of all layers; data: [n_layers][layer_bytes]. pairs: host memory. */
-int launch_kv_copy(void *data, size_t block_bytes, size_t layer_bytes, int n_layers, const struct kv_pairs *pairs,
-                   void *stream);
+int launch_kv_copy(void *data, size_t block_bytes, size_t layer_bytes, int n_layers,
+                   const struct kv_pairs *pairs, void *stream);
 
 /* --- gemm.cu, gemm_int4.cu, moe.cu ------------------------------------------------------------ */
 struct gemm_call {
     struct tensor out; /* [rows][n_out] BF16 or F32 */
     struct tensor x;   /* [rows][n_in] BF16 */
-    const void *w;     /* [n_out][n_in_padded] BF16, or int4 codes two to a byte, low half first, code 8 = 0 */
+    const void
+        *w; /* [n_out][n_in_padded] BF16, or int4 codes two to a byte, low half first, code 8 = 0 */
     const void *scales_16; /* f16 [n_out][n_in_padded / 128] of int4, else NULL */
-    const float *bias; /* [n_out] or NULL */
-    int64_t n_in_padded; /* multiple of GEMM_K_TILE (of 128 for int4) */
+    const float *bias;     /* [n_out] or NULL */
+    int64_t n_in_padded;   /* multiple of GEMM_K_TILE (of 128 for int4) */
     /* Experts: rows_of[offsets[e] .. offsets[e + 1]) are the rows of expert e, whose matrix starts
      * e * n_out rows below w. NULL offsets: one matrix, all rows. */
     const int32_t *offsets, *rows_of;
-    int n_experts, rows_max, x_rows_per; /* x row of entry i is rows_of[i] / x_rows_per; out row is rows_of[i] */
+    int n_experts, rows_max,
+        x_rows_per; /* x row of entry i is rows_of[i] / x_rows_per; out row is rows_of[i] */
 };
 enum { GEMM_K_TILE = 32, INT4_GROUP = 128, GEMV_ROWS_MAX = 4 };
 /* Every output element is summed in an order that depends on n_in alone. */
 int launch_gemm(const struct gemm_call *call, void *stream);
 int launch_gemm_int4(const struct gemm_call *call, void *stream);
 int launch_gemv_int4(const struct gemm_call *call, void *stream);
-int launch_int4_expand(void *out_bf16, const void *w, const void *scales_16, int64_t n_out, int64_t n_in_padded,
-                       void *stream);
+int launch_int4_expand(void *out_bf16, const void *w, const void *scales_16, int64_t n_out,
+                       int64_t n_in_padded, void *stream);
 /* weights [rows][top_k] F32, experts [rows][top_k] I32, scores [rows][n_experts] F32. */
 int launch_moe_route(struct tensor weights, struct tensor experts, struct tensor scores, int top_k,
                      bool renormalize, void *stream);
 /* Sorts the entries of experts [n] by expert, stable: offsets [n_experts + 1], rows_of [n]. */
-int launch_moe_sort(const int32_t *experts, int n, int n_experts, int32_t *offsets, int32_t *rows_of, void *stream);
+int launch_moe_sort(const int32_t *experts, int n, int n_experts, int32_t *offsets,
+                    int32_t *rows_of, void *stream);
 
 /* --- sample.cu -------------------------------------------------------------------------------- */
 struct sample_edit { /* one token's logit before anything else */
@@ -158,8 +172,9 @@ struct sample_task {
     int32_t edits[4]; /* edits[kind] .. edits[kind + 1] of the call's edits */
     int32_t mask;     /* -1, or where among the edits a bit a token begins: 1 = banned */
 };
-int launch_sample(struct tensor logits, const struct sample_task *tasks, const struct sample_edit *edits, int n_rows,
-                  struct sample_result *results, int32_t *feedback, int32_t n_slots, void *stream);
+int launch_sample(struct tensor logits, const struct sample_task *tasks,
+                  const struct sample_edit *edits, int n_rows, struct sample_result *results,
+                  int32_t *feedback, int32_t n_slots, void *stream);
 
 #ifdef __cplusplus
 }

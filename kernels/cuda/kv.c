@@ -15,13 +15,17 @@ int cuda_block_size_default(struct backend *base)
 static enum err kv_check(const struct kv_cache_args *a)
 {
     if (a->dtype != DTYPE_BF16 && a->dtype != DTYPE_I8 && a->dtype != DTYPE_FP8_E4M3)
-        FAIL(ERR_UNSUPPORTED, "a KV cache of type %s is not supported on CUDA: bf16, int8 or fp8", dtype_name(a->dtype));
+        FAIL(ERR_UNSUPPORTED, "a KV cache of type %s is not supported on CUDA: bf16, int8 or fp8",
+             dtype_name(a->dtype));
     if (a->block_size < TILE_TOKENS || a->block_size % TILE_TOKENS || a->block_size > 4096)
-        FAIL(ERR_INVALID, "a KV block of %d tokens: CUDA needs a multiple of %d up to 4096", a->block_size, TILE_TOKENS);
+        FAIL(ERR_INVALID, "a KV block of %d tokens: CUDA needs a multiple of %d up to 4096",
+             a->block_size, TILE_TOKENS);
     if (!attention_supports(a->head_dim))
-        FAIL(ERR_UNSUPPORTED, "heads of %d are not supported on CUDA: 16, 32, 64, 80, 96, 128 or 256", a->head_dim);
+        FAIL(ERR_UNSUPPORTED,
+             "heads of %d are not supported on CUDA: 16, 32, 64, 80, 96, 128 or 256", a->head_dim);
     if (a->n_layers < 0 || a->n_kv_heads < 0 || a->n_blocks < 0)
-        FAIL(ERR_INVALID, "a KV cache of %d layers, %d heads, %d blocks", a->n_layers, a->n_kv_heads, a->n_blocks);
+        FAIL(ERR_INVALID, "a KV cache of %d layers, %d heads, %d blocks", a->n_layers,
+             a->n_kv_heads, a->n_blocks);
     return OK;
 }
 
@@ -38,7 +42,9 @@ size_t cuda_kv_bytes(struct backend *base, const struct kv_cache_args *args)
     size_t bytes;
     (void)base;
     if (kv_check(args)) return 0;
-    return size_mul(block_bytes(args) * (size_t)args->n_layers, (size_t)args->n_blocks, &bytes) ? bytes : 0;
+    return size_mul(block_bytes(args) * (size_t)args->n_layers, (size_t)args->n_blocks, &bytes)
+               ? bytes
+               : 0;
 }
 
 /* Partial results of split attention: only when blocks are few are keys split, so the number of
@@ -46,11 +52,13 @@ size_t cuda_kv_bytes(struct backend *base, const struct kv_cache_args *args)
 static enum err splits_reserve(struct cuda_backend *b, int head_dim)
 {
     size_t rows = (size_t)(2 * b->n_sms + SPLITS_MAX) * DECODE_ROWS;
-    TRY(cuda_reserve(b, (void **)&b->split_out, &b->split_out_bytes, rows * (size_t)head_dim * sizeof(float)));
+    TRY(cuda_reserve(b, (void **)&b->split_out, &b->split_out_bytes,
+                     rows * (size_t)head_dim * sizeof(float)));
     return cuda_reserve(b, (void **)&b->split_ml, &b->split_ml_bytes, rows * 2 * sizeof(float));
 }
 
-enum err cuda_kv_create(struct backend *base, const struct kv_cache_args *args, struct kv_cache **out)
+enum err cuda_kv_create(struct backend *base, const struct kv_cache_args *args,
+                        struct kv_cache **out)
 {
     struct cuda_backend *b = cuda_of(base);
     struct kv_cache *kv;
@@ -80,9 +88,13 @@ void cuda_kv_destroy(struct backend *base, struct kv_cache *kv)
     mem_free(kv);
 }
 
-static size_t layer_bytes(const struct kv_cache *kv) { return kv->block_bytes * (size_t)kv->args.n_blocks; }
+static size_t layer_bytes(const struct kv_cache *kv)
+{
+    return kv->block_bytes * (size_t)kv->args.n_blocks;
+}
 
-void cuda_kv_copy(struct backend *base, struct kv_cache *kv, const int32_t *src, const int32_t *dst, int n)
+void cuda_kv_copy(struct backend *base, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
+                  int n)
 {
     struct cuda_backend *b = cuda_of(base);
     struct kv_pairs pairs;
@@ -91,7 +103,8 @@ void cuda_kv_copy(struct backend *base, struct kv_cache *kv, const int32_t *src,
         pairs.n = n - done < KV_PAIRS_MAX ? n - done : KV_PAIRS_MAX;
         memcpy(pairs.from, src + done, (size_t)pairs.n * sizeof *src);
         memcpy(pairs.to, dst + done, (size_t)pairs.n * sizeof *dst);
-        int r = launch_kv_copy(kv->data, kv->block_bytes, layer_bytes(kv), kv->args.n_layers, &pairs, b->stream);
+        int r = launch_kv_copy(kv->data, kv->block_bytes, layer_bytes(kv), kv->args.n_layers,
+                               &pairs, b->stream);
         cuda_ok(b, (cudaError_t)r, "kv_copy");
     }
 }
@@ -100,8 +113,9 @@ void cuda_kv_save(struct backend *base, struct kv_cache *kv, int32_t block, void
 {
     struct cuda_backend *b = cuda_of(base);
     if (b->failed) return;
-    cudaError_t r = cudaMemcpy2DAsync(host, kv->block_bytes, kv->data + (size_t)block * kv->block_bytes, layer_bytes(kv),
-                                      kv->block_bytes, (size_t)kv->args.n_layers, cudaMemcpyDeviceToHost, b->stream);
+    cudaError_t r = cudaMemcpy2DAsync(
+        host, kv->block_bytes, kv->data + (size_t)block * kv->block_bytes, layer_bytes(kv),
+        kv->block_bytes, (size_t)kv->args.n_layers, cudaMemcpyDeviceToHost, b->stream);
     cuda_ok(b, r, "kv_save");
 }
 
@@ -109,8 +123,9 @@ void cuda_kv_load(struct backend *base, struct kv_cache *kv, int32_t block, cons
 {
     struct cuda_backend *b = cuda_of(base);
     if (b->failed) return;
-    cudaError_t r = cudaMemcpy2DAsync(kv->data + (size_t)block * kv->block_bytes, layer_bytes(kv), host, kv->block_bytes,
-                                      kv->block_bytes, (size_t)kv->args.n_layers, cudaMemcpyHostToDevice, b->stream);
+    cudaError_t r = cudaMemcpy2DAsync(kv->data + (size_t)block * kv->block_bytes, layer_bytes(kv),
+                                      host, kv->block_bytes, kv->block_bytes,
+                                      (size_t)kv->args.n_layers, cudaMemcpyHostToDevice, b->stream);
     cuda_ok(b, r, "kv_load");
 }
 
@@ -167,5 +182,6 @@ void cuda_attend(struct backend *base, struct tensor out, struct tensor qkv, str
     for (int q = 0; q < batch->n_seqs && !call.tiles_only; q++)
         any_decode |= (batch->seq_start[q + 1] - batch->seq_start[q]) * args->group <= DECODE_ROWS;
     if (any_decode) cuda_ok(b, (cudaError_t)launch_decode(&call, b->stream), "decode attention");
-    if (call.n_tiles) cuda_ok(b, (cudaError_t)launch_prefill(&call, b->stream), "prefill attention");
+    if (call.n_tiles)
+        cuda_ok(b, (cudaError_t)launch_prefill(&call, b->stream), "prefill attention");
 }

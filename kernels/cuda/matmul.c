@@ -13,7 +13,10 @@
 enum { EXPAND_ROWS_MIN = 65 };
 static const size_t SCRATCH_BYTES = (size_t)64 << 20;
 
-static bool use_library(const struct cuda_backend *b) { return b->lt && !b->options.deterministic; }
+static bool use_library(const struct cuda_backend *b)
+{
+    return b->lt && !b->options.deterministic;
+}
 
 static enum dtype code_type(enum weight_format f)
 {
@@ -27,7 +30,8 @@ static size_t scratch_row_bytes(const struct weight *w)
     return w->format == WEIGHT_F16 ? raw + half : raw;
 }
 
-static struct gemm gemm_of(const struct weight *w, enum dtype type, enum dtype out_type, int64_t rows)
+static struct gemm gemm_of(const struct weight *w, enum dtype type, enum dtype out_type,
+                           int64_t rows)
 {
     return (struct gemm){.n_out = w->n_out,
                          .n_in = type == DTYPE_BF16 ? w->n_in : w->n_in_padded,
@@ -79,16 +83,19 @@ enum err cuda_matmul_prepare(struct cuda_backend *b, struct weight *w)
         TRY(cuda_reserve(b, (void **)&b->x_scales, &scales, tokens * sizeof(float)));
     }
     if (w->format == WEIGHT_BF16 && use_library(b)) prepare_direct(b, w, DTYPE_BF16);
-    if (w->format == WEIGHT_FP8 && w->n_out == w->n_out_padded) prepare_direct(b, w, DTYPE_FP8_E4M3);
+    if (w->format == WEIGHT_FP8 && w->n_out == w->n_out_padded)
+        prepare_direct(b, w, DTYPE_FP8_E4M3);
     bool raw = w->format == WEIGHT_F16 || w->format == WEIGHT_INT8 || w->format == WEIGHT_FP8;
     if (raw) {
         enum dtype type = w->format == WEIGHT_F16 ? DTYPE_F16 : codes;
         struct gemm g = raw_of(w, type, (int64_t)tokens);
         if (!lt_prepare(b->lt, &g))
-            FAIL(ERR_UNSUPPORTED, "cuBLASLt has no kernel for a %s weight of %lld x %lld", dtype_name(type),
-                 (long long)w->n_out, (long long)w->n_in);
+            FAIL(ERR_UNSUPPORTED, "cuBLASLt has no kernel for a %s weight of %lld x %lld",
+                 dtype_name(type), (long long)w->n_out, (long long)w->n_in);
         size_t row = scratch_row_bytes(w);
-        scratch = row * tokens < SCRATCH_BYTES ? row * tokens : row * 16 > SCRATCH_BYTES ? row * 16 : SCRATCH_BYTES;
+        scratch = row * tokens < SCRATCH_BYTES ? row * tokens
+                  : row * 16 > SCRATCH_BYTES   ? row * 16
+                                               : SCRATCH_BYTES;
     }
     if (w->format == WEIGHT_INT4 && use_library(b)) {
         scratch = (size_t)(w->n_out * w->n_in_padded) * 2;
@@ -97,13 +104,16 @@ enum err cuda_matmul_prepare(struct cuda_backend *b, struct weight *w)
     return cuda_reserve(b, &b->scratch, &b->scratch_bytes, scratch);
 }
 
-static int64_t code_stride(int64_t cols) { return (cols + 31) / 32 * 32; }
+static int64_t code_stride(int64_t cols)
+{
+    return (cols + 31) / 32 * 32;
+}
 
 struct quantize_to cuda_quantize_target(struct cuda_backend *b, struct tensor out)
 {
     int64_t stride = code_stride(out.cols);
-    if (b->quantize_type == DTYPE_F32 || out.dtype != DTYPE_BF16 || out.rows > b->options.n_tokens_max ||
-        (size_t)(out.rows * stride) > b->x_8_bytes)
+    if (b->quantize_type == DTYPE_F32 || out.dtype != DTYPE_BF16 ||
+        out.rows > b->options.n_tokens_max || (size_t)(out.rows * stride) > b->x_8_bytes)
         return (struct quantize_to){0};
     b->quantized.of = out.data;
     b->quantized.rows = out.rows;
@@ -119,7 +129,8 @@ void cuda_written(struct cuda_backend *b, struct tensor out)
 /* Codes of x, from the operation before or made now. */
 static bool codes_ready(struct cuda_backend *b, struct tensor x)
 {
-    if (b->quantized.of == x.data && b->quantized.cols == x.cols && b->quantized.rows >= x.rows) return true;
+    if (b->quantized.of == x.data && b->quantized.cols == x.cols && b->quantized.rows >= x.rows)
+        return true;
     struct quantize_to to = cuda_quantize_target(b, x);
     ASSERT(to.data != NULL);
     return cuda_ok(b, (cudaError_t)launch_quantize(x, to, b->stream), "quantize");
@@ -133,7 +144,8 @@ static struct tensor rows_of(struct tensor t, int64_t first, int64_t n)
 }
 
 /* Raw products in scratch, a slice of rows at a time, then scales and bias. */
-static void matmul_raw(struct cuda_backend *b, struct tensor out, struct tensor x, const struct weight *w)
+static void matmul_raw(struct cuda_backend *b, struct tensor out, struct tensor x,
+                       const struct weight *w)
 {
     enum dtype type = w->format == WEIGHT_F16 ? DTYPE_F16 : code_type(w->format);
     int64_t rows_max = (int64_t)(b->scratch_bytes / scratch_row_bytes(w));
@@ -151,14 +163,16 @@ static void matmul_raw(struct cuda_backend *b, struct tensor out, struct tensor 
             g.x = (uint8_t *)b->x_8 + first * w->n_in_padded;
         }
         if (!cuda_ok(b, lt_matmul(b->lt, &g), "matmul")) return;
-        struct raw_product raw = {b->scratch, g.out_type, g.out_stride, type == DTYPE_F16 ? NULL : b->x_scales + first,
-                                  w->scales, w->bias};
+        struct raw_product raw = {b->scratch,   g.out_type,
+                                  g.out_stride, type == DTYPE_F16 ? NULL : b->x_scales + first,
+                                  w->scales,    w->bias};
         int r = launch_rescale(rows_of(out, first, n), &raw, b->stream);
         cuda_ok(b, (cudaError_t)r, "scaling a product");
     }
 }
 
-static void matmul_fp8(struct cuda_backend *b, struct tensor out, struct tensor x, const struct weight *w)
+static void matmul_fp8(struct cuda_backend *b, struct tensor out, struct tensor x,
+                       const struct weight *w)
 {
     if (!codes_ready(b, x)) return;
     struct gemm g = gemm_of(w, DTYPE_FP8_E4M3, out.dtype, x.rows);
@@ -175,8 +189,8 @@ static void matmul_fp8(struct cuda_backend *b, struct tensor out, struct tensor 
 /* The library wants rows that begin at 16 bytes; views that do not go through own tiles. */
 static bool library_can(struct tensor out, struct tensor x)
 {
-    return x.stride % 8 == 0 && (uintptr_t)x.data % 16 == 0 && out.stride * (int64_t)dtype_bytes(out.dtype) % 16 == 0 &&
-           (uintptr_t)out.data % 16 == 0;
+    return x.stride % 8 == 0 && (uintptr_t)x.data % 16 == 0 &&
+           out.stride * (int64_t)dtype_bytes(out.dtype) % 16 == 0 && (uintptr_t)out.data % 16 == 0;
 }
 
 static struct gemm_call own_call(struct tensor out, struct tensor x, const struct weight *w)
@@ -189,8 +203,8 @@ static struct gemm_call own_call(struct tensor out, struct tensor x, const struc
                               .n_in_padded = w->n_in_padded};
 }
 
-static void matmul_bf16(struct cuda_backend *b, struct tensor out, struct tensor x, const struct weight *w,
-                        const void *data)
+static void matmul_bf16(struct cuda_backend *b, struct tensor out, struct tensor x,
+                        const struct weight *w, const void *data)
 {
     if (use_library(b) && library_can(out, x) && w->library) {
         struct gemm g = gemm_of(w, DTYPE_BF16, out.dtype, x.rows);
@@ -209,16 +223,19 @@ static void matmul_bf16(struct cuda_backend *b, struct tensor out, struct tensor
     cuda_ok(b, (cudaError_t)launch_gemm(&call, b->stream), "matmul");
 }
 
-static void matmul_int4(struct cuda_backend *b, struct tensor out, struct tensor x, const struct weight *w)
+static void matmul_int4(struct cuda_backend *b, struct tensor out, struct tensor x,
+                        const struct weight *w)
 {
     struct gemm_call call = own_call(out, x, w);
-    bool fixed = b->options.deterministic; /* one order of sums whatever the rows: the tiles alone */
+    bool fixed =
+        b->options.deterministic; /* one order of sums whatever the rows: the tiles alone */
     if (x.rows <= GEMV_ROWS_MAX && !fixed) {
         cuda_ok(b, (cudaError_t)launch_gemv_int4(&call, b->stream), "matmul");
     } else if (x.rows < EXPAND_ROWS_MIN || !use_library(b)) {
         cuda_ok(b, (cudaError_t)launch_gemm_int4(&call, b->stream), "matmul");
     } else {
-        int r = launch_int4_expand(b->scratch, w->data, w->scales_16, w->n_out, w->n_in_padded, b->stream);
+        int r = launch_int4_expand(b->scratch, w->data, w->scales_16, w->n_out, w->n_in_padded,
+                                   b->stream);
         if (cuda_ok(b, (cudaError_t)r, "expanding a weight")) matmul_bf16(b, out, x, w, b->scratch);
     }
 }
@@ -233,14 +250,19 @@ void cuda_matmul(struct backend *base, struct tensor out, struct tensor x, const
     ASSERT_CMP(x.rows, <=, b->options.n_tokens_max);
     if (b->failed || !x.rows || !w->n_out) return;
     switch (w->n_in ? w->format : WEIGHT_BF16) { /* without inputs only the bias is left */
-    case WEIGHT_BF16: matmul_bf16(b, out, x, w, w->data); break;
-    case WEIGHT_INT4: matmul_int4(b, out, x, w); break;
+    case WEIGHT_BF16:
+        matmul_bf16(b, out, x, w, w->data);
+        break;
+    case WEIGHT_INT4:
+        matmul_int4(b, out, x, w);
+        break;
     case WEIGHT_FP8:
         if (w->library && library_can(out, out)) {
             matmul_fp8(b, out, x, w);
             break;
         } /* fall through */
-    default: matmul_raw(b, out, x, w);
+    default:
+        matmul_raw(b, out, x, w);
     }
     cuda_written(b, out);
 }

@@ -43,7 +43,9 @@ uint16_t pack_f16(float v)
 float unpack_f16(uint16_t v)
 {
     uint32_t e = v >> 10 & 31, m = v & 1023;
-    float r = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf((float)(1024 + m), (int)e - 25) : ldexpf((float)m, -24);
+    float r = e == 31 ? (m ? NAN : INFINITY)
+              : e     ? ldexpf((float)(1024 + m), (int)e - 25)
+                      : ldexpf((float)m, -24);
     return v & 0x8000 ? -r : r;
 }
 
@@ -78,24 +80,30 @@ void pack_row_read(const struct matrix_view *view, int64_t r, float *out)
         memset(out, 0, (size_t)view->cols * sizeof *out);
         return;
     }
-    for (int64_t c = 0; c < view->cols; c++) out[c] = element(view, r * view->row_stride + c * view->col_stride);
+    for (int64_t c = 0; c < view->cols; c++)
+        out[c] = element(view, r * view->row_stride + c * view->col_stride);
 }
 
 static float largest(const float *row, int64_t n)
 {
     float most = 0;
-    for (int64_t i = 0; i < n; i++) most = fmaxf(most, fabsf(row[i]));
+    for (int64_t i = 0; i < n; i++)
+        most = fmaxf(most, fabsf(row[i]));
     return most;
 }
 
 /* A row too small for its scale to have an inverse becomes zeros. */
-static float inverse_of(float scale) { return scale >= 1e-36f ? 1.0f / scale : 0.0f; }
+static float inverse_of(float scale)
+{
+    return scale >= 1e-36f ? 1.0f / scale : 0.0f;
+}
 
 float pack_row_int8(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes)
 {
     float scale = largest(row, n_in) / 127.0f, inverse = inverse_of(scale);
     memset(codes, 0, (size_t)n_in_padded);
-    for (int64_t i = 0; i < n_in; i++) codes[i] = (uint8_t)(int8_t)nearbyintf(row[i] * inverse);
+    for (int64_t i = 0; i < n_in; i++)
+        codes[i] = (uint8_t)(int8_t)nearbyintf(row[i] * inverse);
     return scale;
 }
 
@@ -103,11 +111,15 @@ float pack_row_fp8(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t 
 {
     float scale = largest(row, n_in) / 448.0f, inverse = inverse_of(scale);
     memset(codes, 0, (size_t)n_in_padded);
-    for (int64_t i = 0; i < n_in; i++) codes[i] = pack_fp8(row[i] * inverse);
+    for (int64_t i = 0; i < n_in; i++)
+        codes[i] = pack_fp8(row[i] * inverse);
     return scale;
 }
 
-static float round_code(float v) { return fmaxf(-8.0f, fminf(7.0f, nearbyintf(v))); }
+static float round_code(float v)
+{
+    return fmaxf(-8.0f, fminf(7.0f, nearbyintf(v)));
+}
 
 /* The f16 scale whose codes -8 .. 7 come closest: from the one that lays the largest value on -8,
  * down to one that clips it by a third. */
@@ -130,7 +142,8 @@ static uint16_t group_scale(const float *group, int64_t n)
     return best;
 }
 
-void pack_row_int4(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes, uint16_t *scales)
+void pack_row_int4(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes,
+                   uint16_t *scales)
 {
     memset(codes, 0x88, (size_t)n_in_padded / 2);
     for (int64_t g = 0; g * GROUP < n_in_padded; g++) {
@@ -139,7 +152,8 @@ void pack_row_int4(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t 
         float scale = unpack_f16(scales[g]);
         for (int64_t i = g * GROUP; i < g * GROUP + n && scale != 0; i++) {
             uint8_t code = (uint8_t)((int)round_code(row[i] / scale) + 8);
-            codes[i / 2] = i % 2 ? (uint8_t)((codes[i / 2] & 0x0f) | code << 4) : (uint8_t)((codes[i / 2] & 0xf0) | code);
+            codes[i / 2] = i % 2 ? (uint8_t)((codes[i / 2] & 0x0f) | code << 4)
+                                 : (uint8_t)((codes[i / 2] & 0xf0) | code);
         }
     }
 }

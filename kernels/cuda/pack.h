@@ -12,4 +12,5 @@ void pack_row_read(const struct matrix_view *view, int64_t r, float *out);
 float pack_row_int8(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes);
 float pack_row_fp8(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes);
 /* Two codes to a byte, low half first, code 8 = 0; an f16 scale for each 128 inputs. */
-void pack_row_int4(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes, uint16_t *scales);
+void pack_row_int4(const float *row, int64_t n_in, int64_t n_in_padded, uint8_t *codes,
+                   uint16_t *scales);

@@ -110,7 +110,7 @@ static __device__ __forceinline__ void rows_write(const struct attend_call &c, c
 }
 
 template <int DIM, bool EIGHT>
-static __global__ void __launch_bounds__(128) prefill_kernel(struct attend_call c)
+static __global__ void __launch_bounds__(128, 1) prefill_kernel(struct attend_call c)
 {
     typedef prefill_shape<DIM> shape;
     struct prefill_work w;

@@ -2,7 +2,8 @@
  *
  * Penalties look at whole histories; here each token of a history is counted once, so the device
  * receives one edit a token. Long lists of bans travel as one bit a token. When a step's edits do
- * not fit its pinned memory, the rows so far are sampled, waited for, and the memory is used again. */
+ * not fit its pinned memory, the rows so far are sampled, waited for, and the memory is used again.
+ */
 #include "kernels/cuda/cuda.h"
 
 #include <string.h>
@@ -29,7 +30,8 @@ static void edit_add(struct edit_writer *w, struct sample_edit edit)
 
 static bool has_penalties(const struct sample_row *row)
 {
-    return row->repetition_penalty != 1.0f || row->presence_penalty != 0.0f || row->frequency_penalty != 0.0f;
+    return row->repetition_penalty != 1.0f || row->presence_penalty != 0.0f ||
+           row->frequency_penalty != 0.0f;
 }
 
 /* One edit for each token counted, and its count back to zero. */
@@ -38,7 +40,8 @@ static void counted_add(struct edit_writer *w, const int32_t *tokens, int32_t n,
     for (int32_t i = 0; i < n; i++) {
         if (!in_vocab(w, tokens[i]) || !count[tokens[i]]) continue;
         int32_t n_output = count[tokens[i]] & (SEEN_IN_PROMPT - 1);
-        edit_add(w, (struct sample_edit){.token = tokens[i], .n_output = n_output, .kind = EDIT_PENALTY});
+        edit_add(w, (struct sample_edit){
+                        .token = tokens[i], .n_output = n_output, .kind = EDIT_PENALTY});
         count[tokens[i]] = 0;
     }
 }
@@ -54,7 +57,10 @@ static void penalties_add(struct edit_writer *w, const struct sample_row *row, i
     counted_add(w, row->output_tokens, row->n_output_tokens, count);
 }
 
-static int32_t mask_units(int64_t vocab) { return (int32_t)((vocab + UNIT * 8 - 1) / (UNIT * 8)); }
+static int32_t mask_units(int64_t vocab)
+{
+    return (int32_t)((vocab + UNIT * 8 - 1) / (UNIT * 8));
+}
 
 /* Returns where the mask begins. */
 static int32_t mask_add(struct edit_writer *w, const struct sample_row *row)
@@ -64,12 +70,14 @@ static int32_t mask_add(struct edit_writer *w, const struct sample_row *row)
     ASSERT_CMP(at + units, <=, w->room);
     memset(mask, 0, (size_t)units * UNIT);
     for (int32_t i = 0; i < row->n_banned; i++)
-        if (in_vocab(w, row->banned_tokens[i])) mask[row->banned_tokens[i] / 32] |= 1u << (row->banned_tokens[i] % 32);
+        if (in_vocab(w, row->banned_tokens[i]))
+            mask[row->banned_tokens[i] / 32] |= 1u << (row->banned_tokens[i] % 32);
     w->used += units;
     return at;
 }
 
-static void task_write(struct sample_task *t, const struct sample_row *row, struct edit_writer *w, int32_t *count)
+static void task_write(struct sample_task *t, const struct sample_row *row, struct edit_writer *w,
+                       int32_t *count)
 {
     *t = (struct sample_task){.slot = row->slot,
                               .top_k = row->top_k,
@@ -89,7 +97,8 @@ static void task_write(struct sample_task *t, const struct sample_row *row, stru
     t->edits[EDIT_BIAS] = w->used;
     for (int32_t i = 0; i < row->n_bias && i < w->vocab; i++)
         if (in_vocab(w, row->bias_tokens[i]))
-            edit_add(w, (struct sample_edit){row->bias_tokens[i], 0, row->bias_values[i], EDIT_BIAS});
+            edit_add(w,
+                     (struct sample_edit){row->bias_tokens[i], 0, row->bias_values[i], EDIT_BIAS});
     t->edits[EDIT_BAN] = w->used;
     bool few = row->n_banned <= mask_units(w->vocab);
     for (int32_t i = 0; few && i < row->n_banned; i++)
@@ -108,13 +117,15 @@ static int64_t row_units(const struct sample_row *row, int64_t vocab)
 }
 
 /* Writes tasks and edits for as many rows as fit; returns how many. */
-static int rows_write(struct cuda_backend *b, struct cuda_step *s, int64_t vocab, const struct sample_row *rows,
-                      int n_rows, size_t *out_edits_at)
+static int rows_write(struct cuda_backend *b, struct cuda_step *s, int64_t vocab,
+                      const struct sample_row *rows, int n_rows, size_t *out_edits_at)
 {
-    size_t tasks_at = s->edits_used, edits_at = (tasks_at + (size_t)n_rows * sizeof(struct sample_task) + 15) / 16 * 16;
+    size_t tasks_at = s->edits_used,
+           edits_at = (tasks_at + (size_t)n_rows * sizeof(struct sample_task) + 15) / 16 * 16;
     struct sample_task *tasks = (struct sample_task *)(s->edits + tasks_at);
     if (edits_at >= b->edit_bytes) return 0;
-    struct edit_writer w = {(struct sample_edit *)(s->edits + edits_at), 0, (int32_t)((b->edit_bytes - edits_at) / UNIT), vocab};
+    struct edit_writer w = {(struct sample_edit *)(s->edits + edits_at), 0,
+                            (int32_t)((b->edit_bytes - edits_at) / UNIT), vocab};
     int n = 0;
     for (; n < n_rows && w.used + row_units(&rows[n], vocab) <= w.room; n++)
         task_write(&tasks[n], &rows[n], &w, b->token_count);
@@ -124,23 +135,24 @@ static int rows_write(struct cuda_backend *b, struct cuda_step *s, int64_t vocab
     return n;
 }
 
-static void rows_sample(struct cuda_backend *b, struct cuda_step *s, struct tensor logits, int n, size_t tasks_at,
-                        size_t edits_at)
+static void rows_sample(struct cuda_backend *b, struct cuda_step *s, struct tensor logits, int n,
+                        size_t tasks_at, size_t edits_at)
 {
     size_t bytes = s->edits_used - tasks_at;
-    cudaError_t r = cudaMemcpyAsync(b->edits + tasks_at, s->edits + tasks_at, bytes, cudaMemcpyHostToDevice, b->stream);
+    cudaError_t r = cudaMemcpyAsync(b->edits + tasks_at, s->edits + tasks_at, bytes,
+                                    cudaMemcpyHostToDevice, b->stream);
     if (!cuda_ok(b, r, "the rows to sample")) return;
     r = (cudaError_t)launch_sample(logits, (const struct sample_task *)(b->edits + tasks_at),
-                                   (const struct sample_edit *)(b->edits + edits_at), n, b->results, b->feedback,
-                                   b->options.n_slots_max, b->stream);
+                                   (const struct sample_edit *)(b->edits + edits_at), n, b->results,
+                                   b->feedback, b->options.n_slots_max, b->stream);
     if (!cuda_ok(b, r, "sample")) return;
-    r = cudaMemcpyAsync(s->results + s->n_results, b->results, (size_t)n * sizeof *b->results, cudaMemcpyDeviceToHost,
-                        b->stream);
+    r = cudaMemcpyAsync(s->results + s->n_results, b->results, (size_t)n * sizeof *b->results,
+                        cudaMemcpyDeviceToHost, b->stream);
     cuda_ok(b, r, "the tokens");
 }
 
-void cuda_sample(struct backend *base, struct tensor logits, const struct sample_row *rows, int n_rows,
-                 struct sample_result *results)
+void cuda_sample(struct backend *base, struct tensor logits, const struct sample_row *rows,
+                 int n_rows, struct sample_result *results)
 {
     struct cuda_backend *b = cuda_of(base);
     struct cuda_step *s = cuda_step_now(b);

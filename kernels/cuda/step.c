@@ -41,9 +41,10 @@ static enum err pinned(size_t bytes, void **out)
 enum err cuda_steps_open(struct cuda_backend *b)
 {
     const struct backend_options *o = &b->options;
-    size_t tokens = (size_t)o->n_tokens_max, slots = (size_t)o->n_slots_max, edits = (size_t)o->vocab_size * 40;
+    size_t tokens = (size_t)o->n_tokens_max, slots = (size_t)o->n_slots_max,
+           edits = (size_t)o->vocab_size * 40;
     b->tile_ints = 2 * (tokens * (GROUP_MAX / PREFILL_ROWS) + slots);
-    b->edit_bytes = edits + (4 << 20) + tokens * sizeof(struct sample_task);
+    b->edit_bytes = edits + (1 << 20) + tokens * sizeof(struct sample_task);
     TRY(cuda_alloc(b, (ints_max(b) + b->tile_ints) * sizeof(int32_t), (void **)&b->batch_ints));
     TRY(cuda_alloc(b, slots * sizeof(int32_t), (void **)&b->feedback));
     TRY(cuda_alloc(b, b->edit_bytes, (void **)&b->edits));
@@ -51,7 +52,8 @@ enum err cuda_steps_open(struct cuda_backend *b)
     TRY(mem_alloc_array((size_t)o->vocab_size, sizeof *b->token_count, (void **)&b->token_count));
     for (int i = 0; i < STEPS_IN_FLIGHT; i++) {
         struct cuda_step *s = &b->steps[i];
-        TRY(cuda_check(cudaEventCreateWithFlags(&s->done, cudaEventDisableTiming), "making an event"));
+        TRY(cuda_check(cudaEventCreateWithFlags(&s->done, cudaEventDisableTiming),
+                       "making an event"));
         TRY(pinned(b->edit_bytes, (void **)&s->edits));
         TRY(pinned(tokens * sizeof *s->results, (void **)&s->results));
     }
@@ -109,7 +111,8 @@ static void event_wait(struct cuda_backend *b, cudaEvent_t event)
         if (r != cudaErrorNotReady) {
             cuda_ok(b, r, "a step");
         } else if (waited > (int64_t)b->wait_ms_max * 1000) {
-            b->failed = err_set(ERR_DEVICE, "CUDA: a step did not end within %d ms", b->wait_ms_max);
+            b->failed =
+                err_set(ERR_DEVICE, "CUDA: a step did not end within %d ms", b->wait_ms_max);
             memcpy(b->why, err_detail(), strnlen(err_detail(), sizeof b->why - 1) + 1);
         } else if (waited > 100) {
             clock_sleep_us(20);
@@ -153,25 +156,28 @@ static void parts_put(struct cuda_step *s, const struct batch *batch, int32_t *n
     part_put(s, batch->token_slot, tokens);
     int32_t *seq_of = part_put(s, NULL, tokens);
     for (int q = 0; q < batch->n_seqs; q++)
-        for (int32_t t = batch->seq_start[q]; t < batch->seq_start[q + 1]; t++) seq_of[t] = q;
+        for (int32_t t = batch->seq_start[q]; t < batch->seq_start[q + 1]; t++)
+            seq_of[t] = q;
     part_put(s, batch->positions, tokens);
     part_put(s, batch->cache_slot, tokens);
     part_put(s, batch->seq_start, seqs + 1);
     part_put(s, batch->context_len, seqs);
     part_put(s, batch->rows_out, (size_t)batch->n_rows_out);
     part_put(s, batch->block_table, blocks);
-    const size_t sizes[STEP_PARTS] = {[STEP_IDS] = tokens,       [STEP_SLOTS] = tokens,
-                                      [STEP_SEQS] = tokens,      [STEP_POSITIONS] = tokens,
-                                      [STEP_CACHE_SLOTS] = tokens, [STEP_STARTS] = seqs + 1,
-                                      [STEP_LENS] = seqs,        [STEP_ROWS] = (size_t)batch->n_rows_out,
-                                      [STEP_BLOCKS] = blocks};
-    for (int p = 0; p < STEP_PARTS; p++) n[p] = (int32_t)sizes[p];
+    const size_t sizes[STEP_PARTS] = {
+        [STEP_IDS] = tokens,         [STEP_SLOTS] = tokens,
+        [STEP_SEQS] = tokens,        [STEP_POSITIONS] = tokens,
+        [STEP_CACHE_SLOTS] = tokens, [STEP_STARTS] = seqs + 1,
+        [STEP_LENS] = seqs,          [STEP_ROWS] = (size_t)batch->n_rows_out,
+        [STEP_BLOCKS] = blocks};
+    for (int p = 0; p < STEP_PARTS; p++)
+        n[p] = (int32_t)sizes[p];
 }
 
 /* A sequence's last tile sees the most keys and goes first, so that the last to run are short.
  * Returns the integers written; *out_long: some sequence in them has more than one token. */
-static size_t tiles_list(const struct cuda_backend *b, const struct batch *batch, int group, int32_t *tiles, size_t room,
-                         bool *out_long)
+static size_t tiles_list(const struct cuda_backend *b, const struct batch *batch, int group,
+                         int32_t *tiles, size_t room, bool *out_long)
 {
     size_t n = 0;
     *out_long = false;
@@ -206,7 +212,8 @@ void cuda_tiles_prepare(struct cuda_backend *b, const struct batch *batch, int g
         return;
     }
     cudaStream_t stream = b->capturing ? b->side : b->stream;
-    cudaError_t r = cudaMemcpyAsync(b->batch.tiles, tiles, n * sizeof *tiles, cudaMemcpyHostToDevice, stream);
+    cudaError_t r =
+        cudaMemcpyAsync(b->batch.tiles, tiles, n * sizeof *tiles, cudaMemcpyHostToDevice, stream);
     if (r == cudaSuccess && b->capturing) r = cudaStreamSynchronize(stream);
     cuda_ok(b, r, "the tiles");
 }
@@ -223,15 +230,17 @@ void cuda_batch_begin(struct backend *base, const struct batch *batch)
     ASSERT_CMP(batch->n_seqs, <=, b->options.n_slots_max);
     ASSERT_CMP(batch->n_rows_out, <=, b->options.n_tokens_max);
     ASSERT_CMP((size_t)batch->n_seqs * (size_t)batch->blocks_per_seq_max, <=, b->table_ints);
-    struct prep_call call = {.landing = b->landing,
-                             .shape = {batch->n_tokens, batch->n_seqs, batch->n_rows_out, batch->blocks_per_seq_max},
-                             .batch = b->batch,
-                             .feedback = b->feedback,
-                             .n_slots = b->options.n_slots_max};
+    struct prep_call call = {
+        .landing = b->landing,
+        .shape = {batch->n_tokens, batch->n_seqs, batch->n_rows_out, batch->blocks_per_seq_max},
+        .batch = b->batch,
+        .feedback = b->feedback,
+        .n_slots = b->options.n_slots_max};
     size_t first = s->staging_ints;
     parts_put(s, batch, call.part_ints);
     size_t bytes = (s->staging_ints - first) * sizeof(int32_t);
-    cudaError_t r = cudaMemcpyAsync(b->landing, s->staging + first, bytes, cudaMemcpyHostToDevice, b->stream);
+    cudaError_t r =
+        cudaMemcpyAsync(b->landing, s->staging + first, bytes, cudaMemcpyHostToDevice, b->stream);
     if (!cuda_ok(b, r, "the batch")) return;
     cuda_ok(b, (cudaError_t)launch_prep(&call, b->stream), "preparing the step");
     cuda_tiles_prepare(b, batch, b->group_last); /* before a graph that will need them */
@@ -242,7 +251,9 @@ void cuda_feed(struct backend *base, int32_t slot, int32_t token)
     struct cuda_backend *b = cuda_of(base);
     ASSERT_CMP(slot, >=, 0);
     ASSERT_CMP(slot, <, b->options.n_slots_max);
-    if (!b->failed) cuda_ok(b, (cudaError_t)launch_feed(b->feedback, slot, token, b->stream), "feeding a token");
+    if (!b->failed)
+        cuda_ok(b, (cudaError_t)launch_feed(b->feedback, slot, token, b->stream),
+                "feeding a token");
 }
 
 uint64_t cuda_step_end(struct backend *base)

@@ -9,27 +9,37 @@ enum { CHUNK_BYTES = 8 << 20, K_PAD = 32 };
 
 static enum err format_resolve(const struct cuda_backend *b, enum weight_format *format)
 {
-    static const char *const names[WEIGHT_FORMAT_COUNT] = {"auto", "f32", "f16", "bf16", "int8", "int4", "fp8"};
+    static const char *const names[WEIGHT_FORMAT_COUNT] = {"auto", "f32",  "f16", "bf16",
+                                                           "int8", "int4", "fp8"};
     if (*format == WEIGHT_AUTO) *format = WEIGHT_BF16; /* what the activations are in */
     bool need_library = *format == WEIGHT_F16 || *format == WEIGHT_INT8 || *format == WEIGHT_FP8;
-    if (*format == WEIGHT_F32) FAIL(ERR_UNSUPPORTED, "weights in f32 are not supported on CUDA: bf16, f16, int8, int4, fp8");
+    if (*format == WEIGHT_F32)
+        FAIL(ERR_UNSUPPORTED,
+             "weights in f32 are not supported on CUDA: bf16, f16, int8, int4, fp8");
     if (*format == WEIGHT_FP8 && b->capability < 90)
         FAIL(ERR_UNSUPPORTED, "weights in fp8 need sm_90, this GPU is sm_%d", b->capability);
     if (need_library && !b->lt)
-        FAIL(ERR_UNSUPPORTED, "weights in %s need cuBLASLt, which could not be opened", names[*format]);
+        FAIL(ERR_UNSUPPORTED, "weights in %s need cuBLASLt, which could not be opened",
+             names[*format]);
     return OK;
 }
 
-static int64_t bits_of(enum weight_format f) { return f == WEIGHT_INT4 ? 4 : f == WEIGHT_INT8 || f == WEIGHT_FP8 ? 8 : 16; }
+static int64_t bits_of(enum weight_format f)
+{
+    return f == WEIGHT_INT4 ? 4 : f == WEIGHT_INT8 || f == WEIGHT_FP8 ? 8 : 16;
+}
 
-static int64_t row_bytes(const struct weight *w) { return w->n_in_padded * bits_of(w->format) / 8; }
+static int64_t row_bytes(const struct weight *w)
+{
+    return w->n_in_padded * bits_of(w->format) / 8;
+}
 
 /* One chunk of rows on its way to the device. */
 struct chunk {
-    float *row;       /* [n_in] */
-    uint8_t *data;    /* [rows_max][row_bytes] */
-    float *scales;    /* [rows_max] */
-    uint16_t *groups; /* [rows_max][n_in_padded / 128] */
+    float *row;                 /* [n_in] */
+    uint8_t *data;              /* [rows_max][row_bytes] */
+    float *scales;              /* [rows_max] */
+    uint16_t *groups;           /* [rows_max][n_in_padded / 128] */
     int64_t rows_max, n, first; /* rows in it, and the first one's index in the weight */
 };
 
@@ -38,28 +48,40 @@ static void row_pack(const struct weight *w, struct chunk *c)
     uint8_t *to = c->data + c->n * row_bytes(w);
     uint16_t *half = (uint16_t *)to;
     switch (w->format) {
-    case WEIGHT_INT8: c->scales[c->n] = pack_row_int8(c->row, w->n_in, w->n_in_padded, to); break;
-    case WEIGHT_FP8: c->scales[c->n] = pack_row_fp8(c->row, w->n_in, w->n_in_padded, to); break;
-    case WEIGHT_INT4: pack_row_int4(c->row, w->n_in, w->n_in_padded, to, c->groups + c->n * (w->n_in_padded / INT4_GROUP)); break;
+    case WEIGHT_INT8:
+        c->scales[c->n] = pack_row_int8(c->row, w->n_in, w->n_in_padded, to);
+        break;
+    case WEIGHT_FP8:
+        c->scales[c->n] = pack_row_fp8(c->row, w->n_in, w->n_in_padded, to);
+        break;
+    case WEIGHT_INT4:
+        pack_row_int4(c->row, w->n_in, w->n_in_padded, to,
+                      c->groups + c->n * (w->n_in_padded / INT4_GROUP));
+        break;
     default:
         memset(to, 0, (size_t)row_bytes(w));
-        for (int64_t i = 0; i < w->n_in; i++) half[i] = w->format == WEIGHT_F16 ? pack_f16(c->row[i]) : pack_bf16(c->row[i]);
+        for (int64_t i = 0; i < w->n_in; i++)
+            half[i] = w->format == WEIGHT_F16 ? pack_f16(c->row[i]) : pack_bf16(c->row[i]);
     }
 }
 
 static enum err send(struct cuda_backend *b, void *to, const void *from, size_t bytes)
 {
-    TRY(cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, b->stream), "uploading a weight"));
+    TRY(cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, b->stream),
+                   "uploading a weight"));
     return cuda_check(cudaStreamSynchronize(b->stream), "uploading a weight");
 }
 
 static enum err chunk_send(struct cuda_backend *b, const struct weight *w, struct chunk *c)
 {
     size_t rows = (size_t)c->n, groups = (size_t)(w->n_in_padded / INT4_GROUP);
-    if (rows) TRY(send(b, (uint8_t *)w->data + c->first * row_bytes(w), c->data, rows * (size_t)row_bytes(w)));
+    if (rows)
+        TRY(send(b, (uint8_t *)w->data + c->first * row_bytes(w), c->data,
+                 rows * (size_t)row_bytes(w)));
     if (rows && w->scales) TRY(send(b, w->scales + c->first, c->scales, rows * sizeof(float)));
     if (rows && w->scales_16)
-        TRY(send(b, (uint16_t *)w->scales_16 + (size_t)c->first * groups, c->groups, rows * groups * sizeof(uint16_t)));
+        TRY(send(b, (uint16_t *)w->scales_16 + (size_t)c->first * groups, c->groups,
+                 rows * groups * sizeof(uint16_t)));
     c->first += c->n;
     c->n = 0;
     return OK;
@@ -68,12 +90,14 @@ static enum err chunk_send(struct cuda_backend *b, const struct weight *w, struc
 /* A row that is already as the device wants it needs no detour over F32. */
 static bool row_is_ready(const struct weight *w, const struct matrix_view *v)
 {
-    enum dtype same = w->format == WEIGHT_BF16 ? DTYPE_BF16 : w->format == WEIGHT_F16 ? DTYPE_F16 : DTYPE_COUNT;
+    enum dtype same = w->format == WEIGHT_BF16  ? DTYPE_BF16
+                      : w->format == WEIGHT_F16 ? DTYPE_F16
+                                                : DTYPE_COUNT;
     return v->data && v->dtype == same && v->col_stride == 1;
 }
 
-static enum err parts_send(struct cuda_backend *b, const struct weight *w, const struct matrix_view *parts, int n_parts,
-                           struct chunk *c)
+static enum err parts_send(struct cuda_backend *b, const struct weight *w,
+                           const struct matrix_view *parts, int n_parts, struct chunk *c)
 {
     for (int p = 0; p < n_parts; p++) {
         const struct matrix_view *v = &parts[p];
@@ -93,7 +117,8 @@ static enum err parts_send(struct cuda_backend *b, const struct weight *w, const
     return chunk_send(b, w, c);
 }
 
-static enum err weight_fill(struct cuda_backend *b, const struct weight *w, const struct matrix_view *parts, int n_parts)
+static enum err weight_fill(struct cuda_backend *b, const struct weight *w,
+                            const struct matrix_view *parts, int n_parts)
 {
     struct chunk c = {.rows_max = CHUNK_BYTES / (row_bytes(w) ? row_bytes(w) : 1)};
     enum err e = OK;
@@ -119,7 +144,8 @@ static enum err bias_fill(struct cuda_backend *b, struct weight *w, const float 
     TRY(cuda_alloc(b, n * 2, &w->bias_16));
     TRY(send(b, w->bias, bias, n * 4));
     TRY(MEM_NEW_ARRAY(n, &half));
-    for (size_t i = 0; i < n; i++) half[i] = pack_bf16(bias[i]);
+    for (size_t i = 0; i < n; i++)
+        half[i] = pack_bf16(bias[i]);
     enum err e = send(b, w->bias_16, half, n * 2);
     mem_free(half);
     return e;
@@ -131,7 +157,8 @@ static enum err parts_check(const struct matrix_view *parts, int n_parts, struct
     for (int p = 0; p < n_parts; p++) {
         enum dtype t = parts[p].dtype;
         if (parts[p].cols != w->n_in || parts[p].rows < 0)
-            FAIL(ERR_INVALID, "matrix %d of a stacked weight is %lld x %lld, the first has %lld columns", p,
+            FAIL(ERR_INVALID,
+                 "matrix %d of a stacked weight is %lld x %lld, the first has %lld columns", p,
                  (long long)parts[p].rows, (long long)parts[p].cols, (long long)w->n_in);
         if (t != DTYPE_F32 && t != DTYPE_F16 && t != DTYPE_BF16)
             FAIL(ERR_UNSUPPORTED, "a weight of type %s cannot be packed", dtype_name(t));
@@ -144,7 +171,8 @@ static enum err weight_alloc(struct cuda_backend *b, struct weight *w)
 {
     int64_t pad = w->format == WEIGHT_INT4 ? INT4_GROUP : K_PAD;
     w->n_in_padded = (w->n_in + pad - 1) / pad * pad;
-    w->n_out_padded = w->format == WEIGHT_BF16 || w->format == WEIGHT_INT4 ? w->n_out : (w->n_out + 15) / 16 * 16;
+    w->n_out_padded =
+        w->format == WEIGHT_BF16 || w->format == WEIGHT_INT4 ? w->n_out : (w->n_out + 15) / 16 * 16;
     w->bytes = (size_t)(w->n_out_padded * row_bytes(w));
     TRY(cuda_alloc(b, w->bytes, &w->data));
     if (bits_of(w->format) == 8) {
@@ -159,8 +187,8 @@ static enum err weight_alloc(struct cuda_backend *b, struct weight *w)
     return OK;
 }
 
-enum err cuda_weight_create(struct backend *base, const struct matrix_view *parts, int n_parts, const float *bias,
-                            enum weight_format format, struct weight **out)
+enum err cuda_weight_create(struct backend *base, const struct matrix_view *parts, int n_parts,
+                            const float *bias, enum weight_format format, struct weight **out)
 {
     struct cuda_backend *b = cuda_of(base);
     struct weight *w;
@@ -215,4 +243,7 @@ void cuda_weight_destroy(struct backend *base, struct weight *w)
     mem_free(w);
 }
 
-size_t cuda_weight_bytes(const struct weight *w) { return w->bytes; }
+size_t cuda_weight_bytes(const struct weight *w)
+{
+    return w->bytes;
+}

@@ -136,6 +136,10 @@ def refusals():
         assert "response_format" in str(e)
 
 
+def held_blocks():
+    return [s for s in server.get("/metrics")[1].splitlines() if s.startswith("heddle:kv_blocks{") and '"held"' in s][0]
+
+
 def leaving_frees_the_request():
     stream = client.completions.create(**greedy(max_tokens=200, stream=True, extra_body={"ignore_eos": True}))
     next(iter(stream))
@@ -144,8 +148,9 @@ def leaving_frees_the_request():
     while server.metric("vllm:num_requests_running") or server.metric("heddle:streams"):
         assert time.monotonic() < end, "the request goes on without its client"
         time.sleep(0.02)
-    held = [line for line in server.get("/metrics")[1].splitlines() if line.startswith("heddle:kv_blocks{") and '"held"' in line]
-    assert held and held[0].endswith(" 0"), held
+    while not held_blocks().endswith(" 0"):  # freed once the last plan that named them is acknowledged
+        assert time.monotonic() < end, held_blocks()
+        time.sleep(0.02)
 
 
 def many_at_once():
@@ -176,7 +181,7 @@ def drains_on_sigterm():
     got, done = [], []
 
     def long():
-        for chunk in client.completions.create(**greedy(max_tokens=150, stream=True, extra_body={"ignore_eos": True})):
+        for chunk in client.completions.create(**greedy(max_tokens=200, n=8, stream=True, extra_body={"ignore_eos": True})):
             got.append(chunk)
         done.append(True)
     t = threading.Thread(target=long)
@@ -185,17 +190,18 @@ def drains_on_sigterm():
         time.sleep(0.005)
     server.process.send_signal(signal.SIGTERM)
     status = []
-    for _ in range(100):
+    while not done:
         try:
             status.append((server.get("/health", 2)[0], server.get("/live", 2)[0]))
         except OSError:
             break
         if status[-1][0] == 503:
             break
-    t.join(30)
-    assert done and got[-1].choices[0].finish_reason == "length", "a request in flight was cut"
-    assert (503, 200) in status or len(got) >= 150, status
-    server.process.wait(20)
+    t.join(60)
+    finished = [c for c in got if c.choices and c.choices[0].finish_reason == "length"]
+    assert done and len(finished) == 8, "a request in flight was cut"
+    assert (503, 200) in status, status
+    server.process.wait(40)
     assert server.process.returncode == 0, server.output()
 
 

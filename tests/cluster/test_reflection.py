@@ -64,10 +64,26 @@ def health_client():
 
 
 def compressed_requests():
-    gzip = grpc.insecure_channel(f"127.0.0.1:{port}", compression=grpc.Compression.Gzip)
+    gzip = grpc.insecure_channel(f"127.0.0.1:{port}", compression=grpc.Compression.Gzip,
+                                 options=[("grpc.max_send_message_length", -1)])
     stub = health_pb2_grpc.HealthStub(gzip)
     assert stub.Check(health_pb2.HealthCheckRequest(service="heddle.v1.Heddle")).status == health_pb2.HealthCheckResponse.SERVING
+    # A small message that would become huge is refused, and the server does not grow by it.
+    before = memory_peak_mib()
+    raw = gzip.unary_unary("/grpc.health.v1.Health/Check")
+    for n in (32 << 20, 200 << 20):
+        try:
+            raw(b"\0" * n)
+            assert False, "a bomb was taken"
+        except grpc.RpcError as e:
+            assert e.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, e
+    assert memory_peak_mib() - before < 250, (before, memory_peak_mib())
     gzip.close()
+
+
+def memory_peak_mib():
+    with open(f"/proc/{server.process.pid}/status") as f:
+        return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) // 1024
 
 
 def c_client():

@@ -1,7 +1,7 @@
 /* What the tests of the CUDA backend share: the backend, tensors in its memory, random numbers.
  *
- * The backend comes from HEDDLE_PLUGIN_DIR: the emulated plugin in every test run, the real one on a
- * machine with a GPU. References are written in double beside each test. */
+ * The backend comes from HEDDLE_PLUGIN_DIR: the emulated plugin in every test run, the real one on
+ * a machine with a GPU. References are written in double beside each test. */
 #pragma once
 #include "kernels/backend.h"
 
@@ -18,8 +18,14 @@
 
 static struct rand gear_rand = {.key = 1};
 
-static inline float rand_float(float scale) { return (float)(rand_unit(&gear_rand) * 2 - 1) * scale; }
-static inline int rand_int(int low, int high) { return low + (int)rand_below(&gear_rand, (uint64_t)(high - low + 1)); }
+static inline float rand_float(float scale)
+{
+    return (float)(rand_unit(&gear_rand) * 2 - 1) * scale;
+}
+static inline int rand_int(int low, int high)
+{
+    return low + (int)rand_below(&gear_rand, (uint64_t)(high - low + 1));
+}
 
 static inline uint16_t bf16_of(float v)
 {
@@ -34,7 +40,10 @@ static inline float of_bf16(uint16_t v)
     memcpy(&f, &u, 4);
     return f;
 }
-static inline float rounded(float v) { return of_bf16(bf16_of(v)); }
+static inline float rounded(float v)
+{
+    return of_bf16(bf16_of(v));
+}
 
 static inline void must(enum err e)
 {
@@ -56,7 +65,11 @@ static inline struct backend *gear_open_with(const struct backend_options *optio
 }
 static inline struct backend_options gear_options(void)
 {
-    return (struct backend_options){.n_slots_max = 8, .n_tokens_max = 160, .n_rows_max = 16, .vocab_size = 6000, .numa_node = -1};
+    return (struct backend_options){.n_slots_max = 8,
+                                    .n_tokens_max = 160,
+                                    .n_rows_max = 16,
+                                    .vocab_size = 6000,
+                                    .numa_node = -1};
 }
 static inline struct backend *gear_open(void)
 {
@@ -75,7 +88,8 @@ struct both {
     struct tensor t;
 };
 
-static inline struct both both_new(struct backend *b, int64_t rows, int64_t cols, int64_t stride, enum dtype dtype)
+static inline struct both both_new(struct backend *b, int64_t rows, int64_t cols, int64_t stride,
+                                   enum dtype dtype)
 {
     struct both m = {take((size_t)(rows * cols) * 4), {NULL, dtype, rows, cols, stride}};
     must(b->ops->alloc(b, (size_t)(rows * stride) * dtype_bytes(dtype), &m.t.data));
@@ -85,21 +99,24 @@ static inline void both_send(struct backend *b, struct both *m)
 {
     size_t n = (size_t)(m->t.rows * m->t.stride), item = dtype_bytes(m->t.dtype);
     uint8_t *raw = take(n * item);
+    memset(raw, 0xff, n * item); /* NaN between the rows: nobody may read it */
     for (int64_t r = 0; r < m->t.rows; r++)
         for (int64_t c = 0; c < m->t.cols; c++) {
             float *v = &m->host[r * m->t.cols + c];
             uint16_t half = bf16_of(*v);
-            memcpy(raw + (size_t)(r * m->t.stride + c) * item, item == 2 ? (void *)&half : (void *)v, item);
+            memcpy(raw + (size_t)(r * m->t.stride + c) * item,
+                   item == 2 ? (void *)&half : (void *)v, item);
             if (item == 2) *v = of_bf16(half);
         }
     must(b->ops->upload(b, m->t.data, raw, n * item));
     mem_free(raw);
 }
-static inline struct both both_rand(struct backend *b, int64_t rows, int64_t cols, int64_t stride, enum dtype dtype,
-                                    float scale)
+static inline struct both both_rand(struct backend *b, int64_t rows, int64_t cols, int64_t stride,
+                                    enum dtype dtype, float scale)
 {
     struct both m = both_new(b, rows, cols, stride, dtype);
-    for (int64_t i = 0; i < rows * cols; i++) m.host[i] = rand_float(scale);
+    for (int64_t i = 0; i < rows * cols; i++)
+        m.host[i] = rand_float(scale);
     both_send(b, &m);
     return m;
 }
@@ -130,15 +147,16 @@ static inline void both_free(struct backend *b, struct both *m)
 }
 
 /* Every element of the device's m within `relative` of want plus `absolute`. */
-static inline void expect_near(struct backend *b, const struct both *m, const double *want, double relative,
-                               double absolute, const char *what)
+static inline void expect_near(struct backend *b, const struct both *m, const double *want,
+                               double relative, double absolute, const char *what)
 {
     float *got = both_get(b, m);
     for (int64_t i = 0; i < m->t.rows * m->t.cols; i++) {
         double e = fabs((double)got[i] - want[i]);
         if (!(e <= relative * fabs(want[i]) + absolute))
-            fail_msg("%s: row %lld column %lld is %g, expected %g (error %g)", what, (long long)(i / m->t.cols),
-                     (long long)(i % m->t.cols), (double)got[i], want[i], e);
+            fail_msg("%s: row %lld column %lld is %g, expected %g (error %g)", what,
+                     (long long)(i / m->t.cols), (long long)(i % m->t.cols), (double)got[i],
+                     want[i], e);
     }
     mem_free(got);
 }

@@ -3,9 +3,9 @@
  * Method: ranks are forked processes with an emulated device each and a stand-in of NCCL; small
  * strings meet in shared memory. Then: a peer that dies before a sum, a group declared ended, an
  * abort from another thread, a peer that never joins, a library that is too old or absent. */
-#include "tests/cuda/gear.h"
 #include "base/clock.h"
 #include "parallel/collective.h"
+#include "tests/cuda/gear.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -33,25 +33,32 @@ static enum err exchange(void *ctx, const char *key, const void *mine, size_t n,
     (void)key;
     memcpy(s->m->bytes[call][s->rank], mine, n);
     atomic_fetch_add(&s->m->arrived[call], 1);
-    while (atomic_load(&s->m->arrived[call]) < SIZE) usleep(100);
-    for (int r = 0; r < SIZE; r++) memcpy((uint8_t *)out + (size_t)r * n, s->m->bytes[call][r], n);
+    while (atomic_load(&s->m->arrived[call]) < SIZE)
+        usleep(100);
+    for (int r = 0; r < SIZE; r++)
+        memcpy((uint8_t *)out + (size_t)r * n, s->m->bytes[call][r], n);
     return OK;
 }
-static bool ended(void *ctx) { return atomic_load(&((struct seat *)ctx)->m->ended); }
+static bool ended(void *ctx)
+{
+    return atomic_load(&((struct seat *)ctx)->m->ended);
+}
 
-#define REQUIRE(condition)                                                                          \
-    do {                                                                                            \
-        if (!(condition)) {                                                                         \
-            fprintf(stderr, "rank %d, line %d: %s (%s)\n", s->rank, __LINE__, #condition, err_detail()); \
-            _exit(1);                                                                               \
-        }                                                                                           \
+#define REQUIRE(condition)                                                                         \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            fprintf(stderr, "rank %d, line %d: %s (%s)\n", s->rank, __LINE__, #condition,          \
+                    err_detail());                                                                 \
+            _exit(1);                                                                              \
+        }                                                                                          \
     } while (0)
 
 static struct collective *join(struct seat *s, struct backend *b, int timeout_ms)
 {
     struct collective *c = NULL;
     struct bootstrap boot = {"key", exchange, ended, s};
-    struct collective_options options = {.reduce_bytes_max = 1 << 16, .gather_bytes_max = 1 << 16, .timeout_ms = timeout_ms};
+    struct collective_options options = {
+        .reduce_bytes_max = 1 << 16, .gather_bytes_max = 1 << 16, .timeout_ms = timeout_ms};
     enum err e = collective_open("nccl", b, (struct group){s->rank, SIZE}, &boot, &options, &c);
     REQUIRE(e == OK);
     return c;
@@ -61,12 +68,14 @@ static void sums(struct seat *s, struct backend *b, struct collective *c)
 {
     for (int t = 0; t < 2; t++) {
         struct both x = both_new(b, 5, 24, 24, t ? DTYPE_BF16 : DTYPE_F32);
-        for (int i = 0; i < 120; i++) x.host[i] = (float)(i % 7 + s->rank);
+        for (int i = 0; i < 120; i++)
+            x.host[i] = (float)(i % 7 + s->rank);
         both_send(b, &x);
         REQUIRE(c->ops->all_reduce_sum(c, x.t, x.t) == OK);
         b->ops->add(b, x.t, x.t); /* in stream order after the sum */
         float *got = both_get(b, &x);
-        for (int i = 0; i < 120; i++) REQUIRE(got[i] == 2 * (float)(3 * (i % 7) + 3));
+        for (int i = 0; i < 120; i++)
+            REQUIRE(got[i] == 2 * (float)(3 * (i % 7) + 3));
         mem_free(got), both_free(b, &x);
     }
 }
@@ -79,17 +88,25 @@ static void gathers(struct seat *s, struct backend *b, struct collective *c)
             for (int inside = 0; inside < 2; inside++) {
                 const int32_t *start = starts[k];
                 int mine = start[s->rank + 1] - start[s->rank];
-                struct both out = both_new(b, rows ? rows : 1, 24, 24, DTYPE_F32), part = both_new(b, rows ? rows : 1, mine ? mine : 1, mine ? mine : 1, DTYPE_F32);
-                for (int i = 0; i < rows * mine; i++) part.host[i] = (float)(100 * (i / mine) + start[s->rank] + i % mine);
-                for (int i = 0; i < rows * 24; i++) out.host[i] = -1;
-                for (int i = 0; i < rows * mine; i++) out.host[i / mine * 24 + start[s->rank] + i % mine] = part.host[i];
+                struct both out = both_new(b, rows ? rows : 1, 24, 24, DTYPE_F32),
+                            part = both_new(b, rows ? rows : 1, mine ? mine : 1, mine ? mine : 1,
+                                            DTYPE_F32);
+                for (int i = 0; i < rows * mine; i++)
+                    part.host[i] = (float)(100 * (i / mine) + start[s->rank] + i % mine);
+                for (int i = 0; i < rows * 24; i++)
+                    out.host[i] = -1;
+                for (int i = 0; i < rows * mine; i++)
+                    out.host[i / mine * 24 + start[s->rank] + i % mine] = part.host[i];
                 both_send(b, &part), both_send(b, &out);
                 struct tensor to = out.t, from = part.t;
                 to.rows = from.rows = rows, from.cols = mine;
-                if (inside) from = (struct tensor){(float *)to.data + start[s->rank], DTYPE_F32, rows, mine, 24};
+                if (inside)
+                    from = (struct tensor){(float *)to.data + start[s->rank], DTYPE_F32, rows, mine,
+                                           24};
                 REQUIRE(c->ops->all_gather(c, to, from, start) == OK);
                 float *got = both_get(b, &out);
-                for (int i = 0; i < rows * 24; i++) REQUIRE(got[i] == (float)(100 * (i / 24) + i % 24));
+                for (int i = 0; i < rows * 24; i++)
+                    REQUIRE(got[i] == (float)(100 * (i / 24) + i % 24));
                 mem_free(got), both_free(b, &out), both_free(b, &part);
             }
 }
@@ -101,11 +118,13 @@ static void rank_works(struct seat *s)
     sums(s, b, c);
     gathers(s, b, c);
     struct both x = both_new(b, 1, 9, 9, DTYPE_F32);
-    for (int i = 0; i < 9; i++) x.host[i] = (float)(s->rank * 10 + i);
+    for (int i = 0; i < 9; i++)
+        x.host[i] = (float)(s->rank * 10 + i);
     both_send(b, &x);
     REQUIRE(c->ops->broadcast(c, x.t.data, 36, 2) == OK);
     float *got = both_get(b, &x);
-    for (int i = 0; i < 9; i++) REQUIRE(got[i] == (float)(20 + i));
+    for (int i = 0; i < 9; i++)
+        REQUIRE(got[i] == (float)(20 + i));
     mem_free(got), both_free(b, &x);
     collective_close(c);
     gear_close(b);
@@ -117,7 +136,8 @@ static void sum_of(struct collective *c, struct both *x, struct seat *s, enum er
     REQUIRE(e == want);
 }
 
-/* Rank 2 is gone before the second sum: the others' step ends and the next question says ERR_PEER. */
+/* Rank 2 is gone before the second sum: the others' step ends and the next question says ERR_PEER.
+ */
 static void rank_loses_peer(struct seat *s)
 {
     struct backend *b = gear_open();
@@ -150,7 +170,8 @@ static void *abort_soon(void *context)
     return NULL;
 }
 
-/* Rank 2 never comes to the sum; rank 0 is aborted by hand, rank 1 learns that the group has ended. */
+/* Rank 2 never comes to the sum; rank 0 is aborted by hand, rank 1 learns that the group has ended.
+ */
 static void rank_is_told(struct seat *s)
 {
     struct backend *b = gear_open();
@@ -194,7 +215,8 @@ static void rank_waits_to_join(struct seat *s)
 
 static void ranks_run(void (*work)(struct seat *), int killed)
 {
-    struct meeting *m = mmap(NULL, sizeof *m, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct meeting *m =
+        mmap(NULL, sizeof *m, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     pid_t pids[SIZE];
     assert_true(m != MAP_FAILED);
     for (int r = 0; r < SIZE; r++) {
@@ -207,7 +229,8 @@ static void ranks_run(void (*work)(struct seat *), int killed)
     for (int i = 0; i < SIZE; i++) { /* in any order: one that is gone must be seen as gone */
         int status, r = 0;
         pid_t pid = wait(&status);
-        while (r < SIZE && pids[r] != pid) r++;
+        while (r < SIZE && pids[r] != pid)
+            r++;
         if (r == killed)
             assert_true(WIFSIGNALED(status));
         else if (!WIFEXITED(status) || WEXITSTATUS(status))
@@ -260,8 +283,9 @@ static void test_declines(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_works), cmocka_unit_test(test_lost_peer),    cmocka_unit_test(test_told),
-        cmocka_unit_test(test_join_deadline), cmocka_unit_test(test_declines),
+        cmocka_unit_test(test_works),    cmocka_unit_test(test_lost_peer),
+        cmocka_unit_test(test_told),     cmocka_unit_test(test_join_deadline),
+        cmocka_unit_test(test_declines),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

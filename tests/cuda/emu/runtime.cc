@@ -32,8 +32,11 @@ struct CUgraphExec_st {
 
 /* One lock for the whole stand-in; work itself runs under it, as one device would. */
 static std::recursive_mutex lock;
-static std::map<uintptr_t, size_t> device_memory, pinned_memory;
+/* Never destroyed: memory left on a failed device stays reachable to the end. */
+static std::map<uintptr_t, size_t> &device_memory = *new std::map<uintptr_t, size_t>;
+static std::map<uintptr_t, size_t> &pinned_memory = *new std::map<uintptr_t, size_t>;
 static size_t device_bytes;
+static const size_t POISON_BYTES = 1 << 18; /* of each allocation: enough to see, not to wait for */
 static cudaError_t sticky = cudaSuccess;
 static long fail_countdown = -1;
 typedef std::lock_guard<std::recursive_mutex> guard;
@@ -161,7 +164,7 @@ cudaError_t cudaMalloc(void **out, size_t bytes)
     if (device_bytes + bytes > (size_t)emu_setting("memory_mb", 1024) << 20) return cudaErrorMemoryAllocation;
     void *mem = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!mem) return cudaErrorMemoryAllocation;
-    memset(mem, 0xff, bytes); /* what was not written reads as NaN */
+    memset(mem, 0xff, std::min(bytes, POISON_BYTES)); /* what was not written reads as NaN */
     device_memory[(uintptr_t)mem] = bytes;
     device_bytes += bytes;
     *out = mem;
@@ -183,7 +186,7 @@ cudaError_t cudaMallocHost(void **out, size_t bytes)
     guard hold(lock);
     void *mem = aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (!mem) return cudaErrorMemoryAllocation;
-    memset(mem, 0xff, bytes);
+    memset(mem, 0xff, std::min(bytes, POISON_BYTES));
     pinned_memory[(uintptr_t)mem] = bytes;
     *out = mem;
     return cudaSuccess;
