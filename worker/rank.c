@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "proto/plan.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -132,6 +133,14 @@ static void progress_line(void *ctx, uint64_t done, uint64_t total)
     fflush(stderr);
 }
 
+static void device_words(const struct worker *w, char *out, size_t size)
+{
+    cpu_set_t cores;
+    int n = w->config.n_threads;
+    if (!n && !sched_getaffinity(0, sizeof cores, &cores)) n = CPU_COUNT(&cores);
+    snprintf(out, size, "%s, %d threads", w->backend->ops->name, n);
+}
+
 static enum err weights_start(struct worker *w, const struct model_config *model)
 {
     struct weights_options o = {
@@ -204,7 +213,10 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     TRY_OUT(plan_make(&w->config, model, &w->plan));
     info_fill(&w->config, model, &w->plan, &w->info);
     TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
-    snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+    if (w->backend->stream)
+        snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+    else
+        device_words(w, w->info.device, sizeof w->info.device);
     TRY_OUT(weights_start(w, model));
     TRY_OUT(state_start(w));
     *out = w;

@@ -33,7 +33,8 @@ struct worker_config {
     const char *kv_dtype;     /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
     int block_size;           /* tokens of a KV block, 0 = the backend's own */
     uint64_t kv_cache_bytes;  /* of this rank, 0 = memory_share decides */
-    double memory_share;      /* of the device's memory for weights, KV and work space; 0 = 0.9 */
+    double memory_share;      /* of the free memory for weights, KV and work space; 0 = 0.9, on the
+                                 CPU 0.8 but at most 4 GiB of KV */
     uint64_t host_swap_bytes; /* host memory of this rank for swapped blocks */
     int n_sequences_max;      /* slots; 0 = 256 */
     int step_tokens_max;      /* 0 = 2048 */
