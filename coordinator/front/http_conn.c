@@ -36,7 +36,8 @@ static void deadline_set(struct http_exchange *x, int seconds)
 
 bool http_conn_is_idle(const struct http_exchange *x)
 {
-    return x->state == HTTP_CONN_HEAD && !evbuffer_get_length(bufferevent_get_input(x->bev)) &&
+    return x->served && x->state == HTTP_CONN_HEAD &&
+           !evbuffer_get_length(bufferevent_get_input(x->bev)) &&
            !evbuffer_get_length(output_of(x));
 }
 
@@ -426,6 +427,7 @@ static void finish(struct http_exchange *x)
 {
     report_ended(x, x->status);
     x->closed = NULL;
+    x->served = true;
     if (x->close_after || atomic_load(&x->loop->server->draining)) {
         x->state = HTTP_CONN_FLUSH;
         deadline_set(x, x->loop->server->config.write_timeout_s);

@@ -33,6 +33,7 @@ struct http_exchange {
     size_t scanned;  /* bytes of the input known to hold no whole head */
     bool processing; /* http_conn_process is on the stack */
     bool drop;       /* free it when processing is over */
+    bool served;     /* a request of it was answered */
     /* the answer */
     struct buf headers; /* added so far */
     int status;         /* 0 = not begun */
@@ -72,4 +73,5 @@ struct http_server {
 /* Takes the accepted socket over; closes it when it cannot be served. */
 void http_conn_open(struct http_loop *l, int fd, bool tls);
 void http_conn_free(struct http_exchange *x);
+/* Has had its answers and says nothing: may be closed. A fresh one has a request on its way. */
 bool http_conn_is_idle(const struct http_exchange *x);

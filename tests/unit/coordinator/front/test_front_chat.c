@@ -233,7 +233,21 @@ static void draining(void **state)
     struct answer a;
     char value[32];
     fake_reset("abc");
+    int early = client_open(), idle = client_open(); /* connected before, asks during */
+    struct buf in;
+    buf_init(&in, 0);
+    client_send(idle, "GET /live HTTP/1.1\r\n\r\n", 22);
+    client_answer(idle, false, &a);
+    answer_fini(&a);
     front_drain(front);
+    assert_false(client_read_until(idle, NULL, 1000, &in)); /* closed: it had its answer */
+    for (int i = 0; i < 5; i++) front_drain(front), clock_sleep_us(2000);
+    client_send(early, "GET /health HTTP/1.1\r\n\r\n", 24);
+    client_answer(early, false, &a);
+    assert_int_equal(a.status, 503);
+    answer_fini(&a);
+    close(early), close(idle);
+    buf_fini(&in);
     call_with("GET", "/health", NULL, NULL, &a);
     assert_int_equal(a.status, 503);
     assert_string_equal(answer_header(&a, "connection", value, sizeof value), "close");
