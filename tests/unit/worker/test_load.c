@@ -398,7 +398,13 @@ static void test_ranks_from_the_launcher(void **state)
     worker_config_default(&c);
     c.size = 2;
     assert_int_equal(worker_rank_find(&c), OK);
-    assert_true(c.rank == 1 && c.size == 2 && c.replica == 2);
+    assert_true(c.rank == 1 && c.size == 2 && c.replica == 2 && c.device_index == 1);
+    setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3", 1);
+    worker_config_default(&c);
+    c.size = 2;
+    assert_int_equal(worker_rank_find(&c), OK);
+    assert_int_equal(c.device_index, 3); /* its place among the ranks of the host */
+    unsetenv("OMPI_COMM_WORLD_LOCAL_RANK");
     worker_config_default(&c);
     c.rank = 3, c.size = 3;
     assert_int_equal(worker_rank_find(&c), ERR_INVALID);
