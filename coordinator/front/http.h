@@ -5,7 +5,7 @@
  * read. It answers at once, or keeps the exchange and answers later from its loop; a client that
  * leaves in between is reported at once, token or no token.
  *
- * libevent gives the loops, buffers and TLS. The HTTP on top is http_parse.h's: docs/decisions/0031
+ * libevent gives the loops, buffers and TLS. The HTTP on top is http_parse.h's: docs/decisions/0006
  * says why not evhttp. It must never know routes' meanings, JSON or tokens. */
 #pragma once
 #include "coordinator/front/http_parse.h"
