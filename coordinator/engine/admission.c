@@ -207,6 +207,13 @@ bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens)
     return true;
 }
 
+bool admission_extend_decoding(struct group *g, struct sequence *s)
+{
+    if (!admission_extend(g, s, s->blocks.n * g->info.block_size + 1)) return false;
+    g->due[s->slot].room_step += g->info.block_size;
+    return true;
+}
+
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed)
 {
     uint32_t n_full = n_computed / g->info.block_size;
@@ -339,10 +346,10 @@ static uint32_t blocks_alone(const struct group *g, const struct sequence *s)
 
 static uint64_t blocks_demanded(const struct group *g)
 {
-    uint64_t n = g->stalled.n;
+    uint64_t n = g->stalled.n, n_early = g->plan.n_extends; /* of this step's bucket */
     for (uint32_t i = 0; i <= g->n_depth && i < g->extend.n_buckets; i++)
         n += g->extend.counts[(g->next_step + i) % g->extend.n_buckets];
-    return n;
+    return n > n_early ? n - n_early : 0;
 }
 
 /* A request of a higher class waits and lacks a slot or blocks that a lower one has. */

@@ -62,6 +62,8 @@ static enum err init_arrays(struct group *g)
     TRY(MEM_NEW_ARRAY(n, &g->free_slots));
     TRY(MEM_NEW_ARRAY(n, &g->late_slots));
     TRY(MEM_NEW_ARRAY(n, &g->bucket));
+    TRY(MEM_NEW_ARRAY(n, &g->due));
+    TRY(MEM_NEW_ARRAY(n, &g->extend_at));
     TRY(MEM_NEW_ARRAY(n, &g->slot_limbo.ids));
     TRY(MEM_NEW_ARRAY(n, &g->slot_limbo.steps));
     TRY(wheel_init(&g->extend, g->info.block_size, n));
@@ -100,6 +102,8 @@ void group_fini(struct group *g)
     mem_free(g->free_slots);
     mem_free(g->late_slots);
     mem_free(g->bucket);
+    mem_free(g->due);
+    mem_free(g->extend_at);
     mem_free(g->slot_limbo.ids);
     mem_free(g->slot_limbo.steps);
     wheel_fini(&g->extend);
@@ -128,21 +132,23 @@ bool group_seat(struct group *g, struct sequence *s)
 void group_join(struct group *g, struct sequence *s)
 {
     uint32_t n_room = s->blocks.n * g->info.block_size - s->n_planned;
+    uint64_t n_steps = s->n_end - 1 - s->n_planned; /* until its last token is sampled */
+    struct due *due = &g->due[s->slot];
     s->decoding = true;
     s->join_step = g->next_step + 1;
     g->n_decoding++;
-    wheel_insert(&g->extend, s->slot, s->join_step + n_room);
-    uint64_t n_steps =
-        s->n_end - 1 - s->n_planned; /* decode steps until its last token is sampled */
-    if (n_steps < g->end.n_buckets) wheel_insert(&g->end, s->slot, s->join_step + n_steps);
+    *due = (struct due){s->join_step + n_room, s->join_step + n_steps};
+    wheel_insert(&g->extend, s->slot, due->room_step);
+    if (n_steps < g->end.n_buckets) wheel_insert(&g->end, s->slot, due->end_step);
 }
 
-void group_watch_end(struct group *g, struct sequence *s, uint64_t step, uint64_t n_steps)
+void group_watch_end(struct group *g, uint32_t slot, uint64_t step)
 {
+    uint64_t end_step = g->due[slot].end_step;
     /* The bucket of `step` itself was looked at already: n_buckets steps ahead is still this one.
      */
-    if (n_steps <= g->end.n_buckets && g->end.bucket[s->slot] == KV_NONE)
-        wheel_insert(&g->end, s->slot, step + n_steps);
+    if (end_step - step <= g->end.n_buckets && g->end.bucket[slot] == KV_NONE)
+        wheel_insert(&g->end, slot, end_step);
 }
 
 void group_part(struct group *g, struct sequence *s)
@@ -171,6 +177,7 @@ static void leave(struct group *g, struct sequence *s)
     uint64_t step = group_last_step(g);
     uint32_t *blocks = sequence_blocks(s);
     group_part(g, s);
+    plan_drop_extend(g, s->slot);
     sequence_unlink(s, LINK_WORK);
     sequence_unlink(s, LINK_PLACE);
     for (uint32_t i = s->blocks.n; i-- > s->n_window_freed;)

@@ -27,6 +27,12 @@ struct wheel { /* slots by step modulo n_buckets */
     uint32_t *bucket;          /* [n_slots] or KV_NONE */
 };
 
+/* Of a slot of the decode set. Apart from the sequences: a plan looks at hundreds of these. */
+struct due {
+    uint64_t room_step; /* the step that needs its next block */
+    uint64_t end_step;  /* the step in which it must not run any more */
+};
+
 struct group {
     bool up, broken; /* broken: failed, waiting for engine_group_down */
     uint32_t index;
@@ -42,7 +48,9 @@ struct group {
     uint32_t *free_slots, n_free_slots;
     struct kv_limbo slot_limbo;
     struct wheel extend, end;
-    uint32_t *bucket; /* [n_slots] scratch */
+    struct due *due;     /* [n_slots] */
+    uint32_t *bucket;    /* [n_slots] scratch */
+    uint32_t *extend_at; /* [n_slots] index + 1 in the plan's extends, where that names the slot */
     uint32_t n_decoding;
     struct sequence_list running; /* by LINK_PLACE: all that have a slot */
     /* by LINK_WORK, what they wait for: */
@@ -97,8 +105,8 @@ void group_acked(struct group *g, uint64_t step);
 
 /* Enters the decode set after a run in the plan being built: its first step there is the next. */
 void group_join(struct group *g, struct sequence *s);
-/* Its last tokens are near: the end wheel stops it in `n_steps` steps, when that is close. */
-void group_watch_end(struct group *g, struct sequence *s, uint64_t step, uint64_t n_steps);
+/* When its last tokens are near, the end wheel will stop it. */
+void group_watch_end(struct group *g, uint32_t slot, uint64_t step);
 /* Leaves it before the plan being built: n_planned becomes a plain number. */
 void group_part(struct group *g, struct sequence *s);
 
@@ -110,6 +118,7 @@ void plan_clear(struct group *g);
 void plan_add_close(struct group *g, uint32_t slot);
 void plan_add_pause(struct group *g, uint32_t slot);
 void plan_add_extend(struct group *g, uint32_t slot, uint32_t block);
+void plan_drop_extend(struct group *g, uint32_t slot); /* of one that is closed instead */
 void plan_add_copy(struct group *g, uint32_t from, uint32_t to);
 void plan_add_save(struct group *g, uint32_t block, uint32_t host);
 void plan_add_load(struct group *g, uint32_t host, uint32_t block);

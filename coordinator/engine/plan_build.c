@@ -62,6 +62,16 @@ void plan_add_extend(struct group *g, uint32_t slot, uint32_t block)
 {
     ASSERT_CMP(g->plan.n_extends, <, g->n_extends_max);
     g->plan.extends[g->plan.n_extends++] = (struct plan_pair){slot, block};
+    g->extend_at[slot] = g->plan.n_extends;
+}
+
+void plan_drop_extend(struct group *g, uint32_t slot)
+{
+    struct step_plan *p = &g->plan;
+    uint32_t at = g->extend_at[slot] - 1;
+    if (at >= p->n_extends || p->extends[at].from != slot) return;
+    p->extends[at] = p->extends[--p->n_extends];
+    g->extend_at[p->extends[at].from] = at + 1;
 }
 
 void plan_add_copy(struct group *g, uint32_t from, uint32_t to)

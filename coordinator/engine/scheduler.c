@@ -43,37 +43,22 @@ static void stall(struct group *g, struct sequence *s)
     sequence_list_append(&g->stalled, LINK_WORK, s);
 }
 
-enum { AHEAD_SEQUENCES = 24, AHEAD_TABLES = 12 };
-
-/* The slots of this step's bucket, in order; their sequences asked for ahead of their use. */
-static uint32_t list_bucket(struct group *g)
-{
-    uint32_t n = 0, b = (uint32_t)(g->next_step % g->extend.n_buckets);
-    for (uint32_t slot = g->extend.heads[b]; slot != KV_NONE; slot = g->extend.next[slot])
-        g->bucket[n++] = slot;
-    for (uint32_t i = 0; i < n && i < AHEAD_SEQUENCES; i++)
-        __builtin_prefetch(g->slots[g->bucket[i]]);
-    return n;
-}
-
-/* Those who decode and reach the end of their last block. */
+/* Those who decode and reach the end of their last block, unless they got the next one with their
+ * last result (learn.c). */
 static void extend_decoding(struct group *g)
 {
     uint64_t step = g->next_step;
-    uint32_t n = list_bucket(g);
+    uint32_t n = 0, b = (uint32_t)(step % g->extend.n_buckets);
+    for (uint32_t slot = g->extend.heads[b]; slot != KV_NONE; slot = g->extend.next[slot]) {
+        __builtin_prefetch(&g->due[slot]);
+        g->bucket[n++] = slot;
+    }
     for (uint32_t i = 0; i < n; i++) {
-        struct sequence *s = g->slots[g->bucket[i]];
-        if (i + AHEAD_SEQUENCES < n) __builtin_prefetch(g->slots[g->bucket[i + AHEAD_SEQUENCES]]);
-        if (i + AHEAD_TABLES < n) {
-            const struct sequence *t = g->slots[g->bucket[i + AHEAD_TABLES]];
-            __builtin_prefetch(sequence_blocks(t) + t->blocks.n, 1);
-            kv_blocks_prefetch_free(&g->kv, AHEAD_TABLES);
-        }
-        uint32_t position = sequence_planned(s, step);
-        if (position == s->blocks.n * g->info.block_size && !admission_extend(g, s, position + 1))
-            stall(g, s);
+        uint32_t slot = g->bucket[i];
+        if (g->due[slot].room_step == step && !admission_extend_decoding(g, g->slots[slot]))
+            stall(g, g->slots[slot]);
         else
-            group_watch_end(g, s, step, s->n_end - 1 - position);
+            group_watch_end(g, slot, step);
     }
 }
 

@@ -84,6 +84,8 @@ void admission_requeue(struct engine *e, struct group *g, struct sequence *s);
 void admission_make_room(struct engine *e, struct group *g);
 /* Blocks for its first n tokens in its table. False when there are not enough: none was taken. */
 bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens);
+/* The next block of one in the decode set. */
+bool admission_extend_decoding(struct group *g, struct sequence *s);
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed);
 void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
 
