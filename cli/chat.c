@@ -91,6 +91,7 @@ static enum err ask(struct chat *chat)
     if (!e) {
         double seconds = (double)(a.last_us - a.first_us) * 1e-6;
         putchar('\n');
+        fflush(stdout);
         bool terminal = isatty(STDERR_FILENO);
         if ((terminal || chat->o->stats) && a.n_tokens > 1 && seconds > 0)
             fprintf(stderr, terminal ? "\033[2mTTFT %.0f ms, %.1f tokens/s\033[0m\n" : "TTFT %.0f ms, %.1f tokens/s\n",
