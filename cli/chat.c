@@ -91,6 +91,7 @@ static enum err ask(struct chat *chat)
     if (!e) {
         double seconds = (double)(a.last_us - a.first_us) * 1e-6;
         putchar('\n');
+        fflush(stdout);
         bool terminal = isatty(STDERR_FILENO);
         if ((terminal || chat->o->stats) && a.n_tokens > 1 && seconds > 0)
             fprintf(stderr, terminal ? "\033[2mTTFT %.0f ms, %.1f tokens/s\033[0m\n" : "TTFT %.0f ms, %.1f tokens/s\n",
@@ -114,24 +115,24 @@ static char *prompt_text(EditLine *line)
 static enum err converse(struct chat *chat)
 {
     EditLine *line = el_init("heddle", stdin, stdout, stderr);
-    History *history = history_init();
+    History *past = history_init();
     HistEvent event;
     enum err e = OK;
-    history(history, &event, H_SETSIZE, 200);
+    history(past, &event, H_SETSIZE, 200);
     el_set(line, EL_PROMPT, prompt_text);
     el_set(line, EL_EDITOR, "emacs");
-    el_set(line, EL_HIST, history, history);
+    el_set(line, EL_HIST, history, past);
     for (int n; !e;) {
         const char *typed = el_gets(line, &n);
         if (!typed || n <= 0 || !strcmp(typed, "/quit\n")) break;
         char text[8192];
         snprintf(text, sizeof text, "%.*s", (int)strcspn(typed, "\n"), typed);
         if (!*text) continue;
-        history(history, &event, H_ENTER, typed);
+        history(past, &event, H_ENTER, typed);
         e = add_message(chat, "user", text);
         if (!e) e = ask(chat);
     }
-    history_end(history);
+    history_end(past);
     el_end(line);
     return e;
 }

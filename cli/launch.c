@@ -182,6 +182,7 @@ enum err launcher_create(const struct launch_config *config, struct launcher **o
     if (n <= 0) FAIL_OUT(ERR_IO, "the path of this program is unknown");
     if (config->token) setenv("HEDDLE_CLUSTER_TOKEN", config->token, 1);
     setenv("HEDDLE_SUPERVISED", "1", 1);
+    if (!config->hostfile) setenv("HEDDLE_LOCAL_RANKS", number_text(l, config->n_replicas * config->tp), 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
     if (pthread_create(&l->thread, NULL, supervise, l)) FAIL_OUT(ERR_NO_MEMORY, "no thread for the supervisor");

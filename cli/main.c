@@ -1,7 +1,10 @@
 /* heddle: one program, many verbs. Finds the verb, reads its options, runs it. */
 #include "base/log.h"
 #include "cli/verbs.h"
+#if __has_include("coordinator/engine/sim.h")
 #include "coordinator/engine/sim.h"
+#define HAVE_SIM
+#endif
 
 #include <signal.h>
 #include <stdio.h>
@@ -29,10 +32,13 @@ static const struct {
     const char *name, *summary;
     int (*run)(int argc, char **argv);
 } tools[] = {
+#ifdef HAVE_SIM
     {"sim", "simulate the coordinator: --seeds N --seed-base B | --trace FILE", sim_main},
     {"replay", "compute a recorded run again and compare: heddle replay FILE", replay_main},
+#endif
+    {NULL, NULL, NULL},
 };
-enum { N_VERBS = sizeof verbs / sizeof *verbs, N_TOOLS = sizeof tools / sizeof *tools };
+enum { N_VERBS = sizeof verbs / sizeof *verbs, N_TOOLS = sizeof tools / sizeof *tools - 1 };
 
 static void print_verbs(FILE *to)
 {

@@ -3,6 +3,7 @@
 #include "cli/device_options.h"
 #include "cli/verbs.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,6 +50,20 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->dummy_seed = (uint64_t)o->seed;
 }
 
+/* Threads of a rank that was given none: the cores it may use, shared with the ranks beside it. */
+static int threads_share(void)
+{
+    static const char *const names[] = {"HEDDLE_LOCAL_RANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"};
+    cpu_set_t cores;
+    long ranks = 0;
+    int n = sched_getaffinity(0, sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
+    for (size_t i = 0; i < sizeof names / sizeof *names && ranks < 1; i++) {
+        const char *text = getenv(names[i]);
+        ranks = text ? strtol(text, NULL, 10) : 0;
+    }
+    return ranks < 1 || ranks > n ? (ranks < 1 ? n : 1) : n / (int)ranks;
+}
+
 int verb_worker(struct conf *c, struct options *o)
 {
     struct worker_config config;
@@ -60,6 +75,8 @@ int verb_worker(struct conf *c, struct options *o)
     else if (!o->coordinator) e = err_set(ERR_INVALID, "--coordinator HOST:PORT is needed");
     worker_config_from_options(o, model, &config);
     config.coordinator = o->coordinator;
+    if (!config.n_threads) config.n_threads = threads_share();
+    config.patience_ms = (int)o->reconnect_timeout * 1000;
     config.tls_ca = o->cluster_ca_certs;
     config.tls_cert = o->cluster_certfile;
     config.tls_key = o->cluster_keyfile;

@@ -9,17 +9,6 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#if !__has_include("parallel/coll_nccl.c")
-/* Without the CUDA part there is no NCCL to open. */
-static bool nccl_probe(struct backend *b, struct group g, char *why_not, size_t why_bytes)
-{
-    (void)b, (void)g;
-    snprintf(why_not, why_bytes, "this program was built without it");
-    return false;
-}
-const struct collective_ops coll_nccl = {.name = "nccl", .probe = nccl_probe};
-#endif
-
 static const struct collective_ops *const all[] = {&coll_none, &coll_nccl, &coll_shm, &coll_mpi};
 enum { N_ALL = sizeof all / sizeof *all, WHY_BYTES = 160 };
 

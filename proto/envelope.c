@@ -38,16 +38,21 @@ static bool read_field(struct reader *r, uint32_t *out_field, int *out_wire, uin
     *out_value = 0;
     switch (*out_wire) {
     case WIRE_VARINT:
-    case WIRE_BYTES: return read_varint(r, out_value);
-    case WIRE_64: return skip_bytes(r, 8);
-    case WIRE_32: return skip_bytes(r, 4);
-    default: return false;
+    case WIRE_BYTES:
+        return read_varint(r, out_value);
+    case WIRE_64:
+        return skip_bytes(r, 8);
+    case WIRE_32:
+        return skip_bytes(r, 4);
+    default:
+        return false;
     }
 }
 
 enum err envelope_open(struct span bytes, struct envelope *out)
 {
-    struct reader r = {(const unsigned char *)bytes.data, (const unsigned char *)bytes.data + bytes.n};
+    struct reader r = {(const unsigned char *)bytes.data,
+                       (const unsigned char *)bytes.data + bytes.n};
     uint32_t field;
     int wire;
     uint64_t n;
@@ -67,11 +72,33 @@ enum err envelope_number(struct span body, uint32_t field, uint64_t *out)
         uint64_t value;
         bool ok = read_field(&r, &number, &wire, &value);
         if (ok && wire == WIRE_BYTES) ok = skip_bytes(&r, value);
-        if (!ok) FAIL(ERR_FORMAT, "a malformed field at byte %zu of %zu", (size_t)(r.at - (const unsigned char *)body.data), body.n);
+        if (!ok)
+            FAIL(ERR_FORMAT, "a malformed field at byte %zu of %zu",
+                 (size_t)(r.at - (const unsigned char *)body.data), body.n);
         if (wire == WIRE_VARINT && number == field) found = value;
     }
     *out = found;
     return OK;
+}
+
+bool envelope_bytes(struct span message, uint32_t field, size_t *at, struct span *out)
+{
+    const unsigned char *start = (const unsigned char *)message.data;
+    struct reader r = {start + *at, start + message.n};
+    while (r.at < r.end) {
+        uint32_t number;
+        int wire;
+        uint64_t value;
+        if (!read_field(&r, &number, &wire, &value)) return false;
+        if (wire != WIRE_BYTES) continue;
+        const unsigned char *bytes = r.at;
+        if (!skip_bytes(&r, value)) return false;
+        if (number != field) continue;
+        *out = (struct span){(const char *)bytes, (size_t)value};
+        *at = (size_t)(r.at - start);
+        return true;
+    }
+    return false;
 }
 
 enum err envelope_pack(const ProtobufCMessage *message, struct rpc_bytes **out)

@@ -17,6 +17,10 @@ enum err envelope_open(struct span bytes, struct envelope *out);
 /* The last value of a varint field of a message; 0 when absent. ERR_FORMAT. */
 enum err envelope_number(struct span body, uint32_t field, uint64_t *out);
 
+/* The next length-delimited field with this number at or after *at, which moves behind it; false at
+ * the end or at something malformed. Walks repeated fields: start with 0. */
+bool envelope_bytes(struct span message, uint32_t field, size_t *at, struct span *out);
+
 /* Packs into counted bytes, ready for rpc_send_shared. */
 enum err envelope_pack(const ProtobufCMessage *message, struct rpc_bytes **out);
 /* Packs and sends. */

@@ -65,9 +65,13 @@ void rpc_server_fini(struct rpc_server *s);
 
 /* Counts the call in (rpc_server_leave counts it out) and finds its method. NULL: refused with
  * out_code and out_text; it is counted all the same. */
-const struct rpc_method *rpc_server_admit(struct rpc_server *s, const char *path, struct span authorization,
-                                          int *out_code, const char **out_text);
-static inline void rpc_server_leave(struct rpc_server *s) { atomic_fetch_sub(&s->n_calls, 1); }
+const struct rpc_method *rpc_server_admit(struct rpc_server *s, const char *path,
+                                          struct span authorization, int *out_code,
+                                          const char **out_text);
+static inline void rpc_server_leave(struct rpc_server *s)
+{
+    atomic_fetch_sub(&s->n_calls, 1);
+}
 
 struct rpc_channel_ops {
     enum err (*open)(struct rpc_channel *ch, const char *path, int timeout_ms,
@@ -82,7 +86,8 @@ struct rpc_channel {
 enum err rpc_channel_init(struct rpc_channel *ch, const struct rpc_channel_config *config);
 void rpc_channel_fini(struct rpc_channel *ch);
 
-enum err rpc_grpc_server_create(const struct rpc_server_config *config, struct rpc_server **out);
-enum err rpc_grpc_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out);
+enum err rpc_net_server_create(const struct rpc_server_config *config, struct rpc_server **out);
+enum err rpc_net_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out);
 enum err rpc_local_server_create(const struct rpc_server_config *config, struct rpc_server **out);
-enum err rpc_local_channel_create(const struct rpc_channel_config *config, struct rpc_channel **out);
+enum err rpc_local_channel_create(const struct rpc_channel_config *config,
+                                  struct rpc_channel **out);

@@ -4,9 +4,9 @@
  *
  * A call is a pair of sides under one mutex; each side's callbacks are run by the threads of its
  * server or channel. Lock order: registry, pair, runtime. Knows no socket. */
-#include "proto/rpc_impl.h"
 #include "base/clock.h"
 #include "base/mem.h"
+#include "proto/rpc_impl.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -19,10 +19,10 @@ struct runtime;
 struct side {
     struct rpc_call base;
     struct pair *pair;
-    struct runtime *runtime;     /* NULL: a refused call has no server side */
-    struct rpc_fifo out;         /* what the other side has not been told yet */
+    struct runtime *runtime; /* NULL: a refused call has no server side */
+    struct rpc_fifo out;     /* what the other side has not been told yet */
     size_t in_bytes_max;
-    bool ended;                  /* half-closed or finished by this side */
+    bool ended; /* half-closed or finished by this side */
     bool opened, held, half_told, got_request, end_told;
     /* guarded by the runtime's mutex */
     bool queued, running, again, doomed, cancelled;
@@ -66,7 +66,7 @@ static struct lserver *registry;
 
 /* ---- Runtime ---- */
 
-static void kick(struct side *s)
+static void kick(struct side *s) /* the pair is locked, or nobody else knows it yet */
 {
     struct runtime *r = s->runtime;
     if (!r) return;
@@ -76,8 +76,10 @@ static void kick(struct side *s)
     } else if (!s->queued && !s->doomed) {
         s->queued = true;
         s->queue_next = NULL;
-        if (r->tail) r->tail->queue_next = s;
-        else r->head = s;
+        if (r->tail)
+            r->tail->queue_next = s;
+        else
+            r->head = s;
         r->tail = s;
         pthread_cond_signal(&r->work);
     }
@@ -90,7 +92,8 @@ static void kick_both(struct pair *p)
     kick(&p->sides[SERVER]);
 }
 
-static void attach(struct runtime *r, struct side *s) /* runtime locked by the caller or not shared */
+static void attach(struct runtime *r,
+                   struct side *s) /* runtime locked by the caller or not shared */
 {
     s->runtime = r;
     s->alive_next = r->alive;
@@ -101,15 +104,17 @@ static void attach(struct runtime *r, struct side *s) /* runtime locked by the c
     rpc_acquire(&s->base);
 }
 
-static void detach(struct side *s)
+static void detach(struct runtime *r, struct side *s)
 {
-    struct runtime *r = s->runtime;
     pthread_mutex_lock(&r->mutex);
     *s->alive_link = s->alive_next;
     if (s->alive_next) s->alive_next->alive_link = s->alive_link;
     s->alive_link = NULL;
     pthread_mutex_unlock(&r->mutex);
     if (s == &s->pair->sides[SERVER]) rpc_server_leave(s->pair->server);
+    pthread_mutex_lock(&s->pair->mutex);
+    s->runtime = NULL; /* handles may outlive it */
+    pthread_mutex_unlock(&s->pair->mutex);
     rpc_release(&s->base);
     pthread_mutex_lock(&r->mutex);
     if (--r->n_calls == 0) pthread_cond_broadcast(&r->quiet);
@@ -175,14 +180,18 @@ static void server_tell(struct side *s, enum event event, struct span bytes, boo
         if (m->on_message) m->on_message(&s->base, m->ctx, bytes);
         break;
     case EVENT_HALF:
-        if (m->kind != RPC_BIDI) rpc_finish(&s->base, RPC_INVALID_ARGUMENT, "the request has no message");
-        else if (m->on_half_close) m->on_half_close(&s->base, m->ctx);
-        else rpc_finish(&s->base, RPC_OK, NULL);
+        if (m->kind != RPC_BIDI)
+            rpc_finish(&s->base, RPC_INVALID_ARGUMENT, "the request has no message");
+        else if (m->on_half_close)
+            m->on_half_close(&s->base, m->ctx);
+        else
+            rpc_finish(&s->base, RPC_OK, NULL);
         break;
     case EVENT_END:
         if (m->on_close) m->on_close(&s->base, m->ctx, cancelled);
         break;
-    case EVENT_NONE: break;
+    case EVENT_NONE:
+        break;
     }
 }
 
@@ -196,22 +205,25 @@ static bool side_step(struct side *s)
     enum event event = event_next(s, &bytes);
     bool cancelled = p->over && !s->ended;
     struct side *peer = &p->sides[server ? CLIENT : SERVER];
-    if (event == EVENT_MESSAGE && peer->ended) kick(peer); /* its last message may have been taken */
+    if (event == EVENT_MESSAGE && peer->ended)
+        kick(peer); /* its last message may have been taken */
     pthread_mutex_unlock(&p->mutex);
     if (event == EVENT_NONE) return false;
     struct span span = bytes ? rpc_bytes_span(bytes) : (struct span){"", 0};
-    if (server) server_tell(s, event, span, cancelled);
-    else client_tell(s, event, span);
+    if (server)
+        server_tell(s, event, span, cancelled);
+    else
+        client_tell(s, event, span);
     rpc_bytes_release(bytes);
     return event != EVENT_END;
 }
 
-static void side_run(struct side *s)
+static void side_run(struct runtime *r, struct side *s)
 {
-    struct runtime *r = s->runtime;
     bool more;
     do {
-        while (side_step(s)) continue;
+        while (side_step(s))
+            continue;
         pthread_mutex_lock(&r->mutex);
         more = s->again;
         s->again = false;
@@ -226,7 +238,7 @@ static void side_run(struct side *s)
     bool mine = s->alive_link && !s->queued && !s->doomed;
     if (mine) s->doomed = true; /* so that only one thread detaches it */
     pthread_mutex_unlock(&r->mutex);
-    if (mine) detach(s);
+    if (mine) detach(r, s);
 }
 
 static int64_t deadline_next(const struct runtime *r, struct side **out_expired)
@@ -235,8 +247,10 @@ static int64_t deadline_next(const struct runtime *r, struct side **out_expired)
     *out_expired = NULL;
     for (struct side *s = r->alive; s; s = s->alive_next) {
         if (s->timer_us == INT64_MAX) continue;
-        if (s->timer_us <= now) *out_expired = s;
-        else if (s->timer_us < next) next = s->timer_us;
+        if (s->timer_us <= now)
+            *out_expired = s;
+        else if (s->timer_us < next)
+            next = s->timer_us;
     }
     return next;
 }
@@ -244,8 +258,10 @@ static int64_t deadline_next(const struct runtime *r, struct side **out_expired)
 static void wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t us)
 {
     struct timespec t = {us / 1000000, us % 1000000 * 1000};
-    if (us == INT64_MAX) pthread_cond_wait(cond, mutex);
-    else pthread_cond_timedwait(cond, mutex, &t);
+    if (us == INT64_MAX)
+        pthread_cond_wait(cond, mutex);
+    else
+        pthread_cond_timedwait(cond, mutex, &t);
 }
 
 static void *runtime_run(void *ctx)
@@ -268,7 +284,7 @@ static void *runtime_run(void *ctx)
             s->running = true;
             rpc_acquire(&s->base);
             pthread_mutex_unlock(&r->mutex);
-            side_run(s);
+            side_run(r, s);
             rpc_release(&s->base);
         } else if (r->stop) {
             break;
@@ -300,7 +316,8 @@ static enum err runtime_init(struct runtime *r, int n_threads)
 static bool runtime_wait(struct runtime *r, int64_t until_us)
 {
     pthread_mutex_lock(&r->mutex);
-    while (r->n_calls && clock_monotonic_us() < until_us) wait_until(&r->quiet, &r->mutex, until_us);
+    while (r->n_calls && clock_monotonic_us() < until_us)
+        wait_until(&r->quiet, &r->mutex, until_us);
     bool done = !r->n_calls;
     pthread_mutex_unlock(&r->mutex);
     return done;
@@ -311,7 +328,8 @@ static void runtime_cancel(struct runtime *r, int code, const char *text)
     for (;;) {
         pthread_mutex_lock(&r->mutex);
         struct side *s = r->alive;
-        while (s && s->cancelled) s = s->alive_next;
+        while (s && s->cancelled)
+            s = s->alive_next;
         if (s) s->cancelled = true, rpc_acquire(&s->base);
         pthread_mutex_unlock(&r->mutex);
         if (!s) return;
@@ -326,7 +344,8 @@ static void runtime_fini(struct runtime *r)
     r->stop = true;
     pthread_cond_broadcast(&r->work);
     pthread_mutex_unlock(&r->mutex);
-    for (int i = 0; i < r->n_threads; i++) pthread_join(r->threads[i], NULL);
+    for (int i = 0; i < r->n_threads; i++)
+        pthread_join(r->threads[i], NULL);
     pthread_cond_destroy(&r->work);
     pthread_cond_destroy(&r->quiet);
     pthread_mutex_destroy(&r->mutex);
@@ -421,8 +440,9 @@ static void side_free(struct rpc_call *call)
     mem_free(p);
 }
 
-static const struct rpc_call_ops side_ops = {side_send,   side_pending, side_half_close, side_finish,
-                                             side_cancel, side_hold,    side_metadata,   side_free};
+static const struct rpc_call_ops side_ops = {side_send,     side_pending, side_half_close,
+                                             side_finish,   side_cancel,  side_hold,
+                                             side_metadata, side_free};
 
 /* ---- Server ---- */
 
@@ -489,8 +509,10 @@ enum err rpc_local_server_create(const struct rpc_server_config *config, struct 
         }
         pthread_mutex_unlock(&registry_mutex);
     }
-    if (e) lserver_destroy(&s->base);
-    else *out = &s->base;
+    if (e)
+        lserver_destroy(&s->base);
+    else
+        *out = &s->base;
     return e;
 }
 
@@ -538,7 +560,8 @@ static enum err lchannel_open(struct rpc_channel *base, const char *path, int ti
         s->out.limit = i == CLIENT ? base->send_bytes_max : RPC_SEND_BYTES_MAX;
         s->in_bytes_max = base->message_bytes_max;
         atomic_init(&s->base.refs, 1);
-        s->base.deadline_us = timeout_ms > 0 ? clock_monotonic_us() + (int64_t)timeout_ms * 1000 : INT64_MAX;
+        s->base.deadline_us =
+            timeout_ms > 0 ? clock_monotonic_us() + (int64_t)timeout_ms * 1000 : INT64_MAX;
         s->timer_us = i == CLIENT ? s->base.deadline_us : INT64_MAX;
         snprintf(s->base.path, sizeof s->base.path, "%s", path);
         snprintf(s->base.peer, sizeof s->base.peer, "%s", base->address);
@@ -574,7 +597,9 @@ enum err rpc_local_channel_create(const struct rpc_channel_config *config, struc
     ch->base.ops = &lchannel_ops;
     enum err e = rpc_channel_init(&ch->base, config);
     if (!e) e = runtime_init(&ch->runtime, 1);
-    if (e) lchannel_destroy(&ch->base);
-    else *out = &ch->base;
+    if (e)
+        lchannel_destroy(&ch->base);
+    else
+        *out = &ch->base;
     return e;
 }

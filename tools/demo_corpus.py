@@ -18,29 +18,30 @@ END, BEGIN, USER, ASSISTANT, SYSTEM = (
 )
 SPECIALS = [END, BEGIN, USER, ASSISTANT, SYSTEM]
 
+# Books of github.com/mlschmitt/classic-books-markdown (944882722e9a), all in the public domain.
 # How often each book is read in one epoch: plain language first, a little of the rest.
 BOOKS = {
-    "Aesop_": 2.0,
-    "The_Brothers_Grimm_": 2.0,
-    "Hans_Christian_Andersen_": 1.5,
-    "Lewis_Carroll_": 1.0,
-    "L._Frank_Baum_": 1.5,
-    "J._M._Barrie_": 1.0,
-    "Rudyard_Kipling_": 1.0,
-    "Frances_Hodgson_Burnett_": 1.0,
-    "Mark_Twain_": 0.7,
-    "Robert_Louis_Stevenson_": 0.5,
-    "Arthur_Conan_Doyle_": 0.3,
-    "H.G._Wells_": 0.3,
-    "Mary_Wollstonecraft_Shelley_": 0.3,
-    "Jane_Austen_": 0.2,
+    "Aesop_-_Aesops_Fables": 2.0,
+    "The_Brothers_Grimm_-_Grimms_Fairy_Tales": 2.0,
+    "Hans_Christian_Andersen_-_Andersens_Fairy_Tales": 1.5,
+    "Lewis_Carroll_-_Alices_Adventures_in_Wonderland": 1.0,
+    "L._Frank_Baum_-_The_Wonderful_Wizard_of_Oz": 1.5,
+    "J._M._Barrie_-_Peter_Pan": 1.0,
+    "Rudyard_Kipling_-_The_Jungle_Book": 1.0,
+    "Frances_Hodgson_Burnett_-_The_Secret_Garden": 1.0,
+    "Mark_Twain_-_The_Adventures_of_Tom_Sawyer": 0.7,
+    "Robert_Louis_Stevenson_-_Treasure_Island": 0.5,
+    "Arthur_Conan_Doyle_-_A_Study_in_Scarlet": 0.3,
+    "H.G._Wells_-_War_of_the_Worlds": 0.3,
+    "Mary_Wollstonecraft_Shelley_-_Frankenstein": 0.3,
+    "Jane_Austen_-_Pride_and_Prejudice": 0.2,
 }
 
 # Sections kept out of training, and how many characters of each are held out at most.
 HELDOUT = {
-    "The_Brothers_Grimm_": ("SNOW-WHITE AND ROSE-RED", 7000),
-    "L._Frank_Baum_": ("8. The Deadly Poppy Field", 7000),
-    "Frances_Hodgson_Burnett_": ("CHAPTER V - THE CRY IN THE CORRIDOR", 7000),
+    "The_Brothers_Grimm_-_Grimms_Fairy_Tales": ("SNOW-WHITE AND ROSE-RED", 7000),
+    "L._Frank_Baum_-_The_Wonderful_Wizard_of_Oz": ("8. The Deadly Poppy Field", 7000),
+    "Frances_Hodgson_Burnett_-_The_Secret_Garden": ("CHAPTER V - THE CRY IN THE CORRIDOR", 7000),
 }
 
 NOUNS = set(
@@ -179,14 +180,23 @@ def verse_is_not(paragraph):
     return len(lines) < 3 or sum(map(len, lines)) / len(lines) > 90
 
 
+def book_find(folder, name):
+    """Path of a book, in a flat folder of Author_-_Title.md or in the source's Author/Title.md."""
+    for path in sorted(Path(folder).rglob("*.md")):
+        flat = "_-_".join(path.relative_to(folder).parts)
+        if name + ".md" in (flat.replace(" ", "_").replace("'", ""), path.name):
+            return path
+    raise SystemExit(f"{folder}: no {name}.md")
+
+
 def corpus_read(folder):
     """Returns (list of (weight, sections), held-out text)."""
     books, heldout = [], []
-    for prefix, weight in BOOKS.items():
-        (path,) = sorted(Path(folder).rglob(prefix + "*.md"))
+    for name, weight in BOOKS.items():
+        path = book_find(folder, name)
         sections = sections_read(path)
-        if prefix in HELDOUT:
-            title, n_chars_max = HELDOUT[prefix]
+        if name in HELDOUT:
+            title, n_chars_max = HELDOUT[name]
             held = [s for s in sections if s[0] == title]
             assert len(held) == 1, (path, title)
             heldout.append(text_cut(held[0][1], n_chars_max))

@@ -136,3 +136,44 @@ MODELS = {
         "torch_dtype": "float32",
     },
 }
+
+# What a switch of config.json changes; f32 only, small vocabularies, no tokenizer.
+VARIANTS = {
+    # as OPT-350m: norms after the blocks, embeddings narrower than the model and projected
+    "opt_post": dict(
+        MODELS["opt"], vocab_size=131, do_layer_norm_before=False, word_embed_proj_dim=32
+    ),
+    # a window from the second layer upwards
+    "qwen2_window": dict(
+        QWEN2,
+        vocab_size=131,
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=20,
+        max_window_layers=1,
+    ),
+    # one key/value head of width 10 for five query heads, biases everywhere, YaRN
+    "llama_yarn": dict(
+        LLAMA,
+        vocab_size=131,
+        hidden_size=50,
+        intermediate_size=100,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=10,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "gpt2_scales": dict(
+        MODELS["gpt2"],
+        vocab_size=131,
+        scale_attn_by_inverse_layer_idx=True,
+        activation_function="gelu",
+        n_inner=100,
+    ),
+}

@@ -8,6 +8,7 @@ gpt2: plain byte-level BPE, <|endoftext|> as the last id.
 import json
 import re
 
+import demo_corpus
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors, trainers
 
@@ -64,7 +65,7 @@ CHAT_TEMPLATE = (
 
 
 def texts_read(corpus):
-    (path,) = sorted(corpus.rglob("Aesop_*.md"))
+    path = demo_corpus.book_find(corpus, "Aesop_-_Aesops_Fables")
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import golden_sampling
 import golden_tokenizers
-from golden_models import MODELS
+from golden_models import MODELS, VARIANTS
 
 PROMPT_LENGTHS = [1, 7, 33, 90]
 N_GREEDY = 64
@@ -251,11 +251,22 @@ def model_make(name, out, texts, seed):
     print(name, "done", flush=True)
 
 
+def variant_make(name, out, seed):
+    config = VARIANTS[name]
+    checkpoint_write(
+        out / name, config, weights_random(AutoConfig.for_model(**config), seed), torch.float32
+    )
+    golden_write(out / name, seed)
+    for path in out.glob(name + "/*"):
+        path.chmod(0o644)
+    print(name, "done", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("tests/golden"))
-    parser.add_argument("--only", nargs="*", default=list(MODELS) + ["sampling"])
+    parser.add_argument("--only", nargs="*", default=[*MODELS, *VARIANTS, "sampling"])
     parser.add_argument("--seed", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -265,6 +276,9 @@ def main():
     for i, name in enumerate(MODELS):
         if name in args.only:
             model_make(name, args.out, texts, args.seed + 10 * i)
+    for i, name in enumerate(VARIANTS):
+        if name in args.only:
+            variant_make(name, args.out, args.seed + 500 + 10 * i)
     if "sampling" in args.only:
         golden_sampling.sampling_write(args.out / "sampling.json")
 

@@ -5,9 +5,10 @@
 DIR holds the Markdown books named in tools/demo_corpus.py. Out comes a complete Hugging Face
 folder: a byte-level BPE tokenizer, a Llama-architecture checkpoint in bf16, a chat template.
 A run is reproducible: fixed seed, one thread, deterministic algorithms; --resume goes on from the
-last state as if never interrupted. The published model came from Python 3.11, torch 2.15.0,
-tokenizers 0.23.3, transformers 5.23.0 (sampling only) on an AVX-512 BF16 CPU; another CPU or torch
-sums in another order and gives a slightly different model.
+last state as if never interrupted, and the rate is constant over the first 60 % of --steps, so that
+--steps may be changed until then. models/demo/README.md has the commands of the published model,
+made with Python 3.11.7, torch 2.15.0 and tokenizers 0.23.3 on an AVX-512 BF16 CPU; another CPU or
+torch sums in another order and gives a slightly different model.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def train(args, model, optimizers, tokenizer, books, heldout, first):
     stream = Stream(books, tokenizer, args.seed)
     heldout_ids = torch.tensor(tokenizer.encode(heldout).ids)
     start, saved, mean = time.time(), time.time(), None
-    for step in range(first, args.steps):
+    for step in range(first, min(args.steps, args.stop)):
         for optimizer, rate in zip(optimizers, (LR_MATRIX, LR_REST)):
             optimizer.param_groups[0]["lr"] = rate * rate_scale(step, args.steps)
         loss = model(*batch_get(stream, step, args.steps))
@@ -197,7 +198,7 @@ def train(args, model, optimizers, tokenizer, books, heldout, first):
             print(
                 f"step {step + 1} held-out loss {heldout_loss(model, heldout_ids):.4f}", flush=True
             )
-        if time.time() - saved > args.save_s or step + 1 == args.steps:
+        if time.time() - saved > args.save_s or step + 1 in (args.steps, args.stop):
             state_save(args.state, step + 1, model, optimizers)
             export(model, tokenizer, heldout, args.out)
             saved = time.time()
@@ -210,6 +211,9 @@ def main():
     parser.add_argument("--state", type=Path, default=Path("build/train_demo.state"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--stop", type=int, default=1 << 30, help="end early, to go on by another plan"
+    )
     parser.add_argument("--save-s", type=float, default=240, help="seconds between checkpoints")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()

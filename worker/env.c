@@ -34,6 +34,16 @@ static enum err number_read(const char *name, int *out)
     return OK;
 }
 
+/* The device of a rank that was given none: its place among the ranks of its host. */
+static enum err device_index_find(struct worker_config *c)
+{
+    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "PMIX_LOCAL_RANK"};
+    for (size_t i = 0; i < sizeof names / sizeof *names && c->device_index < 0; i++)
+        TRY(number_read(names[i], &c->device_index));
+    if (c->device_index < 0) c->device_index = c->rank;
+    return OK;
+}
+
 enum err worker_rank_find(struct worker_config *c)
 {
     int rank = -1, size = -1;
@@ -51,5 +61,5 @@ enum err worker_rank_find(struct worker_config *c)
     if (c->rank < 0 && rank >= 0) c->replica += rank / c->size;
     if (c->rank < 0) c->rank = rank >= 0 ? rank % c->size : 0;
     if (c->rank >= c->size) FAIL(ERR_INVALID, "rank %d of %d (from %s)", c->rank, c->size, who);
-    return OK;
+    return device_index_find(c);
 }

@@ -23,8 +23,8 @@ enum {
     SILENCE_MS_MIN = 3000,
     DIAL_MS_MIN = 50,
     DIAL_MS_MAX = 1000,
-    PLANS_DEFAULT = 16,
-    PLANS_MAX = 1024
+    PLANS_DEFAULT = 256,
+    PLANS_MAX = 4096
 };
 
 struct plan {
@@ -107,7 +107,10 @@ static void end_set(struct link *l, enum link_event_kind kind, const char *text)
 static void on_welcome(struct link *l, const Heddle__Cluster__Welcome *w)
 {
     epoch_over(l, LINK_HALT, "a new epoch began");
-    l->welcome = (struct link_event){.kind = LINK_WELCOME, .epoch = w->epoch, .group = w->group, .n_blocks = w->blocks,
+    l->welcome = (struct link_event){.kind = LINK_WELCOME,
+                                     .epoch = w->epoch,
+                                     .group = w->group,
+                                     .n_blocks = w->blocks,
                                      .n_host_blocks = w->host_blocks};
     snprintf(l->welcome.group_key, sizeof l->welcome.group_key, "%s", w->group_key);
     l->has_welcome = true;
@@ -119,7 +122,9 @@ static void on_welcome(struct link *l, const Heddle__Cluster__Welcome *w)
 static void on_exchanged(struct link *l, Heddle__Cluster__ToWorker **m)
 {
     const Heddle__Cluster__Exchanged *x = (*m)->exchanged;
-    if (x->epoch != atomic_load(&l->epoch) || x->n_all != l->join.size || strcmp(x->key, l->exchange_key)) return;
+    if (x->epoch != atomic_load(&l->epoch) || x->n_all != l->join.size ||
+        strcmp(x->key, l->exchange_key))
+        return;
     if (l->exchanged) heddle__cluster__to_worker__free_unpacked(l->exchanged, NULL);
     l->exchanged = *m;
     *m = NULL;
@@ -127,21 +132,31 @@ static void on_exchanged(struct link *l, Heddle__Cluster__ToWorker **m)
 
 static void on_small(struct link *l, struct span bytes)
 {
-    Heddle__Cluster__ToWorker *m = heddle__cluster__to_worker__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
+    Heddle__Cluster__ToWorker *m =
+        heddle__cluster__to_worker__unpack(NULL, bytes.n, (const uint8_t *)bytes.data);
     if (!m) {
         log_warn("link: the coordinator sent a malformed message of %zu bytes", bytes.n);
         rpc_cancel(l->call);
         return;
     }
     switch (m->kind_case) {
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_WELCOME: on_welcome(l, m->welcome); break;
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_REFUSE: end_set(l, LINK_REFUSED, m->refuse->reason); break;
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_EXCHANGED: on_exchanged(l, &m); break;
-    case HEDDLE__CLUSTER__TO_WORKER__KIND_DRAIN: l->has_drain = true; break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_WELCOME:
+        on_welcome(l, m->welcome);
+        break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_REFUSE:
+        end_set(l, LINK_REFUSED, m->refuse->reason);
+        break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_EXCHANGED:
+        on_exchanged(l, &m);
+        break;
+    case HEDDLE__CLUSTER__TO_WORKER__KIND_DRAIN:
+        l->has_drain = true;
+        break;
     case HEDDLE__CLUSTER__TO_WORKER__KIND_HALT:
         if (m->halt->epoch == atomic_load(&l->epoch)) epoch_over(l, LINK_HALT, m->halt->reason);
         break;
-    default: break; /* a heartbeat, or words of a newer coordinator */
+    default:
+        break; /* a heartbeat, or words of a newer coordinator */
     }
     if (m) heddle__cluster__to_worker__free_unpacked(m, NULL);
 }
@@ -152,7 +167,8 @@ static void on_plan(struct link *l, struct span bytes, struct span body)
     uint64_t epoch;
     if (envelope_number(body, 1, &epoch) || epoch != atomic_load(&l->epoch)) {
         log_warn("link: a plan of an epoch that does not live was dropped");
-    } else if (l->n_plans == l->config.n_plans_max || rpc_bytes_create(bytes.data, bytes.n, &copy)) {
+    } else if (l->n_plans == l->config.n_plans_max ||
+               rpc_bytes_create(bytes.data, bytes.n, &copy)) {
         log_error("link: more than %zu plans wait; leaving the stream", l->n_plans);
         rpc_cancel(l->call);
     } else {
@@ -168,8 +184,10 @@ static void on_message(struct rpc_call *call, void *ctx, struct span bytes)
     pthread_mutex_lock(&l->mutex);
     if (call == l->call && !l->final) {
         l->heard_us = clock_monotonic_us();
-        if (envelope_open(bytes, &envelope) == OK && envelope.kind == TO_PLAN) on_plan(l, bytes, envelope.body);
-        else on_small(l, bytes);
+        if (envelope_open(bytes, &envelope) == OK && envelope.kind == TO_PLAN)
+            on_plan(l, bytes, envelope.body);
+        else
+            on_small(l, bytes);
         pthread_cond_broadcast(&l->news);
     }
     pthread_mutex_unlock(&l->mutex);
@@ -177,7 +195,8 @@ static void on_message(struct rpc_call *call, void *ctx, struct span bytes)
 
 static bool is_final(int code)
 {
-    return code == RPC_UNAUTHENTICATED || code == RPC_UNIMPLEMENTED || code == RPC_FAILED_PRECONDITION;
+    return code == RPC_UNAUTHENTICATED || code == RPC_UNIMPLEMENTED ||
+           code == RPC_FAILED_PRECONDITION;
 }
 
 static void on_end(struct rpc_call *call, void *ctx, int code, const char *text)
@@ -188,15 +207,21 @@ static void on_end(struct rpc_call *call, void *ctx, int code, const char *text)
     if (call == l->call) {
         int64_t now_us = clock_monotonic_us();
         l->call = NULL;
-        snprintf(why, sizeof why, "the stream to %s broke: %s", l->config.address, *text ? text : "closed");
+        snprintf(why, sizeof why, "the stream to %s broke: %s", l->config.address,
+                 *text ? text : "closed");
         if (!l->lost_us) l->lost_us = now_us;
-        if (is_final(code) && !l->leaving) end_set(l, LINK_REFUSED, code == RPC_UNIMPLEMENTED ? "this is not a coordinator's port for workers" : text);
-        else epoch_over(l, LINK_LOST, why);
+        if (is_final(code) && !l->leaving)
+            end_set(l, LINK_REFUSED,
+                    code == RPC_UNIMPLEMENTED ? "this is not a coordinator's port for workers"
+                                              : text);
+        else
+            epoch_over(l, LINK_LOST, why);
         l->dial_us = now_us + l->dial_ms * 1000;
         l->dial_ms = 2 * l->dial_ms > DIAL_MS_MAX ? DIAL_MS_MAX : 2 * l->dial_ms;
-        if (!l->warned && !l->leaving && !l->final) {
+        if (!l->warned && !l->leaving && !l->final && !l->stop) {
             l->warned = true; /* once for each loss, not for each try */
-            log_info("link: no coordinator at %s (%s); dialling until it is there", l->config.address, *text ? text : "closed");
+            log_info("link: no coordinator at %s (%s); dialling until it is there",
+                     l->config.address, *text ? text : "closed");
         }
         pthread_cond_broadcast(&l->news);
         pthread_cond_signal(&l->work);
@@ -211,7 +236,9 @@ static enum err send_words(struct link *l, Heddle__Cluster__FromWorker *m)
 {
     if (!l->call) FAIL(ERR_PEER, "the coordinator is lost");
     enum err e = envelope_send(l->call, &m->base);
-    return e ? err_set(ERR_PEER, "the stream to the coordinator does not take more: %s", err_name(e)) : OK;
+    return e ? err_set(ERR_PEER, "the stream to the coordinator does not take more: %s",
+                       err_name(e))
+             : OK;
 }
 
 static void dial(struct link *l)
@@ -238,7 +265,8 @@ static void beat(struct link *l, int64_t now_us)
     if (silence_us < SILENCE_MS_MIN * 1000) silence_us = SILENCE_MS_MIN * 1000;
     /* Before the first word of a coordinator the channel may still be connecting. */
     if (now_us - l->heard_us > (atomic_load(&l->epoch) ? silence_us : 10 * silence_us)) {
-        log_warn("link: the coordinator is silent for %lld ms", (long long)(now_us - l->heard_us) / 1000);
+        log_warn("link: the coordinator is silent for %lld ms",
+                 (long long)(now_us - l->heard_us) / 1000);
         rpc_cancel(l->call);
         return;
     }
@@ -265,10 +293,13 @@ static void *link_run(void *ctx)
         int64_t now_us = clock_monotonic_us(), next_us = now_us + (int64_t)l->heartbeat_ms * 1000;
         mark_found(l);
         if (!l->call && !l->final && !l->leaving) {
-            if (l->config.patience_ms && l->lost_us && now_us - l->lost_us > (int64_t)l->config.patience_ms * 1000)
+            if (l->config.patience_ms && l->lost_us &&
+                now_us - l->lost_us > (int64_t)l->config.patience_ms * 1000)
                 end_set(l, LINK_LOST, "gave up: no coordinator within the time allowed");
-            else if (now_us >= l->dial_us) dial(l), beat_us = now_us;
-            else next_us = l->dial_us;
+            else if (now_us >= l->dial_us)
+                dial(l), beat_us = now_us;
+            else
+                next_us = l->dial_us;
         } else if (l->call && now_us - beat_us >= (int64_t)l->heartbeat_ms * 1000) {
             beat(l, now_us);
             beat_us = now_us;
@@ -276,7 +307,8 @@ static void *link_run(void *ctx)
             next_us = beat_us + (int64_t)l->heartbeat_ms * 1000;
         }
         struct timespec until = {next_us / 1000000, next_us % 1000000 * 1000};
-        if (!l->stop && next_us > clock_monotonic_us()) pthread_cond_timedwait(&l->work, &l->mutex, &until);
+        if (!l->stop && next_us > clock_monotonic_us())
+            pthread_cond_timedwait(&l->work, &l->mutex, &until);
     }
     pthread_mutex_unlock(&l->mutex);
     return NULL;
@@ -301,13 +333,17 @@ static enum err join_take(struct link *l, const struct link_join *from)
     TRY(string_take(l, 2, from->host, &j->host));
     TRY(string_take(l, 3, from->device, &j->device));
     if (from->rank >= from->size || from->size > LINK_RANKS_MAX)
-        FAIL(ERR_INVALID, "rank %u of %u; at most %d ranks", from->rank, from->size, LINK_RANKS_MAX);
+        FAIL(ERR_INVALID, "rank %u of %u; at most %d ranks", from->rank, from->size,
+             LINK_RANKS_MAX);
     j->protocol = PROTOCOL;
     j->pid = (uint32_t)getpid();
     j->replica = from->replica, j->rank = from->rank, j->size = from->size;
-    j->block_size = from->block_size, j->slots_max = from->slots_max, j->step_tokens_max = from->step_tokens_max;
-    j->step_rows_max = from->step_rows_max, j->context_max = from->context_max, j->vocab_size = from->vocab_size;
-    j->window = from->window, j->draft_tokens_max = from->draft_tokens_max, j->has_draft_model = from->has_draft_model;
+    j->block_size = from->block_size, j->slots_max = from->slots_max,
+    j->step_tokens_max = from->step_tokens_max;
+    j->step_rows_max = from->step_rows_max, j->context_max = from->context_max,
+    j->vocab_size = from->vocab_size;
+    j->window = from->window, j->draft_tokens_max = from->draft_tokens_max,
+    j->has_draft_model = from->has_draft_model;
     j->blocks_max = from->blocks_max, j->host_blocks_max = from->host_blocks_max;
     j->weight_bytes = from->weight_bytes, j->block_bytes = from->block_bytes;
     if (getrandom(&j->incarnation, sizeof j->incarnation, 0) != sizeof j->incarnation)
@@ -317,10 +353,11 @@ static enum err join_take(struct link *l, const struct link_join *from)
 
 static enum err link_init(struct link *l, const struct link_config *config)
 {
-    char *address, *token;
+    char *address = NULL, *token = NULL;
     l->config = *config;
     l->config.n_plans_max = config->n_plans_max ? config->n_plans_max : PLANS_DEFAULT;
-    if (l->config.n_plans_max > PLANS_MAX) FAIL(ERR_INVALID, "%u plans; at most %d", config->n_plans_max, PLANS_MAX);
+    if (l->config.n_plans_max > PLANS_MAX)
+        FAIL(ERR_INVALID, "%u plans; at most %d", config->n_plans_max, PLANS_MAX);
     l->heartbeat_ms = HEARTBEAT_MS;
     l->dial_ms = DIAL_MS_MIN;
     l->lost_us = clock_monotonic_us();
@@ -329,7 +366,8 @@ static enum err link_init(struct link *l, const struct link_config *config)
     TRY(string_take(l, 5, config->token, &token));
     l->config.address = address;
     TRY(MEM_NEW_ARRAY(l->config.n_plans_max, &l->plans));
-    struct rpc_channel_config channel = {.address = address, .token = config->token, .tls = config->tls};
+    struct rpc_channel_config channel = {
+        .address = address, .token = config->token, .tls = config->tls};
     TRY(rpc_channel_create(&channel, &l->channel));
     if (pthread_create(&l->thread, NULL, link_run, l)) FAIL(ERR_NO_MEMORY, "no thread for a link");
     l->has_thread = true;
@@ -348,8 +386,10 @@ enum err link_open(const struct link_config *config, struct link **out)
     pthread_cond_init(&l->work, &attributes);
     pthread_condattr_destroy(&attributes);
     enum err e = link_init(l, config);
-    if (e) link_close(l);
-    else *out = l;
+    if (e)
+        link_close(l);
+    else
+        *out = l;
     return e;
 }
 
@@ -365,7 +405,8 @@ void link_close(struct link *l)
     plans_drop(l);
     rpc_bytes_release(l->delivered_plan);
     if (l->exchanged) heddle__cluster__to_worker__free_unpacked(l->exchanged, NULL);
-    for (size_t i = 0; i < sizeof l->strings / sizeof *l->strings; i++) mem_free(l->strings[i]);
+    for (size_t i = 0; i < sizeof l->strings / sizeof *l->strings; i++)
+        mem_free(l->strings[i]);
     mem_free(l->plans);
     pthread_cond_destroy(&l->news);
     pthread_cond_destroy(&l->work);
@@ -414,7 +455,10 @@ static bool event_take(struct link *l, struct link_event *out)
         l->plan_head = (l->plan_head + 1) % l->config.n_plans_max;
         l->n_plans--;
         l->delivered_plan = p->bytes;
-        *out = (struct link_event){.kind = LINK_PLAN, .epoch = p->epoch, .bytes = rpc_bytes_span(p->bytes), .received_us = p->received_us};
+        *out = (struct link_event){.kind = LINK_PLAN,
+                                   .epoch = p->epoch,
+                                   .bytes = rpc_bytes_span(p->bytes),
+                                   .received_us = p->received_us};
     } else if (l->has_drain) {
         *out = (struct link_event){.kind = LINK_DRAIN};
         l->has_drain = false;
@@ -431,7 +475,8 @@ enum err link_next(struct link *l, int64_t timeout_us, struct link_event *out)
     rpc_bytes_release(l->delivered_plan);
     l->delivered_plan = NULL;
     bool taken;
-    while (!(taken = event_take(l, out)) && news_wait(l, until_us)) continue;
+    while (!(taken = event_take(l, out)) && news_wait(l, until_us))
+        continue;
     if (!taken && !event_take(l, out)) *out = (struct link_event){.kind = LINK_NONE};
     pthread_mutex_unlock(&l->mutex);
     return OK;
@@ -444,7 +489,8 @@ static bool exchange_wait(struct link *l, int64_t until_us)
     return l->exchanged != NULL;
 }
 
-enum err link_exchange(struct link *l, const char *key, const void *mine, size_t n, int64_t timeout_us, struct span out_all[])
+enum err link_exchange(struct link *l, const char *key, const void *mine, size_t n,
+                       int64_t timeout_us, struct span out_all[])
 {
     Heddle__Cluster__Exchange x = HEDDLE__CLUSTER__EXCHANGE__INIT;
     Heddle__Cluster__FromWorker m = HEDDLE__CLUSTER__FROM_WORKER__INIT;
@@ -460,12 +506,15 @@ enum err link_exchange(struct link *l, const char *key, const void *mine, size_t
     l->exchanged = NULL;
     snprintf(l->exchange_key, sizeof l->exchange_key, "%s", key);
     enum err e = OK;
-    if (!l->delivered_epoch || atomic_load(&l->epoch) != l->delivered_epoch) e = err_set(ERR_PEER, "exchange '%s': the epoch has ended", key);
-    else e = send_words(l, &m);
+    if (!l->delivered_epoch || atomic_load(&l->epoch) != l->delivered_epoch)
+        e = err_set(ERR_PEER, "exchange '%s': the epoch has ended", key);
+    else
+        e = send_words(l, &m);
     if (!e && !exchange_wait(l, until_of(timeout_us))) {
         bool ended = atomic_load(&l->epoch) != l->delivered_epoch;
         e = ended ? err_set(ERR_PEER, "exchange '%s': the epoch has ended", key)
-                  : err_set(ERR_TIMEOUT, "exchange '%s': not all ranks spoke within %lld ms", key, (long long)timeout_us / 1000);
+                  : err_set(ERR_TIMEOUT, "exchange '%s': not all ranks spoke within %lld ms", key,
+                            (long long)timeout_us / 1000);
     }
     for (size_t i = 0; !e && i < l->join.size; i++) {
         ProtobufCBinaryData *part = &l->exchanged->exchanged->all[i];
@@ -509,6 +558,7 @@ void link_fault(struct link *l, const char *reason, bool fatal)
     m.kind_case = HEDDLE__CLUSTER__FROM_WORKER__KIND_FAULT;
     m.fault = &f;
     pthread_mutex_lock(&l->mutex);
+    f.epoch = l->delivered_epoch; /* one that has ended meanwhile is not ended again */
     (void)send_words(l, &m);
     pthread_mutex_unlock(&l->mutex);
 }
@@ -525,8 +575,12 @@ void link_leave(struct link *l, const char *reason, int timeout_ms)
     l->leaving = true;
     (void)send_words(l, &m);
     if (l->call) rpc_half_close(l->call);
-    while (l->call && news_wait(l, until_us)) continue;
+    while (l->call && news_wait(l, until_us))
+        continue;
     pthread_mutex_unlock(&l->mutex);
 }
 
-const atomic_uint_fast64_t *link_epoch(const struct link *l) { return &l->epoch; }
+const atomic_uint_fast64_t *link_epoch(const struct link *l)
+{
+    return &l->epoch;
+}

@@ -36,7 +36,7 @@ struct link_config {
     uint32_t patience_ms; /* how long to look for a coordinator, at start and after a loss; 0 = for
                              ever */
     uint32_t n_plans_max; /* that may wait here; more is the coordinator's fault and ends the
-                             stream; 0 = 16 */
+                             stream; 0 = 256 */
 };
 
 enum link_event_kind {

@@ -134,17 +134,11 @@ static uint64_t kv_budget(const struct worker_config *config, struct group g,
 {
     uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes, mine;
     if (config->kv_cache_bytes) return config->kv_cache_bytes;
-    if (b->stream) { /* the share counts all of the device; what others hold is gone already */
-        double share = config->memory_share > 0 ? config->memory_share : 0.9;
-        mine = (uint64_t)(share * (double)p->memory_total);
-        uint64_t others = p->memory_total - p->memory_free;
-        mine = mine > others ? mine - others : 0;
-        return mine > used ? mine - used : 0;
-    }
-    double share = config->memory_share > 0 ? config->memory_share : 0.8;
-    mine = (uint64_t)(share * (double)p->memory_free) / (uint64_t)local_ranks(g);
+    double share = config->memory_share > 0 ? config->memory_share : b->stream ? 0.9 : 0.8;
+    mine = (uint64_t)(share * (double)p->memory_free) / (uint64_t)(b->stream ? 1 : local_ranks(g));
     mine = mine > used ? mine - used : 0;
-    if (config->memory_share <= 0 && mine > cpu_kv_bytes_default) mine = cpu_kv_bytes_default;
+    if (!b->stream && config->memory_share <= 0 && mine > cpu_kv_bytes_default)
+        mine = cpu_kv_bytes_default;
     return mine;
 }
 

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "proto/plan.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -109,10 +110,12 @@ static void info_fill(const struct worker_config *c, const struct model_config *
 
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out)
 {
+    struct worker_config c = *config;
     struct model_config model;
     struct memory_plan plan;
-    TRY(plan_make(config, &model, &plan));
-    info_fill(config, &model, &plan, out);
+    TRY(worker_rank_find(&c));
+    TRY(plan_make(&c, &model, &plan));
+    info_fill(&c, &model, &plan, out);
     snprintf(out->device, sizeof out->device, "%s", config->device ? config->device : "auto");
     return OK;
 }
@@ -128,6 +131,14 @@ static void progress_line(void *ctx, uint64_t done, uint64_t total)
             percent * WIDTH / 100, "########################################", percent,
             percent == 100 ? "\n" : "");
     fflush(stderr);
+}
+
+static void device_words(const struct worker *w, char *out, size_t size)
+{
+    cpu_set_t cores;
+    int n = w->config.n_threads;
+    if (!n && !sched_getaffinity(0, sizeof cores, &cores)) n = CPU_COUNT(&cores);
+    snprintf(out, size, "%s, %d threads", w->backend->ops->name, n);
 }
 
 static enum err weights_start(struct worker *w, const struct model_config *model)
@@ -202,7 +213,10 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     TRY_OUT(plan_make(&w->config, model, &w->plan));
     info_fill(&w->config, model, &w->plan, &w->info);
     TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
-    snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+    if (w->backend->stream)
+        snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+    else
+        device_words(w, w->info.device, sizeof w->info.device);
     TRY_OUT(weights_start(w, model));
     TRY_OUT(state_start(w));
     *out = w;
@@ -265,9 +279,10 @@ void worker_close_group(struct worker *w)
     atomic_store(&w->abortable, NULL);
     for (int i = 0; i < STEPS_IN_FLIGHT; i++)
         w->steps[i].busy = false;
-    w->n_busy = 0;
     collective_close(w->decoder.collective);
     w->decoder.collective = NULL;
+    if (w->n_busy) (void)w->backend->ops->sync(w->backend); /* the steps' arrays are read no more */
+    w->n_busy = 0;
 }
 
 void worker_abort(struct worker *w)

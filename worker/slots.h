@@ -11,7 +11,7 @@
 
 enum {
     SLOT_BIAS_MAX = 1024, /* logit biases of one sequence */
-    SLOT_STOP_MAX = 256,  /* stop ids of one sequence */
+    SLOT_STOP_MAX = 4096, /* stop ids of one sequence */
     TOKEN_PENDING = -1    /* sampled by a step that is still under way; the device knows it */
 };
 

@@ -82,6 +82,9 @@ enum err source_init(struct source *s, const struct model_config *config, struct
 void source_fini(struct source *s)
 {
     source_release(s);
+    for (int i = 0; i < s->n_temps; i++)
+        mem_free_huge(s->temps[i].mem, s->temps[i].bytes);
+    s->n_temps = 0;
     mem_free(s->used);
     s->used = NULL;
 }
@@ -89,10 +92,10 @@ void source_fini(struct source *s)
 void source_release(struct source *s)
 {
     for (int i = 0; i < s->n_temps; i++)
-        mem_free_huge(s->temps[i].mem, s->temps[i].bytes);
+        s->temps[i].lent = false;
     for (int i = 0; i < s->n_taken; i++)
         safetensors_drop(s->file, s->taken[i]);
-    s->n_temps = s->n_taken = 0;
+    s->n_taken = 0;
 }
 
 bool source_keep(struct source *s, const void *data, void **out_mem, size_t *out_bytes)
@@ -107,11 +110,31 @@ bool source_keep(struct source *s, const void *data, void **out_mem, size_t *out
     return false;
 }
 
-static enum err temp_new(struct source *s, size_t bytes, void **out)
+/* The smallest free piece that is large enough, else a new one in the place of a free one. */
+static enum err temp_take(struct source *s, size_t bytes, void **out)
 {
-    ASSERT_CMP(s->n_temps, <, SOURCE_TEMPS_MAX);
-    TRY(mem_alloc_huge(bytes, out));
-    s->temps[s->n_temps++] = (struct source_temp){*out, bytes};
+    struct source_temp *best = NULL, *unused = NULL;
+    for (int i = 0; i < s->n_temps; i++) {
+        struct source_temp *t = &s->temps[i];
+        if (t->lent) continue;
+        if (t->bytes >= bytes && (!best || t->bytes < best->bytes))
+            best = t;
+        else
+            unused = t;
+    }
+    if (!best && unused) {
+        mem_free_huge(unused->mem, unused->bytes);
+        *unused = s->temps[--s->n_temps];
+    }
+    if (!best) {
+        ASSERT_CMP(s->n_temps, <, SOURCE_TEMPS_MAX);
+        void *mem;
+        TRY(mem_alloc_huge(bytes, &mem));
+        best = &s->temps[s->n_temps++];
+        *best = (struct source_temp){.mem = mem, .bytes = bytes};
+    }
+    best->lent = true;
+    *out = best->mem;
     return OK;
 }
 
@@ -151,7 +174,7 @@ static enum err dummy_matrix(struct source *s, const char *name, int64_t rows, i
     if (!size_mul((size_t)rows, (size_t)columns, &bytes) ||
         !size_mul(bytes, dtype_bytes(dtype), &bytes))
         FAIL(ERR_NO_MEMORY, "%s: '%s' is too large", s->config->path, name);
-    TRY(temp_new(s, (bytes + 7) & ~(size_t)7, &mem));
+    TRY(temp_take(s, (bytes + 7) & ~(size_t)7, &mem));
     dummy_fill(mem, bytes, dtype, dummy_key(s, name));
     *out = (struct matrix_view){mem, dtype, rows, columns, columns, 1};
     return OK;
@@ -224,7 +247,7 @@ static enum err aligned_data(struct source *s, const struct st_tensor *t, enum d
         if (s->n_taken < SOURCE_TEMPS_MAX) s->taken[s->n_taken++] = t;
         return OK;
     }
-    TRY(temp_new(s, t->bytes, &copy));
+    TRY(temp_take(s, t->bytes, &copy));
     memcpy(copy, t->data, t->bytes);
     *out = copy;
     return OK;

@@ -18,7 +18,9 @@ struct source {
     struct source_temp {
         void *mem;
         size_t bytes;
-    } temps[SOURCE_TEMPS_MAX]; /* copies behind the views given since the last release */
+        bool lent;
+    } temps[SOURCE_TEMPS_MAX]; /* copies behind views; those given back are used again, because new
+                                  pages cost more than what is written to them */
     int n_temps, n_taken;
 };
 

@@ -16,7 +16,8 @@ struct loader {
     struct source source;
     struct backend *backend;
     const struct backend_ops *ops;
-    float *bias; /* [bias_max] stacked biases of one fused weight */
+    struct matrix_view embedding; /* stays readable: it is mapped or kept */
+    float *bias;                  /* [bias_max] stacked biases of one fused weight */
     int64_t bias_max;
     uint64_t done, total;
 };
@@ -147,6 +148,7 @@ static enum err table_load(struct loader *l, enum role role, struct weight **out
     struct kept *kept = &l->m->kept[l->m->n_kept];
     TRY(source_matrix(&l->source, role, 0, &view));
     if (source_keep(&l->source, view.data, &kept->mem, &kept->bytes)) l->m->n_kept++;
+    if (role == ROLE_EMBED) l->embedding = view;
     TRY(l->ops->table_create(l->backend, view, out));
     l->m->table_bytes += view_bytes(view);
     advance(l, view_bytes(view));
@@ -160,12 +162,9 @@ static enum err head_load(struct loader *l)
     struct model *m = l->m;
     enum role role = ROLE_LM_HEAD;
     if (m->config.tied) {
-        struct matrix_view view;
-        TRY(source_matrix(&l->source, ROLE_EMBED, 0, &view));
-        view = rows_of(view, m->vocab);
+        struct matrix_view view = rows_of(l->embedding, m->vocab);
         TRY(l->ops->weight_create(l->backend, &view, 1, NULL, l->options->head_format,
                                   &m->lm_head));
-        source_release(&l->source);
         m->weight_bytes += l->ops->weight_bytes(m->lm_head);
         advance(l, l->ops->weight_bytes(m->lm_head));
         return OK;

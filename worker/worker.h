@@ -18,6 +18,7 @@ struct worker_config {
     const char *coordinator;                 /* HOST:PORT */
     const char *token;                       /* cluster token, NULL = none */
     const char *tls_ca, *tls_cert, *tls_key; /* PEM files, NULL = no TLS */
+    int patience_ms; /* how long to look for the coordinator, also after a loss; 0 = for ever */
     int replica;                             /* data-parallel index */
     int rank, size;                          /* -1 = from the launcher's environment, else 0 of 1 */
     const char *device;                      /* "auto" (NULL), "cpu", "cuda" */
@@ -32,7 +33,8 @@ struct worker_config {
     const char *kv_dtype;     /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
     int block_size;           /* tokens of a KV block, 0 = the backend's own */
     uint64_t kv_cache_bytes;  /* of this rank, 0 = memory_share decides */
-    double memory_share;      /* of the device's memory for weights, KV and work space; 0 = 0.9 */
+    double memory_share;      /* of the free memory for weights, KV and work space; 0 = 0.9, on the
+                                 CPU 0.8 but at most 4 GiB of KV */
     uint64_t host_swap_bytes; /* host memory of this rank for swapped blocks */
     int n_sequences_max;      /* slots; 0 = 256 */
     int step_tokens_max;      /* 0 = 2048 */

@@ -33,13 +33,15 @@ static void tell_engine(struct cluster *c) /* locked; unlocks while hooks run */
 static void tick(struct cluster *c, int64_t now_us)
 {
     membership_tick(c, now_us);
-    for (uint32_t i = 0; i < c->config.n_groups; i++) group_tick(c, &c->groups[i], now_us);
+    for (uint32_t i = 0; i < c->config.n_groups; i++)
+        group_tick(c, &c->groups[i], now_us);
 }
 
 static void *monitor_run(void *ctx)
 {
     struct cluster *c = ctx;
-    int64_t period_us = (int64_t)c->config.heartbeat_ms * 500, next_us = clock_monotonic_us() + period_us;
+    int64_t period_us = (int64_t)c->config.heartbeat_ms * 500,
+            next_us = clock_monotonic_us() + period_us;
     pthread_mutex_lock(&c->mutex);
     while (!c->stop) {
         int64_t now_us = clock_monotonic_us();
@@ -59,17 +61,21 @@ static void *monitor_run(void *ctx)
 
 /* ---- Create and destroy ---- */
 
-static uint32_t or_default(uint32_t value, uint32_t otherwise) { return value ? value : otherwise; }
+static uint32_t or_default(uint32_t value, uint32_t otherwise)
+{
+    return value ? value : otherwise;
+}
 
 static enum err config_take(struct cluster *c, const struct cluster_config *config)
 {
     uint64_t total = (uint64_t)config->n_groups * config->n_ranks;
     if (!config->address) FAIL(ERR_INVALID, "the workers' port needs an address");
     if (!config->n_ranks || config->n_ranks > CLUSTER_RANKS_MAX)
-        FAIL(ERR_INVALID, "a group of %u ranks; 1 to %d are possible", config->n_ranks, CLUSTER_RANKS_MAX);
+        FAIL(ERR_INVALID, "a group of %u ranks; 1 to %d are possible", config->n_ranks,
+             CLUSTER_RANKS_MAX);
     if (!config->n_groups || config->n_groups > ENGINE_GROUPS_MAX || total > RANKS_TOTAL_MAX)
-        FAIL(ERR_INVALID, "%u groups of %u ranks; at most %d groups and %d ranks", config->n_groups, config->n_ranks,
-             ENGINE_GROUPS_MAX, RANKS_TOTAL_MAX);
+        FAIL(ERR_INVALID, "%u groups of %u ranks; at most %d groups and %d ranks", config->n_groups,
+             config->n_ranks, ENGINE_GROUPS_MAX, RANKS_TOTAL_MAX);
     if (config->model_digest && strlen(config->model_digest) >= sizeof c->model_digest)
         FAIL(ERR_INVALID, "a model digest of more than %zu characters", sizeof c->model_digest - 1);
     c->config = *config;
@@ -79,10 +85,12 @@ static enum err config_take(struct cluster *c, const struct cluster_config *conf
     c->config.form_timeout_ms = or_default(config->form_timeout_ms, 120000);
     c->config.n_pending_max = or_default(config->n_pending_max, 64);
     c->vocab_size = config->vocab_size;
-    if (config->model_digest) snprintf(c->model_digest, sizeof c->model_digest, "%s", config->model_digest);
+    if (config->model_digest)
+        snprintf(c->model_digest, sizeof c->model_digest, "%s", config->model_digest);
     c->address = mem_strdup(config->address);
     c->token = config->token ? mem_strdup(config->token) : NULL;
-    if (!c->address || (config->token && !c->token)) FAIL(ERR_NO_MEMORY, "no memory for the cluster");
+    if (!c->address || (config->token && !c->token))
+        FAIL(ERR_NO_MEMORY, "no memory for the cluster");
     TRY(MEM_NEW_ARRAY(config->n_groups, &c->groups));
     TRY(MEM_NEW_ARRAY(total, &c->ranks));
     for (uint32_t i = 0; i < config->n_groups; i++) {
@@ -102,18 +110,20 @@ static enum err listen_start(struct cluster *c)
                                       .on_half_close = cluster_stream_half_close,
                                       .on_close = cluster_stream_close,
                                       .ctx = c};
-    const struct rpc_server_config config = {.address = c->address,
-                                             .authorize = cluster_authorize,
-                                             .authorize_ctx = c,
-                                             .tls = c->config.tls,
-                                             .n_threads = 1,
-                                             .n_calls_max = c->config.n_groups * c->config.n_ranks * 2 + c->config.n_pending_max,
-                                             .methods = &attach,
-                                             .n_methods = 1};
+    const struct rpc_server_config config = {
+        .address = c->address,
+        .authorize = cluster_authorize,
+        .authorize_ctx = c,
+        .tls = c->config.tls,
+        .n_threads = 1,
+        .n_calls_max = c->config.n_groups * c->config.n_ranks * 2 + c->config.n_pending_max,
+        .methods = &attach,
+        .n_methods = 1};
     return rpc_server_create(&config, &c->server);
 }
 
-enum err cluster_create(const struct cluster_config *config, const struct cluster_hooks *hooks, struct cluster **out)
+enum err cluster_create(const struct cluster_config *config, const struct cluster_hooks *hooks,
+                        struct cluster **out)
 {
     struct cluster *c;
     pthread_condattr_t attributes;
@@ -127,7 +137,8 @@ enum err cluster_create(const struct cluster_config *config, const struct cluste
     enum err e = config_take(c, config);
     if (e) goto out;
     TRY_OUT(listen_start(c));
-    if (pthread_create(&c->monitor, NULL, monitor_run, c)) FAIL_OUT(ERR_NO_MEMORY, "no thread for the cluster");
+    if (pthread_create(&c->monitor, NULL, monitor_run, c))
+        FAIL_OUT(ERR_NO_MEMORY, "no thread for the cluster");
     c->has_monitor = true;
     *out = c;
 out:
@@ -144,7 +155,8 @@ void cluster_destroy(struct cluster *c)
     pthread_mutex_unlock(&c->mutex);
     if (c->has_monitor) pthread_join(c->monitor, NULL);
     rpc_server_destroy(c->server);
-    for (uint32_t i = 0; c->groups && i < c->config.n_groups; i++) group_fini(c, &c->groups[i]);
+    for (uint32_t i = 0; c->groups && i < c->config.n_groups; i++)
+        cluster_group_fini(c, &c->groups[i]);
     pthread_cond_destroy(&c->work);
     pthread_mutex_destroy(&c->mutex);
     mem_free(c->groups);
@@ -154,12 +166,16 @@ void cluster_destroy(struct cluster *c)
     mem_free(c);
 }
 
-int cluster_port(const struct cluster *c) { return rpc_server_port(c->server); }
+int cluster_port(const struct cluster *c)
+{
+    return rpc_server_port(c->server);
+}
 
 /* ---- Plans ---- */
 
 /* Counts the plan and takes the streams of its ranks. */
-static enum err plan_admit(struct cluster *c, uint32_t group, struct span bytes, struct rpc_call *out_calls[])
+static enum err plan_admit(struct cluster *c, uint32_t group, struct span bytes,
+                           struct rpc_call *out_calls[])
 {
     struct envelope envelope;
     uint64_t epoch, step;
@@ -174,7 +190,8 @@ static enum err plan_admit(struct cluster *c, uint32_t group, struct span bytes,
     g->epoch_plans++;
     g->plan_bytes += bytes.n;
     g->last_plan_step = step;
-    for (uint32_t i = 0; i < c->config.n_ranks; i++) out_calls[i] = rpc_acquire(g->ranks[i].stream->call);
+    for (uint32_t i = 0; i < c->config.n_ranks; i++)
+        out_calls[i] = rpc_acquire(g->ranks[i].stream->call);
     return OK;
 }
 
@@ -204,9 +221,11 @@ void cluster_group_failed(struct cluster *c, uint32_t group, uint64_t epoch, con
     struct group *g = &c->groups[group];
     if (g->epoch == epoch && g->state != CLUSTER_GROUP_JOINING) {
         for (uint32_t i = 0; i < c->config.n_ranks; i++)
-            log_warn("group %u: rank %u had answered step %llu of %llu", group, i, (unsigned long long)g->ranks[i].last_step,
+            log_warn("group %u: rank %u had answered step %llu of %llu", group, i,
+                     (unsigned long long)g->ranks[i].last_step,
                      (unsigned long long)g->last_plan_step);
-        for (uint32_t i = 0; i < c->config.n_ranks; i++) rank_lose(c, g, i, false, "%s", why);
+        for (uint32_t i = 0; i < c->config.n_ranks; i++)
+            rank_lose(c, g, i, false, "%s", why);
     }
     pthread_mutex_unlock(&c->mutex);
 }
@@ -219,7 +238,8 @@ void cluster_drain(struct cluster *c, int32_t group)
     m.drain = &d;
     pthread_mutex_lock(&c->mutex);
     for (uint32_t i = 0; i < c->config.n_groups * c->config.n_ranks; i++)
-        if (c->ranks[i].stream && (group == CLUSTER_ALL || i / c->config.n_ranks == (uint32_t)group))
+        if (c->ranks[i].stream &&
+            (group == CLUSTER_ALL || i / c->config.n_ranks == (uint32_t)group))
             (void)envelope_send(c->ranks[i].stream->call, &m.base);
     pthread_mutex_unlock(&c->mutex);
 }
@@ -228,9 +248,14 @@ void cluster_drain(struct cluster *c, int32_t group)
 
 static void rank_status(const struct rank *r, int64_t now_us, struct cluster_rank_status *out)
 {
-    *out = (struct cluster_rank_status){.state = r->state, .heard_ago_us = r->heard_us ? now_us - r->heard_us : -1,
-                                        .joined_ago_us = -1, .last_step = r->last_step, .compute_us = r->compute_us,
-                                        .wait_us = r->wait_us, .collective_us = r->collective_us, .skew_us = r->skew_us,
+    *out = (struct cluster_rank_status){.state = r->state,
+                                        .heard_ago_us = r->heard_us ? now_us - r->heard_us : -1,
+                                        .joined_ago_us = -1,
+                                        .last_step = r->last_step,
+                                        .compute_us = r->compute_us,
+                                        .wait_us = r->wait_us,
+                                        .collective_us = r->collective_us,
+                                        .skew_us = r->skew_us,
                                         .n_losses = r->n_losses};
     if (!r->stream) return;
     const Heddle__Cluster__Join *j = r->stream->join->join;
@@ -248,10 +273,16 @@ static void rank_status(const struct rank *r, int64_t now_us, struct cluster_ran
 
 static void group_status(const struct group *g, int64_t now_us, struct cluster_group_status *out)
 {
-    *out = (struct cluster_group_status){.state = g->state, .epoch = g->epoch, .n_joined = g->n_joined, .n_ready = g->n_ready,
-                                         .n_losses = g->n_losses, .n_plans = g->n_plans, .n_results = g->n_results,
+    *out = (struct cluster_group_status){.state = g->state,
+                                         .epoch = g->epoch,
+                                         .n_joined = g->n_joined,
+                                         .n_ready = g->n_ready,
+                                         .n_losses = g->n_losses,
+                                         .n_plans = g->n_plans,
+                                         .n_results = g->n_results,
                                          .plan_bytes = g->plan_bytes,
-                                         .up_ago_us = g->state == CLUSTER_GROUP_UP ? now_us - g->up_us : -1};
+                                         .up_ago_us =
+                                             g->state == CLUSTER_GROUP_UP ? now_us - g->up_us : -1};
     snprintf(out->last_loss, sizeof out->last_loss, "%s", g->last_loss);
 }
 
@@ -272,7 +303,8 @@ enum err cluster_status_create(struct cluster *c, struct cluster_status **out)
         group_status(&c->groups[i], now_us, &s->groups[i]);
         s->n_joined += c->groups[i].n_joined;
     }
-    for (uint32_t i = 0; i < total; i++) rank_status(&c->ranks[i], now_us, &s->ranks[i]);
+    for (uint32_t i = 0; i < total; i++)
+        rank_status(&c->ranks[i], now_us, &s->ranks[i]);
     s->n_groups_up = c->n_groups_up;
     s->n_pending = c->n_pending;
     s->n_refused = c->n_refused;

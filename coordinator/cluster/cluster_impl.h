@@ -11,7 +11,16 @@
 #include <pthread.h>
 
 /* Field numbers of the oneofs of FromWorker and ToWorker. */
-enum { FROM_JOIN = 1, FROM_READY, FROM_RESULT, FROM_ACK, FROM_EXCHANGE, FROM_HEARTBEAT, FROM_LEAVE, FROM_FAULT };
+enum {
+    FROM_JOIN = 1,
+    FROM_READY,
+    FROM_RESULT,
+    FROM_ACK,
+    FROM_EXCHANGE,
+    FROM_HEARTBEAT,
+    FROM_LEAVE,
+    FROM_FAULT
+};
 enum {
     CLUSTER_PROTOCOL = 1,
     SMALL_BYTES_MAX = 256 << 10, /* of a message that is neither a result nor an ack */
@@ -74,12 +83,12 @@ struct cluster {
     pthread_mutex_t mutex; /* of all that follows */
     pthread_cond_t work;
     bool stop;
-    uint64_t epochs; /* begun so far */
+    uint64_t epochs;      /* begun so far */
     struct group *groups; /* [n_groups] */
     struct rank *ranks;   /* [n_groups, n_ranks] */
     struct stream *pending;
     struct group *dirty;
-    uint32_t n_pending, n_groups_up, block_size, vocab_size;
+    uint32_t n_pending, n_joined, n_groups_up, block_size, vocab_size;
     uint64_t n_refused;
     char model_digest[72], model_name[128];
 };
@@ -91,8 +100,8 @@ void cluster_stream_half_close(struct rpc_call *call, void *ctx);
 void cluster_stream_close(struct rpc_call *call, void *ctx, bool cancelled);
 bool cluster_authorize(void *ctx, const char *path, struct span bearer);
 /* Takes the place away from whoever holds it, if anyone, and ends its stream. */
-void rank_lose(struct cluster *c, struct group *g, uint32_t rank, bool refuse, const char *format, ...)
-    __attribute__((format(printf, 5, 6)));
+void rank_lose(struct cluster *c, struct group *g, uint32_t rank, bool refuse, const char *format,
+               ...) __attribute__((format(printf, 5, 6)));
 /* Late joiners, silent ranks, claims; returns nothing, may change every list. */
 void membership_tick(struct cluster *c, int64_t now_us);
 /* Copies words from the wire for logs and status: printable ASCII, cut to size. */
@@ -104,8 +113,10 @@ void group_try_form(struct cluster *c, struct group *g, int64_t now_us);
 void group_end_epoch(struct cluster *c, struct group *g, const char *why);
 void group_ready(struct cluster *c, struct group *g, uint32_t rank, uint64_t epoch, int64_t now_us);
 /* Returns NULL, or what is wrong with the message. */
-const char *group_exchange(struct cluster *c, struct group *g, uint32_t rank, const Heddle__Cluster__Exchange *x);
-void group_heard_step(struct group *g, uint32_t rank, struct span body, uint64_t step, int64_t now_us);
+const char *group_exchange(struct cluster *c, struct group *g, uint32_t rank,
+                           const Heddle__Cluster__Exchange *x);
+void group_heard_step(struct group *g, uint32_t rank, struct span body, uint64_t step,
+                      int64_t now_us);
 void group_tick(struct cluster *c, struct group *g, int64_t now_us);
-void group_fini(struct cluster *c, struct group *g);
+void cluster_group_fini(struct cluster *c, struct group *g);
 void group_mark_dirty(struct cluster *c, struct group *g);

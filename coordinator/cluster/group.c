@@ -1,9 +1,9 @@
 /* One group: how an epoch begins (all ranks joined, Welcome, Exchange, Ready) and ends (any rank
  * lost). Called with the cluster's mutex held. Knows ranks; never sockets or plans. */
-#include "coordinator/cluster/cluster_impl.h"
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "coordinator/cluster/cluster_impl.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -32,7 +32,8 @@ static void key_make(char out[33])
 {
     unsigned char bytes[16];
     ASSERT(getrandom(bytes, sizeof bytes, 0) == sizeof bytes);
-    for (int i = 0; i < 16; i++) snprintf(out + 2 * i, 3, "%02x", bytes[i]);
+    for (int i = 0; i < 16; i++)
+        snprintf(out + 2 * i, 3, "%02x", bytes[i]);
 }
 
 static void least32(uint32_t *least, uint32_t value)
@@ -44,9 +45,14 @@ static void least32(uint32_t *least, uint32_t value)
 static struct group_info info_make(const struct cluster *c, const struct group *g)
 {
     uint64_t blocks = UINT32_MAX, host_blocks = UINT32_MAX;
-    struct group_info info = {.epoch = g->epoch, .n_ranks = c->config.n_ranks, .n_slots_max = UINT32_MAX,
-                              .step_tokens_max = UINT32_MAX, .step_rows_max = UINT32_MAX, .context_max = UINT32_MAX,
-                              .draft_tokens_max = UINT32_MAX, .has_draft_model = true};
+    struct group_info info = {.epoch = g->epoch,
+                              .n_ranks = c->config.n_ranks,
+                              .n_slots_max = UINT32_MAX,
+                              .step_tokens_max = UINT32_MAX,
+                              .step_rows_max = UINT32_MAX,
+                              .context_max = UINT32_MAX,
+                              .draft_tokens_max = UINT32_MAX,
+                              .has_draft_model = true};
     for (uint32_t i = 0; i < c->config.n_ranks; i++) {
         const Heddle__Cluster__Join *j = g->ranks[i].stream->join->join;
         if (j->blocks_max < blocks) blocks = j->blocks_max;
@@ -87,7 +93,8 @@ void group_try_form(struct cluster *c, struct group *g, int64_t now_us)
     w.heartbeat_ms = c->config.heartbeat_ms;
     m.kind_case = HEDDLE__CLUSTER__TO_WORKER__KIND_WELCOME;
     m.welcome = &w;
-    log_info("group %u: all %u ranks have joined, epoch %llu begins", g->index, c->config.n_ranks, (unsigned long long)g->epoch);
+    log_info("group %u: all %u ranks have joined, epoch %llu begins", g->index, c->config.n_ranks,
+             (unsigned long long)g->epoch);
     for (uint32_t i = 0; i < c->config.n_ranks; i++) {
         g->ranks[i].state = CLUSTER_RANK_WELCOMED;
         g->ranks[i].last_step = 0;
@@ -98,15 +105,17 @@ void group_try_form(struct cluster *c, struct group *g, int64_t now_us)
 
 void group_ready(struct cluster *c, struct group *g, uint32_t rank, uint64_t epoch, int64_t now_us)
 {
-    if (epoch != g->epoch || g->state != CLUSTER_GROUP_FORMING || g->ranks[rank].state != CLUSTER_RANK_WELCOMED)
+    if (epoch != g->epoch || g->state != CLUSTER_GROUP_FORMING ||
+        g->ranks[rank].state != CLUSTER_RANK_WELCOMED)
         return; /* said before it heard that its epoch has ended */
     g->ranks[rank].state = CLUSTER_RANK_READY;
     if (++g->n_ready < c->config.n_ranks) return;
     g->state = CLUSTER_GROUP_UP;
     g->up_us = now_us;
     c->n_groups_up++;
-    log_info("group %u: up in %.1f s, epoch %llu, %u blocks of %u tokens", g->index, (double)(now_us - g->formed_us) * 1e-6,
-             (unsigned long long)g->epoch, g->info.n_blocks, g->info.block_size);
+    log_info("group %u: up in %.1f s, epoch %llu, %u blocks of %u tokens", g->index,
+             (double)(now_us - g->formed_us) * 1e-6, (unsigned long long)g->epoch, g->info.n_blocks,
+             g->info.block_size);
     group_mark_dirty(c, g);
 }
 
@@ -114,7 +123,8 @@ void group_ready(struct cluster *c, struct group *g, uint32_t rank, uint64_t epo
 
 static void exchange_clear(struct cluster *c, struct exchange *x)
 {
-    for (uint32_t i = 0; x->parts && i < c->config.n_ranks; i++) rpc_bytes_release(x->parts[i]);
+    for (uint32_t i = 0; x->parts && i < c->config.n_ranks; i++)
+        rpc_bytes_release(x->parts[i]);
     mem_free(x->parts);
     *x = (struct exchange){0};
 }
@@ -158,7 +168,8 @@ static void exchange_answer(struct cluster *c, struct group *g, struct exchange 
     rpc_bytes_release(bytes);
 }
 
-const char *group_exchange(struct cluster *c, struct group *g, uint32_t rank, const Heddle__Cluster__Exchange *m)
+const char *group_exchange(struct cluster *c, struct group *g, uint32_t rank,
+                           const Heddle__Cluster__Exchange *m)
 {
     if (m->mine.len > EXCHANGE_BYTES_MAX) return "an exchange of more than 64 KiB";
     if (!*m->key || strlen(m->key) >= EXCHANGE_KEY_MAX) return "an exchange with an impossible key";
@@ -166,7 +177,8 @@ const char *group_exchange(struct cluster *c, struct group *g, uint32_t rank, co
     struct exchange *x = exchange_get(c, g, m->key);
     if (!x) return "too many exchanges open at once";
     if (x->parts[rank]) return "the same exchange twice";
-    if (rpc_bytes_create(m->mine.data, m->mine.len, &x->parts[rank])) return "no memory for an exchange";
+    if (rpc_bytes_create(m->mine.data, m->mine.len, &x->parts[rank]))
+        return "no memory for an exchange";
     if (++x->n_given < c->config.n_ranks) return NULL;
     exchange_answer(c, g, x);
     exchange_clear(c, x);
@@ -182,7 +194,8 @@ static uint32_t number32(struct span body, uint32_t field)
     return value > UINT32_MAX ? UINT32_MAX : (uint32_t)value;
 }
 
-void group_heard_step(struct group *g, uint32_t rank, struct span body, uint64_t step, int64_t now_us)
+void group_heard_step(struct group *g, uint32_t rank, struct span body, uint64_t step,
+                      int64_t now_us)
 {
     struct rank *r = &g->ranks[rank];
     if (step <= r->last_step) return;
@@ -217,7 +230,8 @@ void group_end_epoch(struct cluster *c, struct group *g, const char *why)
         g->ranks[i].state = CLUSTER_RANK_JOINED;
         send_to(&g->ranks[i], &m.base);
     }
-    for (int i = 0; i < EXCHANGES_MAX; i++) exchange_clear(c, &g->exchanges[i]);
+    for (int i = 0; i < EXCHANGES_MAX; i++)
+        exchange_clear(c, &g->exchanges[i]);
     group_mark_dirty(c, g);
 }
 
@@ -226,15 +240,19 @@ void group_end_epoch(struct cluster *c, struct group *g, const char *why)
 void group_tick(struct cluster *c, struct group *g, int64_t now_us)
 {
     group_try_form(c, g, now_us);
-    if (g->state != CLUSTER_GROUP_FORMING || now_us - g->formed_us < (int64_t)c->config.form_timeout_ms * 1000) return;
+    if (g->state != CLUSTER_GROUP_FORMING ||
+        now_us - g->formed_us < (int64_t)c->config.form_timeout_ms * 1000)
+        return;
     for (uint32_t i = 0; i < c->config.n_ranks; i++)
         if (g->ranks[i].stream && g->ranks[i].state == CLUSTER_RANK_WELCOMED) {
-            rank_lose(c, g, i, false, "rank %u was not ready %u ms after its welcome", i, c->config.form_timeout_ms);
+            rank_lose(c, g, i, false, "rank %u was not ready %u ms after its welcome", i,
+                      c->config.form_timeout_ms);
             return; /* one at a time: the rest are JOINED again and get their next chance */
         }
 }
 
-void group_fini(struct cluster *c, struct group *g)
+void cluster_group_fini(struct cluster *c, struct group *g)
 {
-    for (int i = 0; i < EXCHANGES_MAX; i++) exchange_clear(c, &g->exchanges[i]);
+    for (int i = 0; i < EXCHANGES_MAX; i++)
+        exchange_clear(c, &g->exchanges[i]);
 }

@@ -13,11 +13,20 @@
 static const struct {
     const char *name, *advice;
 } refused[] = {
-    {"guided_json", NULL},      {"guided_regex", NULL},        {"guided_choice", NULL},
-    {"guided_grammar", NULL},   {"structured_outputs", NULL},  {"logits_processors", NULL},
-    {"allowed_token_ids", NULL}, {"bad_words", NULL},          {"prompt_embeds", NULL},
-    {"truncate_prompt_tokens", NULL}, {"kv_transfer_params", NULL}, {"audio", NULL},
+    {"guided_json", NULL},
+    {"guided_regex", NULL},
+    {"guided_choice", NULL},
+    {"guided_grammar", NULL},
+    {"structured_outputs", NULL},
+    {"logits_processors", NULL},
+    {"allowed_token_ids", NULL},
+    {"bad_words", NULL},
+    {"prompt_embeds", NULL},
+    {"truncate_prompt_tokens", NULL},
+    {"kv_transfer_params", NULL},
+    {"audio", NULL},
     {"web_search_options", NULL},
+    {"moderation", NULL},
     {"prompt_logprobs", "use echo with logprobs on /v1/completions"},
 };
 
@@ -87,7 +96,8 @@ void api_call_init(struct api_call *call, enum api_kind kind, const struct front
 
 void api_call_fini(struct api_call *call)
 {
-    for (uint32_t i = 0; i < call->n_prompts; i++) token_list_fini(&call->prompts[i].tokens);
+    for (uint32_t i = 0; i < call->n_prompts; i++)
+        token_list_fini(&call->prompts[i].tokens);
     mem_free(call->prompts);
     buf_fini(&call->text);
     if (call->body) json_decref(call->body);
@@ -128,7 +138,8 @@ static enum err bias_read(struct front *f, const json_t *body, struct api_call *
     if (!map || json_is_null(map)) return OK;
     if (!json_is_object(map)) FAIL(ERR_INVALID, "'logit_bias' must be an object");
     const char *key;
-    json_object_foreach(map, key, value) {
+    json_object_foreach(map, key, value)
+    {
         char *end;
         long long id = strtoll(key, &end, 10);
         if (!*key || *end || strlen(key) > 10 || *key == ' ' || *key == '+')
@@ -187,8 +198,7 @@ static enum err stream_options_read(const json_t *body, struct api_call *call)
     const json_t *options = json_object_get(body, "stream_options");
     if (!options || json_is_null(options)) return OK;
     if (!json_is_object(options)) FAIL(ERR_INVALID, "'stream_options' must be an object");
-    if (!call->stream)
-        FAIL(ERR_INVALID, "'stream_options' is only allowed when 'stream' is true");
+    if (!call->stream) FAIL(ERR_INVALID, "'stream_options' is only allowed when 'stream' is true");
     TRY(json_read_bool(options, "include_usage", &call->include_usage));
     TRY(json_read_bool(options, "continuous_usage_stats", &call->continuous_usage));
     return OK;
@@ -367,6 +377,11 @@ static enum err prompts_read(struct front *f, const json_t *body, struct api_cal
 enum err api_completions_parse(struct front *f, struct span body, struct api_call *call)
 {
     TRY(api_object_parse(body, &call->body));
+    return api_completions_read(f, 16, call);
+}
+
+enum err api_completions_read(struct front *f, int64_t max_tokens, struct api_call *call)
+{
     TRY(common_read(f, call->body, call));
     const char *suffix = NULL;
     TRY(json_read_string(call->body, "suffix", &suffix));
@@ -375,7 +390,7 @@ enum err api_completions_parse(struct front *f, struct span body, struct api_cal
     int64_t logprobs = -1;
     TRY(json_read_int(call->body, "logprobs", 0, f->config.max_logprobs, &logprobs));
     call->n_logprobs = (int)logprobs;
-    if (call->max_tokens < 0) call->max_tokens = 16;
+    if (call->max_tokens < 0) call->max_tokens = max_tokens;
     TRY(prompts_read(f, call->body, call));
     return api_call_check(f, call);
 }
@@ -395,8 +410,10 @@ static enum err tools_check(const json_t *body)
         if (!json_is_object(tool) || !json_is_string(json_object_get(tool, "type")))
             FAIL(ERR_INVALID, "'tools' item %zu must be an object with a 'type'", i);
         if (strcmp(json_string_value(json_object_get(tool, "type")), "function"))
-            FAIL(ERR_INVALID, "'tools' item %zu is of a type that is not supported; only "
-                              "'function' is", i);
+            FAIL(ERR_INVALID,
+                 "'tools' item %zu is of a type that is not supported; only "
+                 "'function' is",
+                 i);
         if (!json_is_string(json_object_get(function, "name")))
             FAIL(ERR_INVALID, "'tools' item %zu must hold a 'function' with a 'name'", i);
     }
@@ -478,7 +495,8 @@ static enum err eos_add(struct front *f, struct api_call *call)
     size_t n = tokenizer_eos_ids(f->config.tokenizer, &ids);
     for (size_t i = 0; i < n && !call->ignore_eos; i++) {
         bool there = (uint32_t)ids[i] >= front_vocab_size(f);
-        for (int k = 0; k < call->sampling.n_stop_ids; k++) there |= call->stop_ids[k] == ids[i];
+        for (int k = 0; k < call->sampling.n_stop_ids; k++)
+            there |= call->stop_ids[k] == ids[i];
         if (!there) TRY(api_add_stop_id(f, call, ids[i]));
     }
     return OK;
@@ -513,12 +531,17 @@ uint32_t api_max_tokens(struct front *f, const struct api_call *call, size_t n_p
     uint32_t context = front_context_max(f);
     uint64_t room = context > n_prompt ? context - n_prompt : 1;
     uint64_t wanted = room, limit = (uint64_t)f->config.defaults.max_tokens;
-    if (call->max_tokens >= 0) wanted = (uint64_t)call->max_tokens;
-    else if (limit && limit < room) wanted = limit;
+    if (call->max_tokens >= 0)
+        wanted = (uint64_t)call->max_tokens;
+    else if (limit && limit < room)
+        wanted = limit;
     return (uint32_t)(wanted < room || !context ? wanted : room);
 }
 
-static void request_free(struct request *r) { mem_free(r); }
+static void request_free(struct request *r)
+{
+    mem_free(r);
+}
 
 enum err api_request_create(struct front *f, const struct api_call *call, uint32_t prompt,
                             struct request **out)
@@ -534,8 +557,7 @@ enum err api_request_create(struct front *f, const struct api_call *call, uint32
     r->n_tokens = (uint32_t)tokens->n;
     r->sampling = *p;
     r->sampling.stop_ids = memcpy(at += tokens->n, call->stop_ids, (size_t)p->n_stop_ids * 4);
-    r->sampling.bias_tokens =
-        memcpy(at += p->n_stop_ids, call->bias_tokens, (size_t)p->n_bias * 4);
+    r->sampling.bias_tokens = memcpy(at += p->n_stop_ids, call->bias_tokens, (size_t)p->n_bias * 4);
     r->sampling.bias_values =
         memcpy((void *)(at + p->n_bias), call->bias_values, (size_t)p->n_bias * 4);
     /* Draws of different prompts of one call must not repeat each other; choices take seed + i. */
@@ -552,8 +574,7 @@ enum err api_request_create(struct front *f, const struct api_call *call, uint32
     r->cache_salt = call->cache_salt;
     r->no_prefix_cache = call->no_prefix_cache;
     if (call->timeout_s > 0)
-        r->deadline_us =
-            engine_loop_now_us(f->config.engine) + (int64_t)(call->timeout_s * 1e6);
+        r->deadline_us = engine_loop_now_us(f->config.engine) + (int64_t)(call->timeout_s * 1e6);
     r->destroy = request_free;
     *out = r;
     return OK;

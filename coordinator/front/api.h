@@ -55,6 +55,9 @@ void api_call_fini(struct api_call *call); /* accepts zeroed memory */
 
 /* Reads a whole body. ERR_INVALID naming the field; ERR_NO_ROUTE: no such model. */
 enum err api_completions_parse(struct front *f, struct span body, struct api_call *call);
+/* The same for a body that is in call->body already. max_tokens: what it is when not said, -1 = as
+ * many as fit. */
+enum err api_completions_read(struct front *f, int64_t max_tokens, struct api_call *call);
 enum err api_chat_parse(struct front *f, struct span body, struct api_call *call);
 
 /* The parts, for those who read other bodies. */

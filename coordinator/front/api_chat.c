@@ -1,7 +1,7 @@
 /* Chat messages through the model's template. Messages are checked and brought into the shape that
  * templates know: content as one string, tool arguments as objects. See api.h. */
-#include "coordinator/front/api.h"
 #include "base/mem.h"
+#include "coordinator/front/api.h"
 
 #include <string.h>
 
@@ -18,7 +18,8 @@ static enum err content_join(const json_t *parts, size_t message, struct buf *ou
         const char *type = json_string_value(json_object_get(part, "type"));
         if (json_is_object(part) && !type && !text)
             FAIL(ERR_INVALID, "'messages[%zu].content[%zu].type' is required", message, i);
-        if (type && !strcmp(type, "refusal")) text = json_object_get(part, "refusal");
+        if (type && !strcmp(type, "refusal"))
+            text = json_object_get(part, "refusal");
         else if (type && strcmp(type, "text"))
             FAIL(ERR_INVALID,
                  "'messages[%zu].content[%zu]' is of type '%.40s', which is not supported; only "
@@ -60,7 +61,8 @@ static enum err tool_calls_fix(json_t *message, size_t index)
 {
     json_t *calls = json_object_get(message, "tool_calls");
     if (!calls || json_is_null(calls)) return OK;
-    if (!json_is_array(calls)) FAIL(ERR_INVALID, "'messages[%zu].tool_calls' must be an array", index);
+    if (!json_is_array(calls))
+        FAIL(ERR_INVALID, "'messages[%zu].tool_calls' must be an array", index);
     for (size_t i = 0; i < json_array_size(calls); i++) {
         json_t *function = json_object_get(json_array_get(calls, i), "function");
         json_t *arguments = json_object_get(function, "arguments"), *parsed = NULL;
@@ -104,9 +106,12 @@ static enum err messages_make(struct front *f, const json_t *body, json_t **out)
     json_t *copy = json_deep_copy(messages);
     if (!copy) FAIL(ERR_NO_MEMORY, "JSON");
     enum err e = OK;
-    for (size_t i = 0; !e && i < n; i++) e = message_fix(f, json_array_get(copy, i), i);
-    if (e) json_decref(copy);
-    else *out = copy;
+    for (size_t i = 0; !e && i < n; i++)
+        e = message_fix(f, json_array_get(copy, i), i);
+    if (e)
+        json_decref(copy);
+    else
+        *out = copy;
     return e;
 }
 
@@ -125,7 +130,8 @@ static enum err context_make(struct front *f, const json_t *body, bool generate,
         FAIL(ERR_INVALID, "'chat_template_kwargs' must be an object");
     if (documents && !json_is_null(documents) && !json_is_array(documents))
         FAIL(ERR_INVALID, "'documents' must be an array");
-    json_t *context = json_is_object(kwargs) ? json_copy((json_t *)(uintptr_t)kwargs) : json_object();
+    json_t *context =
+        json_is_object(kwargs) ? json_copy((json_t *)(uintptr_t)kwargs) : json_object();
     int bad = !context;
     for (size_t i = 0; !bad && i < sizeof roles / sizeof *roles; i++) {
         const char *text = tokenizer_special_text(f->config.tokenizer, roles[i]);
@@ -152,8 +158,10 @@ static enum err cut_after_last(const json_t *messages, struct buf *text)
     const json_t *content = json_object_get(last, "content");
     const char *s = json_string_value(content);
     size_t n = json_string_length(content);
-    while (n && strchr(" \t\r\n", s[n - 1])) n--;
-    while (n && strchr(" \t\r\n", *s)) s++, n--;
+    while (n && strchr(" \t\r\n", s[n - 1]))
+        n--;
+    while (n && strchr(" \t\r\n", *s))
+        s++, n--;
     for (size_t end = text->n; n && end >= n; end--) {
         if (memcmp(text->data + end - n, s, n)) continue;
         text->n = end;
@@ -176,7 +184,8 @@ enum err api_chat_render(struct front *f, const json_t *body, struct buf *out)
     TRY(json_read_bool(body, "add_generation_prompt", &generate));
     const json_t *asked = json_object_get(body, "add_generation_prompt");
     if (go_on && generate && asked && !json_is_null(asked))
-        FAIL(ERR_INVALID, "'continue_final_message' and 'add_generation_prompt' exclude each other");
+        FAIL(ERR_INVALID,
+             "'continue_final_message' and 'add_generation_prompt' exclude each other");
     json_t *messages = NULL, *context = NULL;
     TRY(messages_make(f, body, &messages));
     enum err e = context_make(f, body, generate && !go_on, messages, &context);

@@ -1,4 +1,5 @@
-/* See api_error.h. Messages of errors that say something about this server's inside are replaced. */
+/* See api_error.h. Messages of errors that say something about this server's inside are replaced.
+ */
 #include "coordinator/front/api_error.h"
 #include "base/json.h"
 
@@ -7,14 +8,22 @@
 static const char *code_of(enum err e, const char *why)
 {
     switch (e) {
-    case ERR_TOO_LONG: return "context_length_exceeded";
-    case ERR_UNAUTHORIZED: return "invalid_api_key";
-    case ERR_NO_ROUTE: return strstr(why, "model") ? "model_not_found" : "not_found";
-    case ERR_FULL: return "rate_limit_exceeded";
-    case ERR_NOT_READY: return "not_ready";
-    case ERR_TOO_BIG: return "request_too_large";
-    case ERR_DEADLINE: return "deadline_exceeded";
-    default: return NULL;
+    case ERR_TOO_LONG:
+        return "context_length_exceeded";
+    case ERR_UNAUTHORIZED:
+        return "invalid_api_key";
+    case ERR_NO_ROUTE:
+        return strstr(why, "model") ? "model_not_found" : "not_found";
+    case ERR_FULL:
+        return "rate_limit_exceeded";
+    case ERR_NOT_READY:
+        return "not_ready";
+    case ERR_TOO_BIG:
+        return "request_too_large";
+    case ERR_DEADLINE:
+        return "deadline_exceeded";
+    default:
+        return NULL;
     }
 }
 
@@ -34,9 +43,13 @@ enum err api_error_write(struct buf *out, enum err e, const char *why)
     buf_add_string(out, "{\"error\":{\"message\":");
     json_write_string(out, why, strlen(why));
     buf_printf(out, ",\"type\":\"%s\",\"param\":", type);
-    if (end && end - why < 80) json_write_string(out, why + 1, (size_t)(end - why - 1));
-    else buf_add_string(out, "null");
-    if (code) buf_printf(out, ",\"code\":\"%s\"}}", code);
-    else buf_add_string(out, ",\"code\":null}}");
+    if (end && end - why < 80)
+        json_write_string(out, why + 1, (size_t)(end - why - 1));
+    else
+        buf_add_string(out, "null");
+    if (code)
+        buf_printf(out, ",\"code\":\"%s\"}}", code);
+    else
+        buf_add_string(out, ",\"code\":null}}");
     return buf_err(out);
 }

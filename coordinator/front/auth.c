@@ -22,8 +22,10 @@ static enum err add_separated(struct auth *a, const char *text, const char *sepa
     while (*text) {
         size_t n = strcspn(text, separators);
         struct span key = {text, n};
-        while (key.n && (*key.data == ' ' || *key.data == '\t')) key.data++, key.n--;
-        while (key.n && strchr(" \t\r", key.data[key.n - 1])) key.n--;
+        while (key.n && (*key.data == ' ' || *key.data == '\t'))
+            key.data++, key.n--;
+        while (key.n && strchr(" \t\r", key.data[key.n - 1]))
+            key.n--;
         if (key.n && !(notes && *key.data == '#')) TRY(auth_add(a, key));
         text += n + (text[n] != 0);
     }
@@ -70,6 +72,7 @@ struct span auth_bearer(struct span authorization)
     if (authorization.n < 7 || strncasecmp(authorization.data, "Bearer ", 7))
         return (struct span){"", 0};
     struct span token = {authorization.data + 7, authorization.n - 7};
-    while (token.n && *token.data == ' ') token.data++, token.n--;
+    while (token.n && *token.data == ' ')
+        token.data++, token.n--;
     return token;
 }

@@ -1,5 +1,5 @@
-/* API keys: kept as SHA-256 digests, compared in constant time. Who may call a route is in the table
- * of routes; this part only says whose key was shown. */
+/* API keys: kept as SHA-256 digests, compared in constant time. Who may call a route is in the
+ * table of routes; this part only says whose key was shown. */
 #pragma once
 #include "base/buf.h"
 

@@ -5,9 +5,13 @@
 #include "base/mem.h"
 #include "coordinator/front/routes.h"
 #include "coordinator/front/stream.h"
+#include "coordinator/front/text_pool.h"
 
+#include <signal.h>
 #include <string.h>
 #include <sys/random.h>
+
+enum { TEXT_THREADS = 2 };
 
 struct front_loop *front_loop_of(const struct http_exchange *x)
 {
@@ -73,6 +77,7 @@ static void on_loop(void *ctx, struct http_loop *http, unsigned index)
 enum err front_create(const struct front_config *config, struct front **out)
 {
     struct front *f = NULL;
+    signal(SIGPIPE, SIG_IGN); /* a client that left is an error of write, not the end of all */
     TRY(MEM_NEW(&f));
     f->config = *config;
     ASSERT_CMP(config->n_names, >, 0);
@@ -89,9 +94,12 @@ enum err front_create(const struct front_config *config, struct front **out)
                                        .loop = on_loop,
                                        .ctx = f};
     enum err e = MEM_NEW_ARRAY(HTTP_LOOPS_MAX, &f->loops);
+    if (!e) e = text_pool_create(TEXT_THREADS, &f->texts);
     if (!e) e = http_server_open(&config->http, &callbacks, &f->http);
-    if (e) front_destroy(f);
-    else *out = f;
+    if (e)
+        front_destroy(f);
+    else
+        *out = f;
     return e;
 }
 
@@ -101,16 +109,26 @@ void front_drain(struct front *f)
     http_server_drain(f->http);
 }
 
+bool front_is_quiet(struct front *f)
+{
+    return http_loop_connections(f->loops[0].http) == 0;
+}
+
 void front_stop(struct front *f)
 {
     http_server_stop(f->http);
-    for (unsigned i = 0; i < f->n_loops; i++) jobs_run(&f->loops[i]);
+    text_pool_destroy(f->texts);
+    f->texts = NULL;
+    for (unsigned i = 0; i < f->n_loops; i++)
+        jobs_run(&f->loops[i]);
 }
 
 void front_destroy(struct front *f)
 {
     if (!f) return;
-    for (unsigned i = 0; i < f->n_loops; i++) stream_pump_ready(&f->loops[i]);
+    text_pool_destroy(f->texts);
+    for (unsigned i = 0; i < f->n_loops; i++)
+        stream_pump_ready(&f->loops[i]);
     http_server_close(f->http);
     for (unsigned i = 0; i < f->n_loops; i++) {
         pthread_mutex_destroy(&f->loops[i].mutex);
@@ -136,7 +154,10 @@ uint32_t front_context_max(struct front *f)
     return !own || (engine && engine < own) ? engine : own;
 }
 
-uint32_t front_vocab_size(struct front *f) { return f->config.vocab_size; }
+uint32_t front_vocab_size(struct front *f)
+{
+    return f->config.vocab_size;
+}
 
 void front_cluster_get(struct front *f, struct front_cluster *out)
 {

@@ -1,7 +1,7 @@
 /* The front: what all its parts share. HTTP and gRPC meet the tokenizer and the engine here.
  *
- * One loop thread does everything for a call: parsing, templates, tokenizing, detokenizing, writing.
- * The engine's thread only copies emissions into a stream's queue and marks it ready.
+ * One loop thread does everything for a call: parsing, templates, tokenizing, detokenizing,
+ * writing. The engine's thread only copies emissions into a stream's queue and marks it ready.
  *
  * It must never know scheduling, blocks or devices. */
 #pragma once
@@ -33,8 +33,8 @@ struct front_config {
     struct chat_template *chat_template; /* NULL = the model has none */
     const char *chat_template_source;
     struct engine_loop *engine;
-    uint32_t context_max;    /* tokens of one sequence; 0 = as the engine says */
-    uint32_t vocab_size;     /* ids below it may be asked for */
+    uint32_t context_max; /* tokens of one sequence; 0 = as the engine says */
+    uint32_t vocab_size;  /* ids below it may be asked for */
     struct front_defaults defaults;
     int max_logprobs;
     struct auth auth;
@@ -47,19 +47,21 @@ struct front_config {
 };
 
 struct front_loop; /* one per HTTP loop: ready streams and posted jobs */
+struct text_pool;
 struct front {
     struct front_config config;
     struct metrics metrics;
     struct http_server *http;
-    atomic_ullong next_id;     /* of engine requests */
+    struct text_pool *texts; /* for bodies too long for a loop */
+    atomic_ullong next_id;   /* of engine requests */
     atomic_ullong next_public_id;
-    uint64_t random;           /* makes public ids of this process unlike those of others */
+    uint64_t random; /* makes public ids of this process unlike those of others */
     atomic_bool draining;
     int64_t started_unix_s;
-    atomic_uint next_loop;     /* round robin for calls that do not come by HTTP */
-    struct front_loop *loops;  /* [n_loops] */
+    atomic_uint next_loop;    /* round robin for calls that do not come by HTTP */
+    struct front_loop *loops; /* [n_loops] */
     unsigned n_loops;
-    atomic_uint n_streams;     /* alive, answered or not: 0 = nobody needs the front any more */
+    atomic_uint n_streams; /* alive, answered or not: 0 = nobody needs the front any more */
 };
 
 enum err front_create(const struct front_config *config, struct front **out);
@@ -68,9 +70,10 @@ void front_drain(struct front *f);
 /* Cuts every connection and ends the threads: nobody asks the engine anything any more. The engine
  * must then be destroyed, which ends what is left, and the front after it. */
 void front_stop(struct front *f);
-void front_destroy(struct front *f); /* accepts NULL */
+void front_destroy(struct front *f);  /* accepts NULL */
+bool front_is_quiet(struct front *f); /* no connection is left */
 
-bool front_ready(struct front *f);       /* a full group can answer, and we are not draining */
+bool front_ready(struct front *f); /* a full group can answer, and we are not draining */
 uint32_t front_context_max(struct front *f);
 uint32_t front_vocab_size(struct front *f);
 void front_cluster_get(struct front *f, struct front_cluster *out);

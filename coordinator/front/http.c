@@ -143,8 +143,8 @@ static enum err tls_open(struct http_server *s)
 
 /* --- loops --- */
 
-static void on_accept_tcp(struct evconnlistener *listener, evutil_socket_t fd, struct sockaddr *from,
-                          int n, void *ctx)
+static void on_accept_tcp(struct evconnlistener *listener, evutil_socket_t fd,
+                          struct sockaddr *from, int n, void *ctx)
 {
     (void)listener, (void)from, (void)n;
     struct http_loop *l = ctx;
@@ -214,7 +214,8 @@ static void *loop_run(void *ctx)
 {
     struct http_loop *l = ctx;
     event_base_dispatch(l->base);
-    while (!LIST_EMPTY(&l->conns)) http_conn_free(LIST_FIRST(&l->conns));
+    while (!LIST_EMPTY(&l->conns))
+        http_conn_free(LIST_FIRST(&l->conns));
     return NULL;
 }
 
@@ -223,9 +224,8 @@ static enum err listener_add(struct http_loop *l, int i)
     if (l->server->fds[i] < 0) return OK;
     int fd = fcntl(l->server->fds[i], F_DUPFD_CLOEXEC, 0);
     if (fd < 0) FAIL(ERR_IO, "dup: %s", strerror(errno));
-    l->listeners[i] =
-        evconnlistener_new(l->base, i ? on_accept_unix : on_accept_tcp, l,
-                           LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC, 0, fd);
+    l->listeners[i] = evconnlistener_new(l->base, i ? on_accept_unix : on_accept_tcp, l,
+                                         LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC, 0, fd);
     if (!l->listeners[i]) {
         close(fd);
         FAIL(ERR_NO_MEMORY, "http: no listener");
@@ -305,7 +305,8 @@ void http_server_close(struct http_server *s)
 {
     if (!s) return;
     http_server_stop(s);
-    for (unsigned i = 0; i < s->n_loops; i++) loop_close(&s->loops[i]);
+    for (unsigned i = 0; i < s->n_loops; i++)
+        loop_close(&s->loops[i]);
     for (int i = 0; i < 2; i++)
         if (s->fds[i] >= 0) close(s->fds[i]);
     if (s->fds[1] >= 0) unlink(s->config.uds);
@@ -313,11 +314,26 @@ void http_server_close(struct http_server *s)
     mem_free(s);
 }
 
-int http_server_port(const struct http_server *s) { return s->port; }
-unsigned http_server_n_loops(const struct http_server *s) { return s->n_loops; }
-struct http_loop *http_server_loop(struct http_server *s, unsigned i) { return &s->loops[i]; }
-void **http_loop_user(struct http_loop *l) { return &l->user; }
-struct event_base *http_loop_base(struct http_loop *l) { return l->base; }
+int http_server_port(const struct http_server *s)
+{
+    return s->port;
+}
+unsigned http_server_n_loops(const struct http_server *s)
+{
+    return s->n_loops;
+}
+struct http_loop *http_server_loop(struct http_server *s, unsigned i)
+{
+    return &s->loops[i];
+}
+void **http_loop_user(struct http_loop *l)
+{
+    return &l->user;
+}
+struct event_base *http_loop_base(struct http_loop *l)
+{
+    return l->base;
+}
 
 unsigned http_loop_connections(const struct http_loop *l)
 {
@@ -327,5 +343,6 @@ unsigned http_loop_connections(const struct http_loop *l)
 void http_server_drain(struct http_server *s)
 {
     atomic_store(&s->draining, true);
-    for (unsigned i = 0; i < s->n_loops; i++) http_loop_wake(&s->loops[i]);
+    for (unsigned i = 0; i < s->n_loops; i++)
+        http_loop_wake(&s->loops[i]);
 }

@@ -5,7 +5,7 @@
  * read. It answers at once, or keeps the exchange and answers later from its loop; a client that
  * leaves in between is reported at once, token or no token.
  *
- * libevent gives the loops, buffers and TLS. The HTTP on top is http_parse.h's: docs/decisions/0031
+ * libevent gives the loops, buffers and TLS. The HTTP on top is http_parse.h's: docs/decisions/0006
  * says why not evhttp. It must never know routes' meanings, JSON or tokens. */
 #pragma once
 #include "coordinator/front/http_parse.h"
@@ -16,26 +16,28 @@ struct http_exchange;
 
 enum { HTTP_LOOPS_MAX = 64 };
 struct http_config {
-    const char *host; /* address to listen on; NULL = none */
-    int port;         /* 0 = any free one */
-    const char *uds;  /* path of a unix socket, or NULL */
+    const char *host;                         /* address to listen on; NULL = none */
+    int port;                                 /* 0 = any free one */
+    const char *uds;                          /* path of a unix socket, or NULL */
     const char *tls_key_file, *tls_cert_file; /* both or none */
     const char *tls_ca_file;                  /* clients must show a certificate of it; or NULL */
     unsigned n_loops;                         /* 0 = 2 */
     unsigned n_connections_max;               /* 0 = 16384 */
     size_t head_bytes_max;                    /* 0 = 64 KiB */
     size_t body_bytes_max;                    /* 0 = 32 MiB */
-    size_t output_bytes_max; /* unsent bytes of one exchange before it counts as stalled; 0 = 1 MiB */
-    int head_timeout_s;      /* for a whole head, 0 = 20 */
-    int body_timeout_s;      /* for a whole body, 0 = 120 */
-    int idle_timeout_s;      /* between requests, 0 = 75 */
-    int write_timeout_s;     /* without a byte taken by the client, 0 = 60 */
+    size_t
+        output_bytes_max; /* unsent bytes of one exchange before it counts as stalled; 0 = 1 MiB */
+    int head_timeout_s;   /* for a whole head, 0 = 20 */
+    int body_timeout_s;   /* for a whole body, 0 = 120 */
+    int idle_timeout_s;   /* between requests, 0 = 75 */
+    int write_timeout_s;  /* without a byte taken by the client, 0 = 60 */
 };
 
 struct http_callbacks {
     /* A whole request. Must answer now or keep x and answer later. */
     void (*handle)(void *ctx, struct http_exchange *x);
-    /* A request that could not be read: must answer at once; nothing of x but replying may be used. */
+    /* A request that could not be read: must answer at once; nothing of x but replying may be used.
+     */
     void (*refuse)(void *ctx, struct http_exchange *x, enum err e, const char *why);
     /* Headers that every answer bears; called as an answer begins. */
     void (*headers)(void *ctx, struct http_exchange *x);
@@ -70,6 +72,8 @@ struct event_base *http_loop_base(struct http_loop *l);
 /* What was asked; valid until the answer has ended. */
 const struct http_head *http_exchange_head(const struct http_exchange *x);
 struct span http_exchange_body(const struct http_exchange *x);
+/* Takes the body's memory over; the exchange has none afterwards. */
+void http_exchange_take_body(struct http_exchange *x, struct buf *out);
 struct http_loop *http_exchange_loop(const struct http_exchange *x);
 int64_t http_exchange_begun_us(const struct http_exchange *x); /* the request had been read */
 /* One pointer and number for the caller's use (route, labels). */

@@ -28,13 +28,16 @@ static struct evbuffer *output_of(const struct http_exchange *x)
 static void deadline_set(struct http_exchange *x, int seconds)
 {
     struct timeval tv = {seconds, 0};
-    if (seconds) evtimer_add(&x->timer, &tv);
-    else evtimer_del(&x->timer);
+    if (seconds)
+        evtimer_add(&x->timer, &tv);
+    else
+        evtimer_del(&x->timer);
 }
 
 bool http_conn_is_idle(const struct http_exchange *x)
 {
-    return x->state == HTTP_CONN_HEAD && !evbuffer_get_length(bufferevent_get_input(x->bev)) &&
+    return x->served && x->state == HTTP_CONN_HEAD &&
+           !evbuffer_get_length(bufferevent_get_input(x->bev)) &&
            !evbuffer_get_length(output_of(x));
 }
 
@@ -72,7 +75,8 @@ void http_conn_free(struct http_exchange *x)
     mem_free(x);
 }
 
-/* Everything was answered: lets the kernel deliver it even though the client may still be sending. */
+/* Everything was answered: lets the kernel deliver it even though the client may still be sending.
+ */
 static void conn_linger(struct http_exchange *x)
 {
     x->state = HTTP_CONN_LINGER;
@@ -166,8 +170,7 @@ static void head_done(struct http_exchange *x)
     }
     x->state = HTTP_CONN_BODY;
     deadline_set(x, config->body_timeout_s);
-    if (x->head.expect_continue)
-        evbuffer_add(output_of(x), "HTTP/1.1 100 Continue\r\n\r\n", 25);
+    if (x->head.expect_continue) evbuffer_add(output_of(x), "HTTP/1.1 100 Continue\r\n\r\n", 25);
 }
 
 /* Takes the head when it is whole. Returns false when more bytes are needed. */
@@ -215,8 +218,10 @@ static void conn_process(struct http_exchange *x)
     while (more && !x->drop) {
         if (x->state == HTTP_CONN_HEAD)
             more = evbuffer_get_length(output_of(x)) < PIPELINE_OUTPUT_BYTES_MAX && head_read(x);
-        else if (x->state == HTTP_CONN_BODY) more = body_read(x);
-        else more = false;
+        else if (x->state == HTTP_CONN_BODY)
+            more = body_read(x);
+        else
+            more = false;
     }
     x->processing = false;
     if (x->drop) http_conn_free(x);
@@ -237,8 +242,10 @@ static void on_write(struct bufferevent *bev, void *ctx)
 {
     struct http_exchange *x = ctx;
     if (evbuffer_get_length(bufferevent_get_output(bev))) return;
-    if (x->state == HTTP_CONN_FLUSH) conn_linger(x);
-    else if (x->state == HTTP_CONN_HEAD) conn_process(x);
+    if (x->state == HTTP_CONN_FLUSH)
+        conn_linger(x);
+    else if (x->state == HTTP_CONN_HEAD)
+        conn_process(x);
 }
 
 static void on_event(struct bufferevent *bev, short what, void *ctx)
@@ -281,7 +288,8 @@ void http_conn_open(struct http_loop *l, int fd, bool tls)
     if (ssl)
         x->bev = bufferevent_openssl_socket_new(l->base, fd, ssl, BUFFEREVENT_SSL_ACCEPTING,
                                                 BEV_OPT_CLOSE_ON_FREE);
-    else if (!tls) x->bev = bufferevent_socket_new(l->base, fd, BEV_OPT_CLOSE_ON_FREE);
+    else if (!tls)
+        x->bev = bufferevent_socket_new(l->base, fd, BEV_OPT_CLOSE_ON_FREE);
     if (!x->bev) {
         SSL_free(ssl);
         evutil_closesocket(fd);
@@ -308,17 +316,44 @@ void http_conn_open(struct http_loop *l, int fd, bool tls)
 
 /* --- the exchange, as handlers see it --- */
 
-const struct http_head *http_exchange_head(const struct http_exchange *x) { return &x->head; }
-struct http_loop *http_exchange_loop(const struct http_exchange *x) { return x->loop; }
-int64_t http_exchange_begun_us(const struct http_exchange *x) { return x->begun_us; }
-void http_exchange_set_tag(struct http_exchange *x, const void *tag) { x->tag = tag; }
-const void *http_exchange_tag(const struct http_exchange *x) { return x->tag; }
-const char *http_exchange_name(const struct http_exchange *x) { return x->name; }
-void http_exchange_close_after(struct http_exchange *x) { x->close_after = true; }
+const struct http_head *http_exchange_head(const struct http_exchange *x)
+{
+    return &x->head;
+}
+struct http_loop *http_exchange_loop(const struct http_exchange *x)
+{
+    return x->loop;
+}
+int64_t http_exchange_begun_us(const struct http_exchange *x)
+{
+    return x->begun_us;
+}
+void http_exchange_set_tag(struct http_exchange *x, const void *tag)
+{
+    x->tag = tag;
+}
+const void *http_exchange_tag(const struct http_exchange *x)
+{
+    return x->tag;
+}
+const char *http_exchange_name(const struct http_exchange *x)
+{
+    return x->name;
+}
+void http_exchange_close_after(struct http_exchange *x)
+{
+    x->close_after = true;
+}
 
 struct span http_exchange_body(const struct http_exchange *x)
 {
     return (struct span){buf_string(&x->body), x->body.n};
+}
+
+void http_exchange_take_body(struct http_exchange *x, struct buf *out)
+{
+    *out = x->body;
+    buf_init(&x->body, 0);
 }
 
 void http_exchange_set_name(struct http_exchange *x, struct span name)
@@ -345,11 +380,21 @@ static const char *phrase(int status)
     static const struct {
         int status;
         const char *words;
-    } rows[] = {{200, "OK"}, {204, "No Content"}, {400, "Bad Request"}, {401, "Unauthorized"},
-                {403, "Forbidden"}, {404, "Not Found"}, {405, "Method Not Allowed"},
-                {408, "Request Timeout"}, {413, "Content Too Large"}, {429, "Too Many Requests"},
-                {431, "Request Header Fields Too Large"}, {500, "Internal Server Error"},
-                {501, "Not Implemented"}, {503, "Service Unavailable"}, {504, "Gateway Timeout"}};
+    } rows[] = {{200, "OK"},
+                {204, "No Content"},
+                {400, "Bad Request"},
+                {401, "Unauthorized"},
+                {403, "Forbidden"},
+                {404, "Not Found"},
+                {405, "Method Not Allowed"},
+                {408, "Request Timeout"},
+                {413, "Content Too Large"},
+                {429, "Too Many Requests"},
+                {431, "Request Header Fields Too Large"},
+                {500, "Internal Server Error"},
+                {501, "Not Implemented"},
+                {503, "Service Unavailable"},
+                {504, "Gateway Timeout"}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         if (rows[i].status == status) return rows[i].words;
     return "Answer";
@@ -370,8 +415,10 @@ static void begin(struct http_exchange *x, int status, const char *content_type,
     if (content_type) evbuffer_add_printf(out, "Content-Type: %s\r\n", content_type);
     if (length >= 0 && status != 204) evbuffer_add_printf(out, "Content-Length: %lld\r\n", length);
     if (x->chunked) evbuffer_add_printf(out, "Transfer-Encoding: chunked\r\n");
-    if (x->close_after) evbuffer_add_printf(out, "Connection: close\r\n");
-    else if (x->head.minor == 0) evbuffer_add_printf(out, "Connection: keep-alive\r\n");
+    if (x->close_after)
+        evbuffer_add_printf(out, "Connection: close\r\n");
+    else if (x->head.minor == 0)
+        evbuffer_add_printf(out, "Connection: keep-alive\r\n");
     evbuffer_add(out, buf_string(&x->headers), x->headers.n);
     evbuffer_add(out, "\r\n", 2);
 }
@@ -380,7 +427,8 @@ static void finish(struct http_exchange *x)
 {
     report_ended(x, x->status);
     x->closed = NULL;
-    if (x->close_after) {
+    x->served = true;
+    if (x->close_after || atomic_load(&x->loop->server->draining)) {
         x->state = HTTP_CONN_FLUSH;
         deadline_set(x, x->loop->server->config.write_timeout_s);
         if (!evbuffer_get_length(output_of(x))) conn_linger(x);

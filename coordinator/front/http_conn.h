@@ -13,11 +13,12 @@ struct bufferevent;
 struct evconnlistener;
 
 enum http_conn_state {
-    HTTP_CONN_HEAD,   /* waits for a head (idle while none of its bytes came) */
+    HTTP_CONN_HEAD, /* waits for a head (idle while none of its bytes came) */
     HTTP_CONN_BODY,
     HTTP_CONN_BUSY,   /* a handler owns the exchange */
     HTTP_CONN_FLUSH,  /* the last answer is on its way, then the connection ends */
-    HTTP_CONN_LINGER, /* the answer is out; what the client still sends is thrown away for a while */
+    HTTP_CONN_LINGER, /* the answer is out; what the client still sends is thrown away for a while
+                       */
 };
 
 struct http_exchange {
@@ -26,15 +27,16 @@ struct http_exchange {
     LIST_ENTRY(http_exchange) link; /* connections of the loop */
     struct event timer;             /* the state's deadline */
     enum http_conn_state state;
-    struct buf head_bytes, body;    /* the head's copy (its spans point here), the body */
+    struct buf head_bytes, body; /* the head's copy (its spans point here), the body */
     struct http_head head;
     struct http_chunks chunks;
-    size_t scanned;                 /* bytes of the input known to hold no whole head */
-    bool processing;                /* http_conn_process is on the stack */
-    bool drop;                      /* free it when processing is over */
+    size_t scanned;  /* bytes of the input known to hold no whole head */
+    bool processing; /* http_conn_process is on the stack */
+    bool drop;       /* free it when processing is over */
+    bool served;     /* a request of it was answered */
     /* the answer */
-    struct buf headers;             /* added so far */
-    int status;                     /* 0 = not begun */
+    struct buf headers; /* added so far */
+    int status;         /* 0 = not begun */
     bool chunked, no_body, close_after;
     int64_t begun_us;
     const void *tag;
@@ -71,4 +73,5 @@ struct http_server {
 /* Takes the accepted socket over; closes it when it cannot be served. */
 void http_conn_open(struct http_loop *l, int fd, bool tls);
 void http_conn_free(struct http_exchange *x);
+/* Has had its answers and says nothing: may be closed. A fresh one has a request on its way. */
 bool http_conn_is_idle(const struct http_exchange *x);

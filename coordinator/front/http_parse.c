@@ -32,8 +32,10 @@ struct span http_head_find(const struct http_head *head, const char *name)
 
 static struct span trim(struct span s)
 {
-    while (s.n && (*s.data == ' ' || *s.data == '\t')) s.data++, s.n--;
-    while (s.n && (s.data[s.n - 1] == ' ' || s.data[s.n - 1] == '\t')) s.n--;
+    while (s.n && (*s.data == ' ' || *s.data == '\t'))
+        s.data++, s.n--;
+    while (s.n && (s.data[s.n - 1] == ' ' || s.data[s.n - 1] == '\t'))
+        s.n--;
     return s;
 }
 
@@ -178,8 +180,10 @@ static enum err framing_parse(struct http_head *head)
                 FAIL(ERR_UNSUPPORTED, "the only Transfer-Encoding served is chunked");
             head->chunked = true;
         } else if (name.n == 10 && !strncasecmp(name.data, "connection", 10)) {
-            if (http_list_has(value, "close")) head->keep_alive = false;
-            else if (http_list_has(value, "keep-alive")) head->keep_alive = true;
+            if (http_list_has(value, "close"))
+                head->keep_alive = false;
+            else if (http_list_has(value, "keep-alive"))
+                head->keep_alive = true;
         } else if (name.n == 6 && !strncasecmp(name.data, "expect", 6)) {
             if (value.n != 12 || strncasecmp(value.data, "100-continue", 12))
                 FAIL(ERR_INVALID, "the only expectation served is 100-continue");
@@ -206,8 +210,10 @@ enum err http_head_parse(const char *data, size_t n, struct http_head *out)
         if (line.n && line.data[line.n - 1] == '\r') line.n--;
         p = eol + 1;
         if (!line.n && !first) break;
-        if (first) TRY(request_line_parse(line, &head));
-        else TRY(header_parse(line, &head));
+        if (first)
+            TRY(request_line_parse(line, &head));
+        else
+            TRY(header_parse(line, &head));
         first = false;
     }
     if (first) FAIL(ERR_INVALID, "the request line is malformed");
@@ -220,7 +226,8 @@ static enum err chunk_size_parse(struct http_chunks *c)
 {
     uint64_t size = 0;
     if (!c->size[0]) FAIL(ERR_INVALID, "a chunk has no size");
-    for (const char *p = c->size; *p; p++) size = size << 4 | (unsigned)hex_value((unsigned char)*p);
+    for (const char *p = c->size; *p; p++)
+        size = size << 4 | (unsigned)hex_value((unsigned char)*p);
     c->left = size;
     c->state = size ? HTTP_CHUNK_DATA : HTTP_CHUNK_TRAILER;
     c->line = 0;
@@ -270,8 +277,7 @@ static enum err chunk_end_byte(struct http_chunks *c, char byte)
         c->after_cr = true;
         return OK;
     }
-    if (byte != '\n' || !c->after_cr)
-        FAIL(ERR_INVALID, "a chunk does not end where its size says");
+    if (byte != '\n' || !c->after_cr) FAIL(ERR_INVALID, "a chunk does not end where its size says");
     c->after_cr = false;
     c->state = HTTP_CHUNK_SIZE;
     return OK;
@@ -293,9 +299,12 @@ enum err http_chunks_read(struct http_chunks *c, const char *data, size_t n, siz
             continue;
         }
         char byte = data[at++];
-        if (c->state == HTTP_CHUNK_SIZE) TRY(chunk_size_byte(c, byte));
-        else if (c->state == HTTP_CHUNK_DATA_END) TRY(chunk_end_byte(c, byte));
-        else TRY(chunk_trailer_byte(c, byte));
+        if (c->state == HTTP_CHUNK_SIZE)
+            TRY(chunk_size_byte(c, byte));
+        else if (c->state == HTTP_CHUNK_DATA_END)
+            TRY(chunk_end_byte(c, byte));
+        else
+            TRY(chunk_trailer_byte(c, byte));
     }
     *out_taken = at;
     return OK;

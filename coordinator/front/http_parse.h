@@ -1,8 +1,8 @@
 /* HTTP/1.1 requests as bytes: the head, and the framing of a chunked body.
  *
  * Pure functions over memory, without sockets, so that they can be fuzzed. They are strict where
- * leniency lets two programs read one stream differently (folded lines, two lengths, a length beside
- * chunks, spaces before a colon), and refuse instead of guessing.
+ * leniency lets two programs read one stream differently (folded lines, two lengths, a length
+ * beside chunks, spaces before a colon), and refuse instead of guessing.
  *
  * It must never know routes, JSON or sockets. */
 #pragma once
@@ -60,9 +60,9 @@ enum http_chunk_state {
 /* Zeroed memory is the beginning of a chunked body. */
 struct http_chunks {
     enum http_chunk_state state;
-    uint64_t left;       /* bytes of this chunk still to come */
+    uint64_t left;        /* bytes of this chunk still to come */
     size_t line, trailer; /* bytes of the unfinished line, of all trailer lines */
-    char size[24];       /* the hexadecimal digits so far */
+    char size[24];        /* the hexadecimal digits so far */
     bool in_extension, after_cr;
 };
 

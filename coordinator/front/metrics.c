@@ -8,15 +8,32 @@
 /* --- tables --- */
 
 #define SECONDS_TTFT                                                                               \
-    {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, \
-     80, 160, 640, 2560}
-#define SECONDS_ITL                                                                               \
-    {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80}
+    {                                                                                              \
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,  \
+            40, 80, 160, 640, 2560                                                                 \
+    }
+#define SECONDS_ITL                                                                                \
+    {                                                                                              \
+        0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, \
+            80                                                                                     \
+    }
 #define SECONDS_REQUEST                                                                            \
-    {0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680}
-#define SECONDS_HTTP {0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60}
-#define CHOICES {1, 2, 5, 10, 20}
-#define TOKENS {0} /* 1-2-5 up to the context */
+    {                                                                                              \
+        0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,    \
+            7680                                                                                   \
+    }
+#define SECONDS_HTTP                                                                               \
+    {                                                                                              \
+        0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60                            \
+    }
+#define CHOICES                                                                                    \
+    {                                                                                              \
+        1, 2, 5, 10, 20                                                                            \
+    }
+#define TOKENS                                                                                     \
+    {                                                                                              \
+        0                                                                                          \
+    } /* 1-2-5 up to the context */
 
 static const struct {
     const char *name, *help;
@@ -78,7 +95,8 @@ void histogram_observe(struct histogram *h, double value, uint64_t times)
 {
     unsigned i = 0;
     if (!(value >= 0)) value = 0;
-    while (i < h->n_bounds && value > h->bounds[i]) i++;
+    while (i < h->n_bounds && value > h->bounds[i])
+        i++;
     atomic_fetch_add_explicit(&h->counts[i], times, memory_order_relaxed);
     double micro = value * 1e6 * (double)times;
     atomic_fetch_add_explicit(&h->sum_micro, micro < 1e18 ? (unsigned long long)micro : 0,
@@ -148,7 +166,8 @@ static void write_histogram(struct metrics *m, int row, const char *labels, stru
         total += atomic_load_explicit(&h->counts[i], memory_order_relaxed);
         if (i < h->n_bounds)
             buf_printf(out, "%s_bucket{%s,le=\"%.6g\"} %llu\n", name, labels, h->bounds[i], total);
-        else buf_printf(out, "%s_bucket{%s,le=\"+Inf\"} %llu\n", name, labels, total);
+        else
+            buf_printf(out, "%s_bucket{%s,le=\"+Inf\"} %llu\n", name, labels, total);
     }
     buf_printf(out, "%s_sum{%s} %.6f\n", name, labels, (double)atomic_load(&h->sum_micro) * 1e-6);
     buf_printf(out, "%s_count{%s} %llu\n", name, labels, total);
@@ -216,9 +235,7 @@ static void write_engine(const struct metrics_snapshot *s, const char *labels, s
     };
     write_gauges(rows, sizeof rows / sizeof *rows, labels, out);
     write_head(out, "vllm:cache_config_info", "gauge", "Configuration of the KV cache");
-    buf_printf(out,
-               "vllm:cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%llu\","
-               "enable_prefix_caching=\"True\"} 1\n",
+    buf_printf(out, "vllm:cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%llu\"} 1\n",
                labels, e->block_size, (unsigned long long)e->blocks_total);
     write_head(out, "heddle:build_info", "gauge", "This program");
     buf_printf(out, "heddle:build_info{version=\"" HEDDLE_VERSION "\"} 1\n");

@@ -1,8 +1,8 @@
 /* What the server counts, and its page in Prometheus' text format.
  *
  * Counters and histograms are atomics that any thread may touch. The vllm: names are those that
- * gateways, dashboards and autoscalers already read; heddle: names say what only Heddle has. One row
- * of a table is one metric. It must never know HTTP or JSON. */
+ * gateways, dashboards and autoscalers already read; heddle: names say what only Heddle has. One
+ * row of a table is one metric. It must never know HTTP or JSON. */
 #pragma once
 #include "base/buf.h"
 #include "coordinator/engine/engine.h"
@@ -44,9 +44,9 @@ enum metric_counter {
     METRIC_REJECTED_INVALID,
     METRIC_REJECTED_NOT_READY,
     METRIC_REJECTED_AUTH,
-    METRIC_CANCELLED,   /* clients that left before their answer's end */
+    METRIC_CANCELLED,    /* clients that left before their answer's end */
     METRIC_SLOW_CLIENTS, /* cut because they did not read */
-    METRIC_STREAMS,     /* gauge: answers being made */
+    METRIC_STREAMS,      /* gauge: answers being made */
     METRIC_COUNTERS
 };
 

@@ -5,7 +5,10 @@
 #include "coordinator/front/api_error.h"
 #include "coordinator/front/routes.h"
 
+#include <stddef.h>
 #include <string.h>
+
+enum { LONG_BODY_BYTES = 32 << 10 }; /* parsing that much takes a few milliseconds */
 
 struct openai_choice *openai_choice_of(struct openai_answer *a, uint32_t index)
 {
@@ -16,10 +19,14 @@ struct openai_choice *openai_choice_of(struct openai_answer *a, uint32_t index)
 const char *openai_finish_word(enum finish finish)
 {
     switch (finish) {
-    case FINISH_STOP: return "\"stop\"";
-    case FINISH_LENGTH: return "\"length\"";
-    case FINISH_CANCELLED: return "\"stop\"";
-    default: return "null";
+    case FINISH_STOP:
+        return "\"stop\"";
+    case FINISH_LENGTH:
+        return "\"length\"";
+    case FINISH_CANCELLED:
+        return "\"stop\"";
+    default:
+        return "null";
     }
 }
 
@@ -27,16 +34,19 @@ static void answer_destroy(struct openai_answer *a)
 {
     for (uint32_t i = 0; i < a->n_choices; i++) {
         struct openai_choice *c = &a->choices[i];
-        struct buf *all[] = {&c->text, &c->tokens, &c->values, &c->tops,
+        struct buf *all[] = {&c->text,    &c->tokens,  &c->values, &c->tops,
                              &c->offsets, &c->content, &c->ids};
-        for (size_t k = 0; k < sizeof all / sizeof *all; k++) buf_fini(all[k]);
+        for (size_t k = 0; k < sizeof all / sizeof *all; k++)
+            buf_fini(all[k]);
     }
-    for (uint32_t i = 0; a->scored && i < a->call.n_prompts; i++) mem_free(a->scored[i].tokens);
+    for (uint32_t i = 0; a->scored && i < a->call.n_prompts; i++)
+        mem_free(a->scored[i].tokens);
     mem_free(a->scored);
     mem_free(a->choices);
     api_call_fini(&a->call);
     buf_fini(&a->head);
     buf_fini(&a->out);
+    buf_fini(&a->body);
     mem_free(a);
 }
 
@@ -45,7 +55,8 @@ static void answer_destroy(struct openai_answer *a)
 static void usage_write(struct openai_answer *a, struct buf *out)
 {
     struct stream_usage u = {0};
-    if (a->stream) stream_usage_get(a->stream, &u);
+    if (a->stream)
+        stream_usage_get(a->stream, &u);
     else
         for (uint32_t i = 0; i < a->call.n_prompts; i++)
             u.prompt_tokens += a->call.prompts[i].tokens.n;
@@ -185,12 +196,15 @@ static void on_piece(struct stream_writer *w, const struct stream_piece *p)
         }
         if (a->call.kind == API_CHAT && a->call.stream) chat_role_event(a, p->choice);
     }
-    for (size_t i = 0; i < p->n_tokens; i++) openai_logprobs_add(a, c, &p->tokens[i]);
+    for (size_t i = 0; i < p->n_tokens; i++)
+        openai_logprobs_add(a, c, &p->tokens[i]);
     c->finish = p->finish;
     c->stop_index = p->stop_index;
     c->stop_token = p->stop_token;
-    if (a->call.stream) choice_event(a, p->choice, text);
-    else buf_add(&c->text, text.data, text.n);
+    if (a->call.stream)
+        choice_event(a, p->choice, text);
+    else
+        buf_add(&c->text, text.data, text.n);
     buf_fini(&first);
 }
 
@@ -236,8 +250,10 @@ static void answer_end(struct openai_answer *a)
 {
     if (!a->call.stream) {
         document_write(a);
-        if (buf_err(&a->out)) route_error(a->front, a->x, ERR_NO_MEMORY, "");
-        else http_exchange_reply(a->x, 200, "application/json", a->out.data, a->out.n);
+        if (buf_err(&a->out))
+            route_error(a->front, a->x, ERR_NO_MEMORY, "");
+        else
+            http_exchange_reply(a->x, 200, "application/json", a->out.data, a->out.n);
         return;
     }
     if (a->call.include_usage) {
@@ -268,8 +284,10 @@ static void answer_fail(struct openai_answer *a, enum err e, const char *why)
 static void on_finished(struct stream_writer *w, enum err e, const char *why)
 {
     struct openai_answer *a = (struct openai_answer *)w;
-    if (e) answer_fail(a, e, why);
-    else answer_end(a);
+    if (e)
+        answer_fail(a, e, why);
+    else
+        answer_end(a);
     answer_destroy(a);
 }
 
@@ -287,8 +305,8 @@ static enum err answer_begin(struct openai_answer *a)
 {
     struct front *f = a->front;
     struct api_call *call = &a->call;
-    const char *objects[] = {"text_completion", call->stream ? "chat.completion.chunk"
-                                                             : "chat.completion"};
+    const char *objects[] = {"text_completion",
+                             call->stream ? "chat.completion.chunk" : "chat.completion"};
     uint32_t n = call->n_prompts * (uint32_t)call->n;
     TRY(MEM_NEW_ARRAY(n, &a->choices));
     a->n_choices = n;
@@ -353,6 +371,68 @@ static enum err answer_submit(struct openai_answer *a)
     return OK;
 }
 
+static void call_parse(struct openai_answer *a, struct span body)
+{
+    a->parse_err = a->call.kind == API_CHAT ? api_chat_parse(a->front, body, &a->call)
+                                            : api_completions_parse(a->front, body, &a->call);
+    snprintf(a->parse_why, sizeof a->parse_why, "%s", a->parse_err ? err_detail() : "");
+}
+
+/* The body has been read: submits, or answers that it cannot be. */
+static void call_begin(struct openai_answer *a)
+{
+    struct http_exchange *x = a->x;
+    struct front *f = a->front;
+    char why[512];
+    enum err e = a->parse_err;
+    if (e) err_set(e, "%s", a->parse_why);
+    a->call.tenant = a->tenant;
+    a->call.cache_salt ^= a->salt;
+    if (!e) e = answer_begin(a);
+    if (!e && !a->call.max_tokens && !a->scored) {
+        answer_echo_only(a);
+        return;
+    }
+    if (!e) e = answer_submit(a);
+    if (!e) {
+        http_exchange_own(x, on_closed, a);
+        return;
+    }
+    snprintf(why, sizeof why, "%s", err_detail());
+    if (a->stream) stream_abandon(a->stream);
+    answer_destroy(a);
+    route_error(f, x, e, why);
+}
+
+static struct openai_answer *answer_of(void *job, size_t offset)
+{
+    return (struct openai_answer *)(void *)((char *)job - offset);
+}
+
+static void parse_work(struct text_job *job)
+{
+    struct openai_answer *a = answer_of(job, offsetof(struct openai_answer, parse));
+    call_parse(a, (struct span){buf_string(&a->body), a->body.n});
+}
+
+static void parse_back(struct front_job *job, struct front_loop *loop)
+{
+    (void)loop;
+    struct openai_answer *a = answer_of(job, offsetof(struct openai_answer, parse.back));
+    if (a->x)
+        call_begin(a);
+    else
+        answer_destroy(a);
+}
+
+/* The client left while its body was being parsed: parse_back will see. */
+static void parse_closed(void *owner)
+{
+    struct openai_answer *a = owner;
+    metrics_count(&a->front->metrics, METRIC_CANCELLED, 1);
+    a->x = NULL;
+}
+
 static void openai_answer(struct front *f, struct http_exchange *x, enum api_kind kind,
                           uint64_t tenant, uint64_t salt)
 {
@@ -365,27 +445,21 @@ static void openai_answer(struct front *f, struct http_exchange *x, enum api_kin
     a->writer = (struct stream_writer){on_piece, on_scored, on_flush, on_finished};
     a->front = f;
     a->x = x;
+    a->tenant = tenant;
+    a->salt = salt;
     api_call_init(&a->call, kind, f);
     struct span body = http_exchange_body(x);
-    e = kind == API_CHAT ? api_chat_parse(f, body, &a->call)
-                         : api_completions_parse(f, body, &a->call);
-    a->call.tenant = tenant;
-    a->call.cache_salt ^= salt;
-    if (!e) e = answer_begin(a);
-    if (!e && !a->call.max_tokens && !a->scored) {
-        answer_echo_only(a);
+    if (body.n < LONG_BODY_BYTES) {
+        call_parse(a, body);
+        call_begin(a);
         return;
     }
-    if (!e) e = answer_submit(a);
-    if (!e) {
-        http_exchange_own(x, on_closed, a);
-        return;
-    }
-    char why[512];
-    snprintf(why, sizeof why, "%s", err_detail());
-    if (a->stream) stream_abandon(a->stream);
-    answer_destroy(a);
-    route_error(f, x, e, why);
+    http_exchange_own(x, parse_closed, a);
+    http_exchange_take_body(x, &a->body);
+    a->parse.loop = front_loop_of(x);
+    a->parse.work = parse_work;
+    a->parse.back.run = parse_back;
+    text_pool_post(f->texts, &a->parse);
 }
 
 void openai_completions(struct front *f, struct http_exchange *x, uint64_t tenant, uint64_t salt)

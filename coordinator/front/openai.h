@@ -5,6 +5,7 @@
 #pragma once
 #include "coordinator/front/api.h"
 #include "coordinator/front/stream.h"
+#include "coordinator/front/text_pool.h"
 
 struct openai_scored { /* logprobs of a prompt's tokens, the last n of them */
     struct stream_token *tokens;
@@ -12,8 +13,9 @@ struct openai_scored { /* logprobs of a prompt's tokens, the last n of them */
 };
 
 struct openai_choice {
-    struct buf text;     /* not streamed: the whole text */
-    struct buf tokens, values, tops, offsets; /* completions: JSON items of logprobs since last out */
+    struct buf text; /* not streamed: the whole text */
+    struct buf tokens, values, tops,
+        offsets;         /* completions: JSON items of logprobs since last out */
     struct buf content;  /* chat: the same */
     struct buf ids;      /* token ids, when asked for */
     uint64_t base_chars; /* characters before the generated text: the echo's */
@@ -30,12 +32,17 @@ struct openai_answer {
     struct stream *stream;
     struct api_call call;
     char id[48];
-    struct buf head;  /* the beginning of each chunk, up to its choices */
-    struct buf out;   /* events of this wake, or the document */
+    struct buf head;               /* the beginning of each chunk, up to its choices */
+    struct buf out;                /* events of this wake, or the document */
     struct openai_choice *choices; /* [n_choices] */
     uint32_t n_choices;
-    struct openai_scored *scored;  /* [call.n_prompts] when prompts are scored */
+    struct openai_scored *scored; /* [call.n_prompts] when prompts are scored */
     bool started;
+    struct text_job parse; /* of a long body, on another thread */
+    struct buf body;
+    uint64_t tenant, salt;
+    enum err parse_err;
+    char parse_why[512];
 };
 
 /* Parses the body, submits, and answers x, now or later. */

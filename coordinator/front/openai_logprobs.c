@@ -31,7 +31,8 @@ static void token_write(const struct front *f, int32_t id, struct buf *out)
         return;
     }
     buf_add_string(out, "\"bytes:");
-    for (size_t i = 0; i < s.n; i++) buf_printf(out, "\\\\x%02x", (unsigned char)s.data[i]);
+    for (size_t i = 0; i < s.n; i++)
+        buf_printf(out, "\\\\x%02x", (unsigned char)s.data[i]);
     buf_add_char(out, '"');
 }
 
@@ -67,7 +68,8 @@ static void tops_write(const struct front *f, const struct stream_token *t, stru
         n++;
     }
     buf_add_char(out, '}');
-    while (n) buf_fini(&names[--n]);
+    while (n)
+        buf_fini(&names[--n]);
 }
 
 static void completion_add(struct openai_answer *a, struct openai_choice *c,
@@ -127,8 +129,10 @@ void openai_logprobs_add(struct openai_answer *a, struct openai_choice *c,
         buf_printf(&c->ids, "%d", t->token);
     }
     if (a->call.n_logprobs < 0) return;
-    if (a->call.kind == API_CHAT) chat_add(a, c, t);
-    else completion_add(a, c, t, c->base_chars + t->start_chars);
+    if (a->call.kind == API_CHAT)
+        chat_add(a, c, t);
+    else
+        completion_add(a, c, t, c->base_chars + t->start_chars);
 }
 
 void openai_logprobs_write(struct openai_answer *a, struct openai_choice *c, struct buf *out)
@@ -157,7 +161,8 @@ void openai_logprobs_write(struct openai_answer *a, struct openai_choice *c, str
 static uint64_t count_chars(const struct buf *b)
 {
     uint64_t n = 0;
-    for (size_t i = 0; i < b->n; i++) n += ((unsigned char)b->data[i] & 0xc0) != 0x80;
+    for (size_t i = 0; i < b->n; i++)
+        n += ((unsigned char)b->data[i] & 0xc0) != 0x80;
     return n;
 }
 
@@ -189,7 +194,8 @@ void openai_echo_add(struct openai_answer *a, uint32_t index, struct buf *out_te
     const struct api_prompt *p = &a->call.prompts[prompt];
     struct buf text;
     buf_init(&text, 0);
-    if (p->text.data) buf_add(&text, p->text.data, p->text.n);
+    if (p->text.data)
+        buf_add(&text, p->text.data, p->text.n);
     else
         tokenizer_decode(a->front->config.tokenizer, p->tokens.ids, p->tokens.n,
                          a->call.skip_special, &text);

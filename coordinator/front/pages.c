@@ -7,8 +7,10 @@
 
 static void reply_json(struct front *f, struct http_exchange *x, struct buf *body)
 {
-    if (buf_err(body)) route_error(f, x, ERR_NO_MEMORY, "");
-    else http_exchange_reply(x, 200, "application/json", buf_string(body), body->n);
+    if (buf_err(body))
+        route_error(f, x, ERR_NO_MEMORY, "");
+    else
+        http_exchange_reply(x, 200, "application/json", buf_string(body), body->n);
     buf_fini(body);
 }
 
@@ -23,7 +25,8 @@ void route_health(struct front *f, struct http_exchange *x, const struct route_c
     struct front_cluster c;
     char why[160];
     front_cluster_get(f, &c);
-    if (atomic_load(&f->draining)) snprintf(why, sizeof why, "draining: no new requests");
+    if (atomic_load(&f->draining))
+        snprintf(why, sizeof why, "draining: no new requests");
     else
         snprintf(why, sizeof why, "no group is ready: %u of %u workers have joined",
                  c.workers_alive, c.workers_expected);
@@ -109,7 +112,8 @@ void route_metrics(struct front *f, struct http_exchange *x, const struct route_
                                  .draining = atomic_load(&f->draining),
                                  .n_connections = http_loop_connections(http_exchange_loop(x))};
     buf_init(&body, 0);
-    if (metrics_write(&f->metrics, &s, &body)) route_error(f, x, ERR_NO_MEMORY, "");
+    if (metrics_write(&f->metrics, &s, &body))
+        route_error(f, x, ERR_NO_MEMORY, "");
     else
         http_exchange_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", body.data, body.n);
     buf_fini(&body);

@@ -1,4 +1,5 @@
-/* The table of routes, and the way of an HTTP request to its row: CORS, key, method. See routes.h. */
+/* The table of routes, and the way of an HTTP request to its row: CORS, key, method. See routes.h.
+ */
 #include "coordinator/front/routes.h"
 #include "base/json.h"
 #include "base/log.h"
@@ -8,7 +9,7 @@
 #include <string.h>
 #include <strings.h>
 
-#define GET HTTP_METHOD_GET
+#define GET  HTTP_METHOD_GET
 #define POST HTTP_METHOD_POST
 
 // clang-format off
@@ -46,7 +47,8 @@ void route_chat(struct front *f, struct http_exchange *x, const struct route_cal
 
 static const struct route *find(struct span path)
 {
-    while (path.n > 1 && path.data[path.n - 1] == '/') path.n--;
+    while (path.n > 1 && path.data[path.n - 1] == '/')
+        path.n--;
     for (unsigned i = 0; i < n_routes; i++) {
         size_t n = strlen(routes[i].path);
         if (path.n < n || memcmp(path.data, routes[i].path, n)) continue;
@@ -62,13 +64,20 @@ enum err route_argument(struct http_exchange *x, const struct route *r, struct b
     return http_percent_decode((struct span){path.data + n, path.n - n}, out);
 }
 
-static void count_rejection(struct front *f, enum err e, int status)
+/* Probes that find the server not ready are no rejected requests. */
+static void count_rejection(struct front *f, struct http_exchange *x, enum err e, int status)
 {
     struct metrics *m = &f->metrics;
-    if (e == ERR_FULL) metrics_count(m, METRIC_REJECTED_FULL, 1);
-    else if (e == ERR_UNAUTHORIZED) metrics_count(m, METRIC_REJECTED_AUTH, 1);
-    else if (e == ERR_NOT_READY) metrics_count(m, METRIC_REJECTED_NOT_READY, 1);
-    else if (status < 500) metrics_count(m, METRIC_REJECTED_INVALID, 1);
+    const struct route *r = http_exchange_tag(x);
+    if (r && r->access == ROUTE_OPEN) return;
+    if (e == ERR_FULL)
+        metrics_count(m, METRIC_REJECTED_FULL, 1);
+    else if (e == ERR_UNAUTHORIZED)
+        metrics_count(m, METRIC_REJECTED_AUTH, 1);
+    else if (e == ERR_NOT_READY)
+        metrics_count(m, METRIC_REJECTED_NOT_READY, 1);
+    else if (status < 500)
+        metrics_count(m, METRIC_REJECTED_INVALID, 1);
 }
 
 static void error_reply(struct front *f, struct http_exchange *x, int status, enum err e,
@@ -77,8 +86,8 @@ static void error_reply(struct front *f, struct http_exchange *x, int status, en
     struct buf body;
     buf_init(&body, 0);
     api_error_write(&body, e, why);
-    count_rejection(f, e, status);
-    if (status >= 500 && e != ERR_NOT_READY && e != ERR_DEADLINE)
+    count_rejection(f, x, e, status);
+    if (status >= 500 && status != 501 && e != ERR_NOT_READY && e != ERR_DEADLINE)
         log_error("http: %s answered with %d: %s", http_exchange_name(x), status, why);
     if (status == 429) http_exchange_header(x, "Retry-After", "1");
     if (status == 503) http_exchange_header(x, "Retry-After", "2");
@@ -208,7 +217,8 @@ void routes_handle(void *ctx, struct http_exchange *x)
     }
     bool known = caller_find(f, head, &caller);
     if (!known && r->access != ROUTE_OPEN) {
-        route_error(f, x, ERR_UNAUTHORIZED, "a valid API key is required: Authorization: Bearer KEY");
+        route_error(f, x, ERR_UNAUTHORIZED,
+                    "a valid API key is required: Authorization: Bearer KEY");
         return;
     }
     r->handle(f, x, &caller);
@@ -217,9 +227,12 @@ void routes_handle(void *ctx, struct http_exchange *x)
 void routes_refuse(void *ctx, struct http_exchange *x, enum err e, const char *why)
 {
     int status = api_error_status(e);
-    if (e == ERR_TIMEOUT) status = 408;
-    else if (e == ERR_TOO_BIG && strstr(why, "header")) status = 431;
-    else if (e == ERR_UNSUPPORTED) status = 501;
+    if (e == ERR_TIMEOUT)
+        status = 408;
+    else if (e == ERR_TOO_BIG && strstr(why, "header"))
+        status = 431;
+    else if (e == ERR_UNSUPPORTED)
+        status = 501;
     error_reply(ctx, x, status, e, why);
 }
 

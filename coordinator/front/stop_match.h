@@ -1,7 +1,7 @@
 /* Stop strings in a stream of text: found exactly, whatever the borders of its pieces.
  *
- * Text goes in as it is decoded; what comes out can no longer be part of a stop string. Held back is
- * the shortest tail that could still become one, so a client never sees the beginning of a stop
+ * Text goes in as it is decoded; what comes out can no longer be part of a stop string. Held back
+ * is the shortest tail that could still become one, so a client never sees the beginning of a stop
  * string and never waits for more than its length. Of two matches the one that ends first wins; of
  * those that end together, the one that begins first.
  *
@@ -14,8 +14,8 @@ enum { STOP_STRINGS_MAX = 16, STOP_BYTES_MAX = 1024 };
 struct stop_match {
     const struct span *stops; /* [n_stops], each 1 .. STOP_BYTES_MAX bytes; owned by the caller */
     unsigned n_stops;
-    bool keep;        /* the stop string itself stays in the text */
-    struct buf held;  /* bytes taken, not yet given */
+    bool keep;       /* the stop string itself stays in the text */
+    struct buf held; /* bytes taken, not yet given */
 };
 
 void stop_match_init(struct stop_match *m, const struct span *stops, unsigned n_stops, bool keep);

@@ -84,7 +84,10 @@ static void publish(struct stream *s, uint32_t n_gone)
     http_loop_wake(http);
 }
 
-static void sink_flush(struct sink *sink) { publish((struct stream *)sink, 0); }
+static void sink_flush(struct sink *sink)
+{
+    publish((struct stream *)sink, 0);
+}
 
 /* The engine forgets the request, after every flush that it may have caused. */
 static void request_gone(struct request *r)
@@ -135,7 +138,8 @@ static enum err stops_copy(struct stream *s, const struct stream_config *c)
 {
     size_t bytes = 0;
     ASSERT_CMP(c->n_stops, <=, STOP_STRINGS_MAX);
-    for (unsigned i = 0; i < c->n_stops; i++) bytes += c->stops[i].n;
+    for (unsigned i = 0; i < c->n_stops; i++)
+        bytes += c->stops[i].n;
     TRY(mem_alloc(bytes, (void **)&s->stop_bytes));
     char *at = s->stop_bytes;
     for (unsigned i = 0; i < c->n_stops; i++) {
@@ -186,8 +190,10 @@ enum err stream_create(const struct stream_config *config, struct stream **out)
     enum err e = stream_queue_init(&s->queue, capacity);
     if (!e) e = stops_copy(s, config);
     if (!e) e = choices_create(s, config);
-    if (e) stream_free(s);
-    else *out = s;
+    if (e)
+        stream_free(s);
+    else
+        *out = s;
     return e;
 }
 
@@ -228,13 +234,20 @@ void stream_abandon(struct stream *s)
     free_when_done(s);
 }
 
-void stream_cancel(struct stream *s) { cancel_all(s); }
-void stream_usage_get(const struct stream *s, struct stream_usage *out) { *out = s->usage; }
+void stream_cancel(struct stream *s)
+{
+    cancel_all(s);
+}
+void stream_usage_get(const struct stream *s, struct stream_usage *out)
+{
+    *out = s->usage;
+}
 
 static uint64_t count_chars(const char *s, size_t n)
 {
     uint64_t chars = 0;
-    for (size_t i = 0; i < n; i++) chars += ((unsigned char)s[i] & 0xc0) != 0x80;
+    for (size_t i = 0; i < n; i++)
+        chars += ((unsigned char)s[i] & 0xc0) != 0x80;
     return chars;
 }
 
@@ -379,7 +392,8 @@ static size_t tokens_ready(const struct stream_choice *c)
 {
     if (c->ended && c->stop_index < 0) return c->n_pending;
     size_t n = 0;
-    while (n < c->n_pending && c->pending[n].start_bytes < c->given_bytes) n++;
+    while (n < c->n_pending && c->pending[n].start_bytes < c->given_bytes)
+        n++;
     return n;
 }
 

@@ -1,9 +1,9 @@
 /* A stream: one call's way back from the engine to whoever asked.
  *
- * The engine's thread copies emissions into a bounded queue and, once a step, marks the stream ready
- * and wakes its loop. The loop's thread takes them out, turns tokens into text, finds stop strings,
- * and gives pieces to a writer (SSE, one JSON answer, gRPC). A stream outlives its writer until the
- * engine has said its last word about every request of it.
+ * The engine's thread copies emissions into a bounded queue and, once a step, marks the stream
+ * ready and wakes its loop. The loop's thread takes them out, turns tokens into text, finds stop
+ * strings, and gives pieces to a writer (SSE, one JSON answer, gRPC). A stream outlives its writer
+ * until the engine has said its last word about every request of it.
  *
  * It must never know JSON, HTTP or gRPC. */
 #pragma once
@@ -19,7 +19,7 @@ struct stream_token {
     uint32_t n_top;
     int32_t top_tokens[STREAM_TOP_MAX];
     float top_logprobs[STREAM_TOP_MAX];
-    uint64_t start_bytes;  /* of its text within the choice's text */
+    uint64_t start_bytes; /* of its text within the choice's text */
     uint64_t start_chars;
 };
 
@@ -29,10 +29,10 @@ struct stream_piece {
     struct span text;
     const struct stream_token *tokens; /* [n_tokens] whose text has been given by now */
     size_t n_tokens;
-    uint32_t n_generated;     /* of the choice so far */
-    enum finish finish;       /* FINISH_NONE: goes on */
-    int stop_index;           /* the stop string that ended it, or -1 */
-    int32_t stop_token;       /* the stop token that ended it, or -1 */
+    uint32_t n_generated; /* of the choice so far */
+    enum finish finish;   /* FINISH_NONE: goes on */
+    int stop_index;       /* the stop string that ended it, or -1 */
+    int32_t stop_token;   /* the stop token that ended it, or -1 */
 };
 
 struct stream_writer {
@@ -57,9 +57,9 @@ struct stream_config {
     unsigned n_stops;
     bool keep_stop, skip_special, want_tokens;
     int32_t min_tokens;
-    int n_logprobs;                 /* alternatives of each token, -1 = none */
-    uint64_t n_prompt_scored;       /* prompt tokens whose logprobs come */
-    uint64_t max_tokens;            /* of a choice */
+    int n_logprobs;           /* alternatives of each token, -1 = none */
+    uint64_t n_prompt_scored; /* prompt tokens whose logprobs come */
+    uint64_t max_tokens;      /* of a choice */
 };
 
 enum err stream_create(const struct stream_config *config, struct stream **out);

@@ -1,5 +1,5 @@
-/* See stream_queue.h. A record is: length, fixed part, error text, then for each token its fixed part
- * and its alternatives. Everything is copied byte by byte around the ring's end. */
+/* See stream_queue.h. A record is: length, fixed part, error text, then for each token its fixed
+ * part and its alternatives. Everything is copied byte by byte around the ring's end. */
 #include "coordinator/front/stream_queue.h"
 #include "base/mem.h"
 
@@ -62,9 +62,22 @@ bool stream_queue_put(struct stream_queue *q, const struct emission *e, int64_t 
         bytes += sizeof(struct token_fixed) + (size_t)e->tokens[i].n_top * 8;
     size_t taken = atomic_load_explicit(&q->taken, memory_order_acquire);
     if (bytes > q->capacity - (q->written - taken)) return false;
-    struct fixed f = {(uint32_t)bytes, (uint32_t)error_n, e->request_id, e->choice, e->stop_token,
-                      e->n_tokens, e->n_prompt, e->n_cached, e->n_generated, (uint32_t)e->finish,
-                      (uint32_t)e->error, e->last, 0, e->queued_us, e->prefill_us, at_us};
+    struct fixed f = {(uint32_t)bytes,
+                      (uint32_t)error_n,
+                      e->request_id,
+                      e->choice,
+                      e->stop_token,
+                      e->n_tokens,
+                      e->n_prompt,
+                      e->n_cached,
+                      e->n_generated,
+                      (uint32_t)e->finish,
+                      (uint32_t)e->error,
+                      e->last,
+                      0,
+                      e->queued_us,
+                      e->prefill_us,
+                      at_us};
     ring_write(q, &f, sizeof f);
     ring_write(q, e->error_text, error_n);
     for (uint32_t i = 0; i < e->n_tokens; i++) {

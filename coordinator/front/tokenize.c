@@ -38,7 +38,8 @@ static enum err tokenize(struct front *f, struct span body, struct buf *out)
     if (!e) {
         buf_printf(out, "{\"count\":%zu,\"max_model_len\":%u,\"tokens\":[", tokens->n,
                    front_context_max(f));
-        for (size_t i = 0; i < tokens->n; i++) buf_printf(out, i ? ",%d" : "%d", tokens->ids[i]);
+        for (size_t i = 0; i < tokens->n; i++)
+            buf_printf(out, i ? ",%d" : "%d", tokens->ids[i]);
         buf_add_string(out, strings ? "],\"token_strs\":[" : "],\"token_strs\":null}");
         for (size_t i = 0; strings && i < tokens->n; i++) {
             const char *piece = tokenizer_token_text(f->config.tokenizer, tokens->ids[i]);
@@ -87,8 +88,10 @@ static void answer(struct front *f, struct http_exchange *x,
     struct buf out;
     buf_init(&out, 0);
     enum err e = run(f, http_exchange_body(x), &out);
-    if (e) route_error(f, x, e, err_detail());
-    else http_exchange_reply(x, 200, "application/json", out.data, out.n);
+    if (e)
+        route_error(f, x, e, err_detail());
+    else
+        http_exchange_reply(x, 200, "application/json", out.data, out.n);
     buf_fini(&out);
 }
 

@@ -6,6 +6,7 @@
  * merging is known to end there, which is most words of most texts. */
 #include "base/hash.h"
 #include "base/mem.h"
+#include "base/utf8.h"
 #include "coordinator/text/model.h"
 #include "coordinator/text/part.h"
 #include "coordinator/text/unicode.h"
@@ -99,12 +100,8 @@ static enum err index_characters(struct model *m)
     TRY(MEM_NEW_ARRAY(MODEL_CODES_DIRECT, &m->code_ids));
     for (uint32_t code = 0; code < MODEL_CODES_DIRECT; code++) {
         char text[4];
-        struct buf b = {0};
-        enum err e = unicode_add_code(&b, code);
-        if (e) return e;
-        memcpy(text, b.data, b.n < 4 ? b.n : 4);
-        m->code_ids[code] = vocab_find(&m->vocab, text, b.n);
-        buf_fini(&b);
+        bool surrogate = code >= 0xd800 && code < 0xe000;
+        m->code_ids[code] = surrogate ? -1 : vocab_find(&m->vocab, text, utf8_encode(code, text));
     }
     return OK;
 }
@@ -191,28 +188,31 @@ static enum err add_symbol(struct model_scratch *s, int32_t id)
     return OK;
 }
 
-/* The id of one character, with the marks of its place in the word where the model has such. */
-static enum err find_character(const struct model *m, struct model_scratch *s, const char *text,
-                               size_t len, uint32_t code, bool first, bool last, int32_t *out)
+/* The id of one character, with the marks of its place in the word where the model has such;
+ * *inout becomes the text that was looked up. */
+static enum err find_character(const struct model *m, struct model_scratch *s, struct span *inout,
+                               uint32_t code, bool first, bool last, int32_t *out)
 {
     bool prefixed = !first && m->subword_prefix[0], suffixed = last && m->word_suffix[0];
     if (!prefixed && !suffixed) {
-        *out = code < MODEL_CODES_DIRECT ? m->code_ids[code] : vocab_find(&m->vocab, text, len);
+        *out = code < MODEL_CODES_DIRECT ? m->code_ids[code]
+                                         : vocab_find(&m->vocab, inout->data, inout->n);
         return OK;
     }
     buf_clear(&s->text);
     if (prefixed) buf_add_string(&s->text, m->subword_prefix);
-    buf_add(&s->text, text, len);
+    buf_add(&s->text, inout->data, inout->n);
     if (suffixed) buf_add_string(&s->text, m->word_suffix);
     TRY(buf_err(&s->text));
-    *out = vocab_find(&m->vocab, s->text.data, s->text.n);
+    *inout = (struct span){s->text.data, s->text.n};
+    *out = vocab_find(&m->vocab, inout->data, inout->n);
     return OK;
 }
 
-static bool has_all_bytes(const struct model *m, const char *text, size_t len)
+static bool has_all_bytes(const struct model *m, struct span s)
 {
-    for (size_t i = 0; i < len; i++)
-        if (m->byte_ids[(unsigned char)text[i]] < 0) return false;
+    for (size_t i = 0; i < s.n; i++)
+        if (m->byte_ids[(unsigned char)s.data[i]] < 0) return false;
     return true;
 }
 
@@ -228,14 +228,15 @@ static enum err split_characters(const struct model *m, struct model_scratch *s,
         uint32_t code;
         int32_t id;
         len = unicode_next(word + at, n - at, &code);
-        TRY(find_character(m, s, word + at, len, code, at == 0, at + len == n, &id));
+        struct span text = {word + at, len};
+        TRY(find_character(m, s, &text, code, at == 0, at + len == n, &id));
         if (id >= 0) {
             if (pending) TRY(add_symbol(s, m->unk_id));
             pending = false;
             TRY(add_symbol(s, id));
-        } else if (m->byte_fallback && has_all_bytes(m, word + at, len)) {
-            for (size_t i = 0; i < len; i++)
-                TRY(add_symbol(s, m->byte_ids[(unsigned char)word[at + i]]));
+        } else if (m->byte_fallback && has_all_bytes(m, text)) {
+            for (size_t i = 0; i < text.n; i++)
+                TRY(add_symbol(s, m->byte_ids[(unsigned char)text.data[i]]));
         } else if (m->unk_id >= 0) {
             if (pending && !m->fuse_unk) TRY(add_symbol(s, m->unk_id));
             pending = true;
@@ -337,11 +338,12 @@ static enum err encode_word(const struct model *m, struct model_scratch *s, cons
     int32_t id = m->whole ? vocab_find(&m->vocab, word, n) : -1;
     if (id >= 0 && m->whole[id]) return token_list_add(out, id);
     TRY(split_characters(m, s, word, n));
+    if (!s->n_symbols) return OK;
     if (s->n_symbols > SCAN_SYMBOLS_MAX)
         TRY(merge_by_heap(m, s));
     else
         merge_by_scan(m, s->symbols, s->n_symbols);
-    for (int32_t i = s->n_symbols ? 0 : -1; i >= 0; i = s->symbols[i].next)
+    for (int32_t i = 0; i >= 0; i = s->symbols[i].next)
         TRY(token_list_add(out, s->symbols[i].id));
     return OK;
 }

@@ -18,7 +18,7 @@ struct chat_template_limits {
     size_t steps_max;        /* expressions and statements evaluated; default 4 million */
     size_t output_bytes_max; /* default 64 MiB */
     size_t memory_bytes_max; /* values made while rendering; default 256 MiB */
-    int depth_max;           /* nested macros and expressions; default 200 */
+    int depth_max;           /* nested evaluations; default 1000 */
     int64_t now_unix_s;      /* what strftime_now tells, in UTC; default is the clock */
 };
 

@@ -432,13 +432,13 @@ enum err decoder_read(const json_t *object, struct decoder *out)
     else
         d.joins_with_spaces = true;
     if (e)
-        decoder_fini(&d);
+        text_decoder_fini(&d);
     else
         *out = d;
     return e;
 }
 
-void decoder_fini(struct decoder *d)
+void text_decoder_fini(struct decoder *d)
 {
     if (!d->steps) return;
     for (size_t i = 0; i < d->n_steps; i++) {

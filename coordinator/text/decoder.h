@@ -23,7 +23,7 @@ struct decoder_state {
 
 /* object is the file's "decoder", null for none. */
 enum err decoder_read(const json_t *object, struct decoder *out);
-void decoder_fini(struct decoder *d); /* accepts zeroed memory */
+void text_decoder_fini(struct decoder *d); /* accepts zeroed memory */
 
 /* The states of one decoding: [decoder_n_states]. */
 enum err decoder_states_create(const struct decoder *d, struct decoder_state **out);

@@ -20,7 +20,7 @@ static enum err read_id(const json_t *value, int32_t *out)
 /* [text, id] of Bert's and Roberta's post-processors. */
 static enum err read_named(const json_t *object, const char *key, struct token_list *out)
 {
-    int32_t id;
+    int32_t id = 0;
     TRY(read_id(json_array_get(json_object_get(object, key), 1), &id));
     return token_list_add(out, id);
 }
@@ -32,7 +32,7 @@ static enum err read_special(const json_t *template, const char *name, struct to
     const json_t *ids = json_object_get(special, "ids");
     if (!json_is_array(ids)) FAIL(ERR_FORMAT, "the template's token '%s' has no ids", name);
     for (size_t i = 0; i < json_array_size(ids); i++) {
-        int32_t id;
+        int32_t id = 0;
         TRY(read_id(json_array_get(ids, i), &id));
         TRY(token_list_add(out, id));
     }

@@ -10,7 +10,8 @@ enum {
     MATCH_LIMIT = 10 * 1000 * 1000,
     HEAP_LIMIT_KIB = 64 * 1024,
     JIT_STACK_BYTES_MAX = 1 << 20,
-    PATTERN_BYTES_MAX = 1 << 16
+    PATTERN_BYTES_MAX = 1 << 16,
+    HEAP_FAILED = 121, /* PCRE2 has no name for this compile error outside its sources */
 };
 
 struct regex {
@@ -36,22 +37,24 @@ static void release(void *p, void *unused)
     mem_free(p);
 }
 
-/* The members of a class as PCRE2 writes them, without the brackets. */
-#define SPACES "\\x09-\\x0d\\x{85}\\p{Z}"
-#define WORDS  "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{200c}\\x{200d}"
-#define HEXES  "0-9A-Fa-f"
+/* The members of a class as PCRE2 writes them, without the brackets. Oniguruma's \w alone and \w in
+ * a class differ in numbers that are no digits. */
+#define SPACES      "\\x09-\\x0d\\x{85}\\p{Z}"
+#define WORDS       "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}"
+#define CLASS_WORDS "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define HEXES       "0-9A-Fa-f"
 
 /* Appends what the escape \c means; in_class tells whether the brackets are there already. */
 static enum err translate_escape(char c, bool in_class, struct buf *out)
 {
     static const struct {
         char letter;
-        const char *members;
-    } classes[] = {{'s', SPACES}, {'w', WORDS}, {'h', HEXES}};
+        const char *members, *class_members;
+    } classes[] = {{'s', SPACES, SPACES}, {'w', WORDS, CLASS_WORDS}, {'h', HEXES, HEXES}};
     for (size_t i = 0; i < sizeof classes / sizeof *classes; i++) {
         if ((c | 0x20) != classes[i].letter) continue;
         bool negated = c != classes[i].letter;
-        if (in_class && !negated) return buf_add_string(out, classes[i].members);
+        if (in_class && !negated) return buf_add_string(out, classes[i].class_members);
         if (in_class && c == 'H')
             FAIL(ERR_UNSUPPORTED, "\\H inside a character class of a pattern is not supported");
         if (in_class) break; /* \S and \W differ from PCRE2's in a handful of characters */
@@ -59,6 +62,69 @@ static enum err translate_escape(char c, bool in_class, struct buf *out)
     }
     buf_add_char(out, '\\');
     return buf_add_char(out, c);
+}
+
+/* Names of properties that the two libraries do not share. */
+static const char *property_alias(struct span name)
+{
+    static const char *const aliases[][2] = {
+        {"Letter", "L"},
+        {"Mark", "M"},
+        {"Number", "N"},
+        {"Punctuation", "P"},
+        {"Punct", "P"},
+        {"Symbol", "S"},
+        {"Separator", "Z"},
+        {"Other", "C"},
+        {"Alpha", "Alphabetic"},
+        {"Digit", "Nd"},
+        {"Space", "White_Space"},
+        {"Upper", "Uppercase"},
+        {"Lower", "Lowercase"},
+        {"Uppercase_Letter", "Lu"},
+        {"Lowercase_Letter", "Ll"},
+        {"Decimal_Number", "Nd"},
+    };
+    /* PCRE2 reads a script's bare name as its extensions too. */
+    static const char *const scripts[][2] = {
+        {"Han", "sc:Han"},           {"Hiragana", "sc:Hiragana"},
+        {"Katakana", "sc:Katakana"}, {"Hangul", "sc:Hangul"},
+        {"Latin", "sc:Latin"},       {"Cyrillic", "sc:Cyrillic"},
+        {"Greek", "sc:Greek"},       {"Arabic", "sc:Arabic"},
+        {"Hebrew", "sc:Hebrew"},     {"Devanagari", "sc:Devanagari"},
+        {"Bengali", "sc:Bengali"},   {"Tamil", "sc:Tamil"},
+        {"Telugu", "sc:Telugu"},     {"Thai", "sc:Thai"},
+        {"Georgian", "sc:Georgian"}, {"Armenian", "sc:Armenian"},
+        {"Bopomofo", "sc:Bopomofo"}, {"Common", "sc:Common"},
+    };
+    for (size_t i = 0; i < sizeof aliases / sizeof *aliases; i++)
+        if (span_equal(name, aliases[i][0])) return aliases[i][1];
+    for (size_t i = 0; i < sizeof scripts / sizeof *scripts; i++)
+        if (span_equal(name, scripts[i][0])) return scripts[i][1];
+    return NULL;
+}
+
+/* \p{Name}, \P{Name}, \p{^Name}; returns how many bytes behind the backslash were taken, 0 when it
+ * is none of these. */
+static size_t translate_property(const char *p, size_t n, struct buf *out)
+{
+    const char *end = n > 2 && p[1] == '{' ? memchr(p, '}', n) : NULL;
+    if (!end) return 0;
+    bool negated = p[2] == '^';
+    struct span name = {p + 2 + negated, (size_t)(end - p) - 2 - negated};
+    const char *alias = property_alias(name);
+    if (!alias) return 0;
+    buf_printf(out, "\\%c{%s%s}", p[0], negated ? "^" : "", alias);
+    return (size_t)(end - p) + 1;
+}
+
+/* A class by its POSIX name: those that PCRE2 understands in another way. */
+static enum err translate_posix(struct span name, struct buf *out)
+{
+    if (span_equal(name, "[:alpha:]")) return buf_add_string(out, "\\p{Alphabetic}");
+    if (span_equal(name, "[:punct:]")) return buf_add_string(out, "\\p{P}\\p{S}");
+    if (span_equal(name, "[:space:]")) return buf_add_string(out, SPACES);
+    return buf_add(out, name.data, name.n);
 }
 
 /* Rewrites Oniguruma's Ruby syntax as PCRE2's. */
@@ -69,7 +135,12 @@ static enum err translate(const char *p, size_t n, struct buf *out)
     for (size_t i = 0; i < n; i++) {
         char c = p[i];
         if (c == '\\' && i + 1 < n) {
-            TRY(translate_escape(p[++i], in_class, out));
+            i++;
+            size_t taken = (p[i] | 0x20) == 'p' ? translate_property(p + i, n - i, out) : 0;
+            if (taken)
+                i += taken - 1;
+            else
+                TRY(translate_escape(p[i], in_class, out));
             continue;
         }
         if (in_class && c == '&' && i + 1 < n && p[i + 1] == '&')
@@ -77,7 +148,7 @@ static enum err translate(const char *p, size_t n, struct buf *out)
         if (in_class && c == '[') {
             const char *end = i + 1 < n && p[i + 1] == ':' ? strstr(p + i, ":]") : NULL;
             if (!end) FAIL(ERR_UNSUPPORTED, "nested classes in a pattern are not supported");
-            TRY(buf_add(out, p + i, (size_t)(end + 2 - (p + i))));
+            TRY(translate_posix((struct span){p + i, (size_t)(end + 2 - (p + i))}, out));
             i = (size_t)(end + 1 - p);
             continue;
         }
@@ -113,6 +184,7 @@ enum err regex_compile(const char *pattern, size_t n, struct regex **out)
     r->code = pcre2_compile((PCRE2_SPTR)buf_string(&text), text.n,
                             PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C,
                             &error, &offset, context);
+    if (!r->code && error == HEAP_FAILED) FAIL_OUT(ERR_NO_MEMORY, "out of memory for a pattern");
     if (!r->code) {
         PCRE2_UCHAR why[160] = "";
         pcre2_get_error_message(error, why, sizeof why);
@@ -180,6 +252,7 @@ enum err regex_find(const struct regex *r, struct regex_scratch *s, const char *
         *out_found = false;
         return OK;
     }
+    if (k == PCRE2_ERROR_NOMEMORY) FAIL(ERR_NO_MEMORY, "out of memory for matching");
     if (k < 0)
         FAIL(ERR_INVALID, "the tokenizer's pattern exceeds its match limit at byte %zu (%d)", from,
              k);

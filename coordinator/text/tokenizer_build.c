@@ -340,7 +340,7 @@ void tokenizer_close(struct tokenizer *t)
     normalizer_fini(&t->normalizer);
     pretokenizer_fini(&t->pretokenizer);
     post_processor_fini(&t->post);
-    decoder_fini(&t->decoder);
+    text_decoder_fini(&t->decoder);
     arena_fini(&t->arena);
     mem_free(t->infos);
     token_list_fini(&t->eos_ids);

@@ -3,17 +3,10 @@
  * The reference walks a token's context once with a running maximum and sum (Milakov, Gimelshein,
  * "Online normalizer calculation for softmax", 2018, algorithm 3), in double precision, one query
  * head at a time; it reads the cache element by element and so serves any block size. */
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/attention.h"
 
 #include <math.h>
 #include <string.h>
-
-struct attention_job {
-    const struct attention_args *args;
-    const struct batch *batch;
-    struct kv_cache *kv;
-    struct tensor qkv, out;
-};
 
 /* Sequence of a token: the last s with seq_start[s] <= token. */
 static int sequence_of(const struct batch *batch, int token)
@@ -131,6 +124,11 @@ void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct 
 {
     struct attention_job j = {.args = args, .batch = batch, .kv = kv, .qkv = qkv, .out = out};
     ASSERT_CMP(out.cols, ==, args->n_heads * args->head_dim);
+    if (batch->n_tokens == 0) return;
+    if (attend_tiles_can(cpu_of(b), &j)) {
+        attend_tiles(cpu_of(b), &j);
+        return;
+    }
     pool_run(cpu_of(b)->pool,
              &(struct pool_job){attend_token, NULL, &j, sizeof j, batch->n_tokens});
 }

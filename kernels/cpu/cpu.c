@@ -1,7 +1,7 @@
 /* The CPU as a backend: opens it, picks the instruction set, and gives the table of operations. */
-#include "kernels/cpu/cpu.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "kernels/cpu/attention.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -12,6 +12,11 @@ enum { SCRATCH_BYTES_MIN = 1 << 18 };
 static const char *const isa_names[CPU_ISA_COUNT] = {"reference", "avx2", "avx512", "vnni", "bf16"};
 static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {
     &matmul_reference, &matmul_avx2, &matmul_avx512, &matmul_vnni, &matmul_bf16};
+
+static const struct attention_kernels *const isa_attentions[CPU_ISA_COUNT] = {
+    [CPU_ISA_AVX2] = &attention_avx2,
+    [CPU_ISA_AVX512] = &attention_avx512,
+    [CPU_ISA_BF16] = &attention_bf16};
 
 static bool isa_runs(enum cpu_isa isa)
 {
@@ -72,6 +77,19 @@ static void matmul_choose(struct cpu_backend *cpu)
         }
 }
 
+static void attention_choose(struct cpu_backend *cpu)
+{
+    for (int dtype = 0; dtype < DTYPE_COUNT; dtype++)
+        for (int isa = CPU_ISA_REFERENCE; isa <= (int)cpu->isa; isa++) {
+            const struct attention_kernels *k = isa_attentions[isa];
+            if (!k || !k->chunk[dtype]) continue;
+            cpu->attention_kernels.chunk[dtype] = k->chunk[dtype];
+            cpu->attention_kernels.rows_max[dtype] = k->rows_max[dtype];
+            cpu->attention_kernels.q_pairs[dtype] = k->q_pairs[dtype];
+        }
+    cpu->attention = cpu->isa == CPU_ISA_REFERENCE ? NULL : &cpu->attention_kernels;
+}
+
 static void cpu_close(struct backend *b)
 {
     if (!b) return;
@@ -80,16 +98,26 @@ static void cpu_close(struct backend *b)
     mem_free_huge(cpu->activations.words, cpu->words_bytes);
     mem_free(cpu->activations.correction);
     mem_free(cpu->activations.row_scale);
+    mem_free_huge(cpu->attention_partial, ATTENTION_PARTIAL_BYTES);
+    mem_free(cpu->unit_start);
     mem_free(cpu->feedback);
     mem_free(cpu);
+}
+
+/* Every operation finds its scratch large enough. */
+static size_t scratch_bytes(int vocab_size)
+{
+    size_t bytes = SCRATCH_BYTES_MIN;
+    bytes = sample_scratch_bytes(vocab_size) > bytes ? sample_scratch_bytes(vocab_size) : bytes;
+    return attention_scratch_bytes() > bytes ? attention_scratch_bytes() : bytes;
 }
 
 static enum err cpu_open(const struct backend_options *options, struct backend **out)
 {
     enum err e = OK;
     struct cpu_backend *cpu = NULL;
-    size_t scratch = sample_scratch_bytes(options->vocab_size);
-    if (options->n_slots_max < 0 || options->vocab_size < 0 || options->n_threads < 0)
+    if (options->n_tokens_max < 0 || options->n_slots_max < 0 || options->vocab_size < 0 ||
+        options->n_threads < 0)
         FAIL(ERR_INVALID, "backend options: %d slots, %d tokens of vocabulary, %d threads",
              options->n_slots_max, options->vocab_size, options->n_threads);
     TRY_OUT(MEM_NEW(&cpu));
@@ -99,10 +127,13 @@ static enum err cpu_open(const struct backend_options *options, struct backend *
     cpu->options.isa = NULL; /* the caller's string need not live on */
     TRY_OUT(isa_choose(options->isa, &cpu->isa));
     matmul_choose(cpu);
+    attention_choose(cpu);
+    cpu->n_seqs_max = options->n_tokens_max; /* each sequence of a step has a token */
+    TRY_OUT(MEM_NEW_ARRAY(cpu->n_seqs_max + 1, &cpu->unit_start));
+    TRY_OUT(mem_alloc_huge(ATTENTION_PARTIAL_BYTES, (void **)&cpu->attention_partial));
     TRY_OUT(MEM_NEW_ARRAY(options->n_slots_max, &cpu->feedback));
     int n_threads = options->n_threads ? options->n_threads : pool_cores();
-    TRY_OUT(pool_create(n_threads, scratch > SCRATCH_BYTES_MIN ? scratch : SCRATCH_BYTES_MIN,
-                        &cpu->pool));
+    TRY_OUT(pool_create(n_threads, scratch_bytes(options->vocab_size), &cpu->pool));
     log_debug("device cpu: %s, %d threads", isa_names[cpu->isa], n_threads);
     *out = &cpu->head;
     cpu = NULL;

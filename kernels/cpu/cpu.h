@@ -8,6 +8,10 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/pool.h"
 
+/* Sanitizers check the kernels of one and two rows; the taller ones repeat their pattern of
+ * addresses many times over, unrolled, and would take minutes to compile with checks. */
+#define KERNEL_UNCHECKED __attribute__((no_sanitize("address,undefined"), no_sanitize_thread))
+
 enum cpu_isa {
     CPU_ISA_REFERENCE,
     CPU_ISA_AVX2,
@@ -26,6 +30,7 @@ enum {
     WEIGHT_SIDE_MAX =
         1 << 20, /* inputs or outputs of one weight; int32 sums are exact far beyond */
     HEAD_DIM_MAX = 1024,
+    ATTENTION_PARTIAL_BYTES = 32 << 20, /* touched as far as long contexts need it */
     FORMATS = WEIGHT_FORMAT_COUNT,
 };
 
@@ -75,6 +80,9 @@ struct panel_call {
     const float *bias; /* [32] or NULL */
     float *out;
     int64_t out_stride;
+    const uint8_t
+        *prefetch; /* weights that are needed next: one line a step, `prefetch_bytes` apart */
+    int64_t prefetch_bytes;
 };
 typedef void panel_kernel(const struct panel_call *call, int rows);
 typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
@@ -89,6 +97,16 @@ struct matmul_kernels {
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
     matmul_bf16;
 
+/* Kernels of attention: see attention.h. */
+struct chunk_call;
+typedef void chunk_kernel(const struct chunk_call *call);
+struct attention_kernels {
+    chunk_kernel *chunk[DTYPE_COUNT]; /* by the cache's type; NULL: not in this ISA */
+    int rows_max[DTYPE_COUNT];
+    bool q_pairs[DTYPE_COUNT]; /* queries as BF16 pairs */
+};
+extern const struct attention_kernels attention_avx2, attention_avx512, attention_bf16;
+
 struct cpu_backend {
     struct backend head;
     struct backend_options options;
@@ -97,6 +115,11 @@ struct cpu_backend {
     struct matmul_kernels matmul; /* as chosen, no NULL among the formats it can do */
     struct activations activations;
     size_t words_bytes, correction_bytes;
+    struct attention_kernels attention_kernels;
+    const struct attention_kernels *attention; /* the above, or NULL: the reference */
+    float *attention_partial;                  /* ATTENTION_PARTIAL_BYTES */
+    int32_t *unit_start;                       /* [n_seqs_max + 1] */
+    int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
     uint64_t ticket;
 };

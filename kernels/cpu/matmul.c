@@ -13,12 +13,16 @@ enum {
     CHUNK_ROWS = 144,  /* rows of a chunk at most: their words stay in L2 */
     BLOCK_STEPS = 256, /* of K: 32 KiB of weights; a multiple of GROUP_STEPS */
     CHUNK_PANELS = 2,
+    FEW_ROW_PANELS = 4,     /* up to here fetching weights takes as long as computing */
+    PREFETCH_AHEAD = 8192,  /* bytes */
     PARALLEL_PACK_ROWS = 8, /* fewer rows are packed by the caller alone */
 };
 
+/* All by value but the operands themselves: a thread that comes back late from an old matmul still
+ * reads within them, whatever the backend does next. */
 struct matmul_args {
     const struct weight *w;
-    const struct activations *a;
+    struct activations a;
     panel_kernel *kernel;
     float *out;
     int64_t out_stride, n_columns;
@@ -92,15 +96,38 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
                  &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
 }
 
+/* Where the weights of the next K block begin to be fetched into L2 while this one is computed. One
+ * row panel runs through a whole weight panel and looks a fixed distance ahead; of a few row panels
+ * the first two share the next block; with many the time to fetch it is short beside the rest. */
+static void prefetch_plan(const struct format_info *f, int n_row_panels, int i,
+                          struct panel_call *call)
+{
+    int64_t stride =
+        f->header_bytes ? 2 * f->step_bytes : f->step_bytes; /* INT4 takes two steps at once */
+    call->prefetch = call->weights;
+    call->prefetch_bytes = 0;
+    if (n_row_panels == 1) {
+        call->prefetch = call->weights + PREFETCH_AHEAD;
+        call->prefetch_bytes = stride;
+    } else if (n_row_panels <= FEW_ROW_PANELS && i < 2) {
+        int64_t block = call->n_steps * f->step_bytes;
+        call->prefetch = call->weights + block + i * block / 2;
+        call->prefetch_bytes = stride / 2;
+    }
+}
+
 /* One weight panel by row panels [i0, i1): out is [rows][out_stride]. */
 static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, int i1, float *parked,
                           float *out, int64_t out_stride)
 {
     const struct weight *w = m->w;
-    const struct activations *a = m->a;
+    const struct activations *a = &m->a;
     const struct format_info *f = &format_infos[w->format];
     int row0 = row_panel_first(a, i0);
-    int64_t block = i1 - i0 == 1 ? a->n_steps : BLOCK_STEPS;
+    int n_row_panels = i1 - i0;
+    int64_t block = n_row_panels == 1                ? a->n_steps
+                    : n_row_panels <= FEW_ROW_PANELS ? BLOCK_STEPS / 2
+                                                     : BLOCK_STEPS;
     for (int64_t s = 0; s < a->n_steps; s += block) {
         int64_t n = a->n_steps - s < block ? a->n_steps - s : block;
         size_t header = (size_t)(f->header_bytes ? s / GROUP_STEPS * f->header_bytes : 0);
@@ -124,6 +151,7 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
                 .out = out + (first - row0) * out_stride,
                 .out_stride = out_stride,
             };
+            prefetch_plan(f, n_row_panels, i - i0, &call);
             m->kernel(&call, rows);
         }
     }
@@ -141,10 +169,10 @@ static struct chunk_range chunk_range(const struct matmul_args *m, int chunk)
     c.panel0 = (int64_t)(chunk % m->n_panel_chunks) * m->panels_per_chunk;
     c.n_panels = panels - c.panel0 < m->panels_per_chunk ? panels - c.panel0 : m->panels_per_chunk;
     c.i0 = chunk / m->n_panel_chunks * m->row_panels_per_chunk;
-    c.i1 = c.i0 + m->row_panels_per_chunk < m->a->n_row_panels ? c.i0 + m->row_panels_per_chunk
-                                                               : m->a->n_row_panels;
-    c.row0 = row_panel_first(m->a, c.i0);
-    c.n_rows = row_panel_first(m->a, c.i1) - c.row0;
+    c.i1 = c.i0 + m->row_panels_per_chunk < m->a.n_row_panels ? c.i0 + m->row_panels_per_chunk
+                                                              : m->a.n_row_panels;
+    c.row0 = row_panel_first(&m->a, c.i0);
+    c.n_rows = row_panel_first(&m->a, c.i1) - c.row0;
     return c;
 }
 
@@ -200,7 +228,7 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
     int64_t panels = (m->n_columns + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
     int per_block = CHUNK_ROWS / a->rows_max;
     int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
-    m->a = a;
+    m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
     m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);

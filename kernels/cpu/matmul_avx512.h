@@ -9,7 +9,7 @@
 
 #include <immintrin.h>
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE static inline __attribute__((always_inline)) KERNEL_UNCHECKED
 #define UNROLL        _Pragma("GCC unroll 16")
 /* acc += weight * activation */
 #define DOT_FLOAT(acc, w, x) __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
@@ -25,6 +25,9 @@ ALWAYS_INLINE void result_store(const struct panel_call *c, int r, int half, __m
     _mm512_storeu_ps(c->out + r * c->out_stride + 16 * half, v);
 }
 
+/* Into L2: a block just ahead would push the current one out of L1. */
+#define PREFETCH(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
+
 ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
 {
     return _mm512_set1_epi32((int)words[r]);
@@ -37,6 +40,7 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
         __m512 sum[PANEL_ROWS_MAX][2];                                                             \
         const uint8_t *weights = c->weights;                                                       \
         const uint32_t *words = c->words;                                                          \
+        const uint8_t *ahead = c->prefetch;                                                        \
         float *parked = c->scratch;                                                                \
         UNROLL for (int r = 0; r < rows; r++)                                                      \
         {                                                                                          \
@@ -44,10 +48,13 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
             sum[r][1] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32 + 16);    \
         }                                                                                          \
         for (int64_t s = 0; s < c->n_steps; s += 2) {                                              \
+            PREFETCH(ahead);                                                                       \
             STEP(weights, words);                                                                  \
+            PREFETCH(ahead + c->prefetch_bytes);                                                   \
             STEP(weights + (STEP_BYTES), words + rows);                                            \
             weights += 2 * (STEP_BYTES);                                                           \
             words += 2 * rows;                                                                     \
+            ahead += 2 * c->prefetch_bytes;                                                        \
         }                                                                                          \
         UNROLL for (int r = 0; r < rows; r++)                                                      \
         {                                                                                          \
@@ -62,24 +69,24 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
     }
 
 /* NAME_1 .. NAME_12 from the inline NAME, and NAME_any that picks one by the number of rows. */
-#define ONE_HEIGHT(NAME, ROWS)                                                                     \
-    static __attribute__((noinline)) void NAME##_##ROWS(const struct panel_call *c)                \
+#define ONE_HEIGHT(NAME, ROWS, ATTRIBUTES)                                                         \
+    static __attribute__((noinline)) ATTRIBUTES void NAME##_##ROWS(const struct panel_call *c)     \
     {                                                                                              \
         NAME(c, ROWS);                                                                             \
     }
 #define ALL_HEIGHTS(NAME)                                                                          \
-    ONE_HEIGHT(NAME, 1)                                                                            \
-    ONE_HEIGHT(NAME, 2)                                                                            \
-    ONE_HEIGHT(NAME, 3)                                                                            \
-    ONE_HEIGHT(NAME, 4)                                                                            \
-    ONE_HEIGHT(NAME, 5)                                                                            \
-    ONE_HEIGHT(NAME, 6)                                                                            \
-    ONE_HEIGHT(NAME, 7)                                                                            \
-    ONE_HEIGHT(NAME, 8)                                                                            \
-    ONE_HEIGHT(NAME, 9)                                                                            \
-    ONE_HEIGHT(NAME, 10)                                                                           \
-    ONE_HEIGHT(NAME, 11)                                                                           \
-    ONE_HEIGHT(NAME, 12)                                                                           \
+    ONE_HEIGHT(NAME, 1, )                                                                          \
+    ONE_HEIGHT(NAME, 2, )                                                                          \
+    ONE_HEIGHT(NAME, 3, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 4, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 5, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 6, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 7, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 8, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 9, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 10, KERNEL_UNCHECKED)                                                         \
+    ONE_HEIGHT(NAME, 11, KERNEL_UNCHECKED)                                                         \
+    ONE_HEIGHT(NAME, 12, KERNEL_UNCHECKED)                                                         \
     HEIGHT_SWITCH(NAME)
 #define HEIGHT_SWITCH(NAME)                                                                        \
     static void NAME##_any(const struct panel_call *c, int rows)                                   \

@@ -12,7 +12,9 @@
 enum { POOL_ARGS_BYTES = 256, POOL_THREADS_MAX = 1024, POOL_CHUNKS_MAX = 32768 };
 
 struct pool;
-/* compute writes scratch alone when the job has a commit; else it writes the result. */
+/* compute writes scratch alone when the job has a commit; else it writes the result. With a commit
+ * it may also run late, after the job is done: then it must find in args, and in memory that lives
+ * until pool_quiesce, all it needs to stay within bounds. What it computes is dropped. */
 typedef void pool_fn(const void *args, int chunk, void *scratch);
 struct pool_job {
     pool_fn *compute, *commit; /* commit: NULL, or publishes what compute left in scratch */

@@ -4,11 +4,11 @@
 #include "kernels/cpu/half.h"
 
 /* e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r, and 2^n by exponent bits. Below
- * -87.3 the result is 0, above 88.7 infinity. NaN stays NaN. */
+ * -87.3 the result is 0, above 88.72 infinity. NaN stays NaN. */
 static inline float exp_approx(float x)
 {
     float clamped = x < -87.3f ? -87.3f : x;
-    clamped = clamped > 88.7f ? 88.7f : clamped;
+    clamped = clamped > 88.72f ? 88.72f : clamped;
     float shifted = clamped * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -23,7 +23,7 @@ static inline float exp_approx(float x)
     uint32_t half = (uint32_t)((int32_t)bits >> 1);
     p = p * float_from_bits((half + 127u) << 23) * float_from_bits((bits - half + 127u) << 23);
     p = x < -87.3f ? 0.0f : p;
-    return x > 88.7f ? float_from_bits(0x7f800000) : p;
+    return x > 88.72f ? float_from_bits(0x7f800000) : p;
 }
 
 /* tanh x = 1 - 2 / (e^2x + 1); near 0, where that cancels, the odd series to x^7. */

@@ -93,11 +93,7 @@ def ranks_on_two_hosts():
             while server.get("/health")[0] == 200 and time.monotonic() < end:
                 time.sleep(0.05)
             assert server.get("/health")[0] == 503, "a cut network was not noticed"
-            ranks.kill()
-            ranks.wait()
-            sh("pkill", "-9", "-f", f"--coordinator {address}", check=False)
-            sh("ip", "link", "set", "vhdlB", "up")
-            ranks = mpirun(folder, address)
+            sh("ip", "link", "set", "vhdlB", "up")  # the ranks live on and find each other again
             server.wait_ready(60)
             assert answer(server) == expected
     finally:

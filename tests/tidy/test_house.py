@@ -106,7 +106,7 @@ def check_dead_files(wrong):
         if path.startswith("proto/include/"):
             continue
         if f'"{path}"' not in everything and f"/{os.path.basename(path)}\"" not in everything \
-                and f'"{os.path.basename(path)}"' not in everything:
+                and f'"{os.path.basename(path)}"' not in everything and f"<{os.path.basename(path)}>" not in everything:
             wrong.append(f"{path}: nothing includes it")
 
 

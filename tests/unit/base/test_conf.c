@@ -31,13 +31,13 @@ static const struct conf_row rows[] = {
 };
 static const struct conf_refusal refusals[] = {{"pipeline-parallel-size", "use --tp"}, {NULL, NULL}};
 
-static enum err read_args(struct conf *c, struct values *v, int argc, char **argv)
+static enum err read_args(struct conf *c, struct values *v, int argc, const char **argv)
 {
     memset(v, 0, sizeof *v);
     assert_int_equal(conf_init(c, rows, sizeof rows / sizeof *rows, refusals, VERB_ONE, v), OK);
-    return conf_read(c, argc, argv);
+    return conf_read(c, argc, (char **)(void *)argv);
 }
-#define READ(...) read_args(&c, &v, sizeof(char *[]){"x", __VA_ARGS__} / sizeof(char *), (char *[]){"x", __VA_ARGS__})
+#define READ(...) read_args(&c, &v, sizeof(const char *[]){"x", __VA_ARGS__} / sizeof(char *), (const char *[]){"x", __VA_ARGS__})
 static struct conf c;
 static struct values v;
 
@@ -74,7 +74,7 @@ static void wrong_values_are_named(void **state)
 {
     (void)state;
     static const struct {
-        char *flag, *value, *says;
+        const char *flag, *value, *says;
     } cases[] = {
         {"--max-num-seqs", "0", "must be from 1 to 1024"},
         {"--max-num-seqs", "12x", "is not a whole number"},

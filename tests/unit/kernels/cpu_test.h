@@ -29,7 +29,7 @@ static inline struct backend *test_open_with(const char *isa, int n_threads, int
     struct backend_options o = {.n_threads = n_threads,
                                 .numa_node = -1,
                                 .n_slots_max = 8,
-                                .n_tokens_max = 64,
+                                .n_tokens_max = 2048,
                                 .n_rows_max = 16,
                                 .vocab_size = vocab,
                                 .isa = isa};

@@ -149,7 +149,7 @@ static void tables(void **state)
 static void functions_over_their_range(void **state)
 {
     (void)state;
-    for (double x = -104; x < 89; x += 0.00731) {
+    for (double x = -104; x < 88.72; x += 0.00731) {
         float f = (float)x;
         double e = exp(f), t = tanh(f);
         if (fabs(exp_approx(f) - e) > 3e-7 * e + 1.5e-38)

@@ -40,7 +40,8 @@ static inline void golden_open(const char *name, struct golden *g)
     char path[600];
     const char *source = getenv("HEDDLE_SOURCE_DIR");
     memset(g, 0, sizeof *g);
-    snprintf(g->dir, sizeof g->dir, "%s/tests/golden/%s", source ? source : ".", name);
+    if (*name == '/') snprintf(g->dir, sizeof g->dir, "%s", name);
+    else snprintf(g->dir, sizeof g->dir, "%s/tests/golden/%s", source ? source : ".", name);
     snprintf(path, sizeof path, "%s/golden.json", g->dir);
     if (json_parse_file(path, 1 << 24, &g->json)) {
         fprintf(stderr, "%s\n", err_detail());

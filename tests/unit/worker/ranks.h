@@ -72,7 +72,7 @@ struct ranks {
     struct rank_thread threads[RANKS_MAX];
     struct meeting meeting;
     char key[64];
-    uint64_t epoch, step, n_blocks;
+    uint64_t epoch, step, n_blocks, n_host_blocks;
     const struct step_plan *plan;
     void *(*job)(void *);
 };
@@ -114,8 +114,8 @@ static inline void *rank_open_job(void *arg)
     t->seat = (struct seat){&t->all->meeting, t->rank};
     struct bootstrap boot = {
         .group_key = t->all->key, .exchange = meeting_exchange, .ctx = &t->seat};
-    return rank_note(
-        t, worker_open_group(t->all->workers[t->rank], t->all->epoch, t->all->n_blocks, 0, &boot));
+    return rank_note(t, worker_open_group(t->all->workers[t->rank], t->all->epoch, t->all->n_blocks,
+                                          t->all->n_host_blocks, &boot));
 }
 
 static inline void *rank_step_job(void *arg)
@@ -161,11 +161,12 @@ static inline enum err ranks_create(struct ranks *r, const struct worker_config 
     meeting_init(&r->meeting, size);
     ranks_together(r, rank_create_job);
     TRY(ranks_error(r));
-    r->n_blocks = UINT64_MAX;
+    r->n_blocks = r->n_host_blocks = UINT64_MAX;
     for (int i = 0; i < size; i++) {
         struct worker_info info;
         worker_info(r->workers[i], &info);
         if (info.n_blocks < r->n_blocks) r->n_blocks = info.n_blocks;
+        if (info.n_host_blocks < r->n_host_blocks) r->n_host_blocks = info.n_host_blocks;
     }
     return ranks_reopen(r);
 }

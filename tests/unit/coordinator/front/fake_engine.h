@@ -31,7 +31,7 @@ struct engine_loop {
     const char *reply;     /* bytes of it are the tokens; then EOS */
     bool endless;          /* the reply begins anew instead of EOS */
     int tokens_a_step;
-    int step_us;
+    atomic_int step_us;
     enum err refuse, fail; /* of submit; of the first token */
     bool hold;             /* no tokens: as a long prefill */
     atomic_int groups_up;
@@ -177,17 +177,11 @@ static void *fake_run(void *ctx)
         fake_step();
         pthread_mutex_unlock(&fake.mutex);
         if (stop) return NULL;
-        clock_sleep_us(fake.step_us);
+        clock_sleep_us(atomic_load(&fake.step_us));
     }
 }
 
-static void fake_set(void (*change)(void *), void *ctx) __attribute__((unused));
-static void fake_set(void (*change)(void *), void *ctx)
-{
-    pthread_mutex_lock(&fake.mutex);
-    change(ctx);
-    pthread_mutex_unlock(&fake.mutex);
-}
+__attribute__((unused)) static void fake_pace(int step_us) { atomic_store(&fake.step_us, step_us); }
 
 static void fake_reset(const char *reply)
 {
@@ -206,7 +200,7 @@ static void fake_start(void)
     pthread_mutex_init(&fake.mutex, NULL);
     fake.reply = "x";
     fake.tokens_a_step = 1;
-    fake.step_us = 300;
+    atomic_store(&fake.step_us, 300);
     fake.stopping = false;
     atomic_store(&fake.groups_up, 1);
     pthread_create(&fake.thread, NULL, fake_run, NULL);

@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include "base/json.h"
+#include "bytes_tokenizer.h"
 #include "coordinator/front/front.h"
 #include "fake_engine.h"
 
@@ -27,31 +28,6 @@ static int port;
 static const char chatml_source[] =
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-
-/* Token id = byte; 256 ends, 257 and 258 frame chat messages. The characters are GPT-2's stand-ins
- * for bytes: printable ones as they are, the others from U+0100 on, in order. */
-static void tokenizer_json(struct buf *out)
-{
-    buf_add_string(out, "{\"version\":\"1.0\",\"added_tokens\":[");
-    static const char *const special[] = {"<|end|>", "<|im_start|>", "<|im_end|>"};
-    for (int i = 0; i < 3; i++)
-        buf_printf(out, "%s{\"id\":%d,\"content\":\"%s\",\"special\":true,\"single_word\":false,"
-                        "\"lstrip\":false,\"rstrip\":false,\"normalized\":false}",
-                   i ? "," : "", 256 + i, special[i]);
-    buf_add_string(out, "],\"normalizer\":null,\"pre_tokenizer\":{\"type\":\"ByteLevel\","
-                        "\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false},"
-                        "\"post_processor\":null,\"decoder\":{\"type\":\"ByteLevel\","
-                        "\"add_prefix_space\":true,\"trim_offsets\":true,\"use_regex\":true},"
-                        "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"unk_token\":null,"
-                        "\"continuing_subword_prefix\":null,\"end_of_word_suffix\":null,"
-                        "\"fuse_unk\":false,\"byte_fallback\":false,\"vocab\":{");
-    unsigned other = 0x100;
-    for (unsigned b = 0; b < 256; b++) {
-        bool plain = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || (b >= 174);
-        buf_printf(out, "%s\"\\u%04x\":%u", b ? "," : "", plain ? b : other++, b);
-    }
-    buf_add_string(out, "},\"merges\":[]}}");
-}
 
 static void tokenizer_make(void)
 {
@@ -231,7 +207,7 @@ static void call_with(const char *method, const char *path, const char *headers,
 }
 
 /* POSTs and returns the parsed document; the caller json_decref()s it. */
-static json_t *post(const char *path, const char *body, int status)
+__attribute__((unused)) static json_t *post(const char *path, const char *body, int status)
 {
     struct answer a;
     json_t *root = NULL;
@@ -256,15 +232,15 @@ static const json_t *at(const json_t *v, const char *path)
     }
     return v;
 }
-static const char *text_at(const json_t *v, const char *path)
+__attribute__((unused)) static const char *text_at(const json_t *v, const char *path)
 {
     const char *s = json_string_value(at(v, path));
     return s ? s : "(none)";
 }
-static long long int_at(const json_t *v, const char *path) { return json_integer_value(at(v, path)); }
+__attribute__((unused)) static long long int_at(const json_t *v, const char *path) { return json_integer_value(at(v, path)); }
 
 /* Calls each with every "data: " line of an event stream. Returns their number. */
-static int events(const struct buf *body, void (*each)(void *ctx, const char *line, size_t n), void *ctx)
+__attribute__((unused)) static int events(const struct buf *body, void (*each)(void *ctx, const char *line, size_t n), void *ctx)
 {
     int n_events = 0;
     for (const char *p = buf_string(body); *p;) {
@@ -279,7 +255,7 @@ static int events(const struct buf *body, void (*each)(void *ctx, const char *li
 }
 
 /* Waits until the engine holds no request. */
-static bool engine_idle(int wait_ms)
+__attribute__((unused)) static bool engine_idle(int wait_ms)
 {
     for (int i = 0; i < wait_ms; i++) {
         pthread_mutex_lock(&fake.mutex);

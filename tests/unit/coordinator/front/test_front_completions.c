@@ -261,69 +261,70 @@ static void parameters_reach_the_engine(void **state)
     json_decref(a);
 }
 
+static const struct {
+    const char *body, *param;
+} refused_fields[] = {
+    {"{\"prompt\":\"p\",\"temperature\":-1}", "temperature"},
+    {"{\"prompt\":\"p\",\"temperature\":\"hot\"}", "temperature"},
+    {"{\"prompt\":\"p\",\"temperature\":1e300}", "temperature"},
+    {"{\"prompt\":\"p\",\"top_p\":1.5}", "top_p"},
+    {"{\"prompt\":\"p\",\"top_k\":2.5}", "top_k"},
+    {"{\"prompt\":\"p\",\"n\":0}", "n"},
+    {"{\"prompt\":\"p\",\"n\":1000000000000000000}", "n"},
+    {"{\"prompt\":\"p\",\"n\":true}", "n"},
+    {"{\"prompt\":\"p\",\"best_of\":1,\"n\":2}", "best_of"},
+    {"{\"prompt\":\"p\",\"best_of\":3,\"stream\":true}", "best_of"},
+    {"{\"prompt\":\"p\",\"max_tokens\":-1}", "max_tokens"},
+    {"{\"prompt\":\"p\",\"max_tokens\":9007199254740993}", "max_tokens"},
+    {"{\"prompt\":\"p\",\"max_tokens\":\"7\"}", "max_tokens"},
+    {"{\"prompt\":\"p\",\"min_tokens\":9,\"max_tokens\":3}", "min_tokens"},
+    {"{\"prompt\":\"p\",\"logprobs\":21}", "logprobs"},
+    {"{\"prompt\":\"p\",\"logprobs\":true}", "logprobs"},
+    {"{\"prompt\":\"p\",\"logit_bias\":{\"260\":1}}", "logit_bias"},
+    {"{\"prompt\":\"p\",\"logit_bias\":{\"-1\":1}}", "logit_bias"},
+    {"{\"prompt\":\"p\",\"logit_bias\":{\"a\":1}}", "logit_bias"},
+    {"{\"prompt\":\"p\",\"logit_bias\":{\"5\":101}}", "logit_bias"},
+    {"{\"prompt\":\"p\",\"logit_bias\":[1]}", "logit_bias"},
+    {"{\"prompt\":\"p\",\"stop_token_ids\":[260]}", "stop_token_ids"},
+    {"{\"prompt\":\"p\",\"stop_token_ids\":7}", "stop_token_ids"},
+    {"{\"prompt\":\"p\",\"stop\":7}", "stop"},
+    {"{\"prompt\":\"p\",\"stop\":[\"\"]}", "stop"},
+    {"{\"prompt\":\"p\",\"stop\":[\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\","
+     "\"a\",\"a\",\"a\"]}", "stop"},
+    {"{\"prompt\":[1,2,260]}", "prompt"},
+    {"{\"prompt\":[1,-2]}", "prompt"},
+    {"{\"prompt\":[1,2.5]}", "prompt"},
+    {"{\"prompt\":[1,\"a\"]}", "prompt"},
+    {"{\"prompt\":[\"a\",7]}", "prompt"},
+    {"{\"prompt\":[[]]}", "prompt"},
+    {"{\"prompt\":[]}", "prompt"},
+    {"{\"prompt\":{}}", "prompt"},
+    {"{\"prompt\":7}", "prompt"},
+    {"{}", "prompt"},
+    {"{\"prompt\":\"p\",\"suffix\":\"s\"}", "suffix"},
+    {"{\"prompt\":\"p\",\"stream\":\"yes\"}", "stream"},
+    {"{\"prompt\":\"p\",\"stream_options\":{\"include_usage\":true}}", "stream_options"},
+    {"{\"prompt\":\"p\",\"response_format\":{\"type\":\"json_object\"}}", "response_format"},
+    {"{\"prompt\":\"p\",\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{}}}", "response_format"},
+    {"{\"prompt\":\"p\",\"guided_regex\":\"a+\"}", "guided_regex"},
+    {"{\"prompt\":\"p\",\"presence_penalty\":3}", "presence_penalty"},
+    {"{\"prompt\":\"p\",\"repetition_penalty\":0}", "repetition_penalty"},
+    {"{\"prompt\":\"p\",\"beam_width\":3,\"n\":5}", "beam_width"},
+    {"{\"prompt\":\"p\",\"seed\":1.5}", "seed"},
+    {"{\"prompt\":\"p\",\"timeout\":-1}", "timeout"},
+    {"{\"prompt\":\"p\",\"echo\":1}", "echo"},
+    {"{\"prompt\":\"p\",\"model\":7}", "model"},
+};
+
 /* Each is refused with 400, OpenAI's shape, and the name of the field; the engine hears nothing. */
 static void bad_fields(void **state)
 {
     (void)state;
-    static const struct {
-        const char *body, *param;
-    } cases[] = {
-        {"{\"prompt\":\"p\",\"temperature\":-1}", "temperature"},
-        {"{\"prompt\":\"p\",\"temperature\":\"hot\"}", "temperature"},
-        {"{\"prompt\":\"p\",\"temperature\":1e300}", "temperature"},
-        {"{\"prompt\":\"p\",\"top_p\":1.5}", "top_p"},
-        {"{\"prompt\":\"p\",\"top_k\":2.5}", "top_k"},
-        {"{\"prompt\":\"p\",\"n\":0}", "n"},
-        {"{\"prompt\":\"p\",\"n\":1000000000000000000}", "n"},
-        {"{\"prompt\":\"p\",\"n\":true}", "n"},
-        {"{\"prompt\":\"p\",\"best_of\":1,\"n\":2}", "best_of"},
-        {"{\"prompt\":\"p\",\"best_of\":3,\"stream\":true}", "best_of"},
-        {"{\"prompt\":\"p\",\"max_tokens\":-1}", "max_tokens"},
-        {"{\"prompt\":\"p\",\"max_tokens\":9007199254740993}", "max_tokens"},
-        {"{\"prompt\":\"p\",\"max_tokens\":\"7\"}", "max_tokens"},
-        {"{\"prompt\":\"p\",\"min_tokens\":9,\"max_tokens\":3}", "min_tokens"},
-        {"{\"prompt\":\"p\",\"logprobs\":21}", "logprobs"},
-        {"{\"prompt\":\"p\",\"logprobs\":true}", "logprobs"},
-        {"{\"prompt\":\"p\",\"logit_bias\":{\"260\":1}}", "logit_bias"},
-        {"{\"prompt\":\"p\",\"logit_bias\":{\"-1\":1}}", "logit_bias"},
-        {"{\"prompt\":\"p\",\"logit_bias\":{\"a\":1}}", "logit_bias"},
-        {"{\"prompt\":\"p\",\"logit_bias\":{\"5\":101}}", "logit_bias"},
-        {"{\"prompt\":\"p\",\"logit_bias\":[1]}", "logit_bias"},
-        {"{\"prompt\":\"p\",\"stop_token_ids\":[260]}", "stop_token_ids"},
-        {"{\"prompt\":\"p\",\"stop_token_ids\":7}", "stop_token_ids"},
-        {"{\"prompt\":\"p\",\"stop\":7}", "stop"},
-        {"{\"prompt\":\"p\",\"stop\":[\"\"]}", "stop"},
-        {"{\"prompt\":\"p\",\"stop\":[\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\",\"a\","
-         "\"a\",\"a\",\"a\"]}", "stop"},
-        {"{\"prompt\":[1,2,260]}", "prompt"},
-        {"{\"prompt\":[1,-2]}", "prompt"},
-        {"{\"prompt\":[1,2.5]}", "prompt"},
-        {"{\"prompt\":[1,\"a\"]}", "prompt"},
-        {"{\"prompt\":[\"a\",7]}", "prompt"},
-        {"{\"prompt\":[[]]}", "prompt"},
-        {"{\"prompt\":[]}", "prompt"},
-        {"{\"prompt\":{}}", "prompt"},
-        {"{\"prompt\":7}", "prompt"},
-        {"{}", "prompt"},
-        {"{\"prompt\":\"p\",\"suffix\":\"s\"}", "suffix"},
-        {"{\"prompt\":\"p\",\"stream\":\"yes\"}", "stream"},
-        {"{\"prompt\":\"p\",\"stream_options\":{\"include_usage\":true}}", "stream_options"},
-        {"{\"prompt\":\"p\",\"response_format\":{\"type\":\"json_object\"}}", "response_format"},
-        {"{\"prompt\":\"p\",\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{}}}", "response_format"},
-        {"{\"prompt\":\"p\",\"guided_regex\":\"a+\"}", "guided_regex"},
-        {"{\"prompt\":\"p\",\"presence_penalty\":3}", "presence_penalty"},
-        {"{\"prompt\":\"p\",\"repetition_penalty\":0}", "repetition_penalty"},
-        {"{\"prompt\":\"p\",\"beam_width\":3,\"n\":5}", "beam_width"},
-        {"{\"prompt\":\"p\",\"seed\":1.5}", "seed"},
-        {"{\"prompt\":\"p\",\"timeout\":-1}", "timeout"},
-        {"{\"prompt\":\"p\",\"echo\":1}", "echo"},
-        {"{\"prompt\":\"p\",\"model\":7}", "model"},
-    };
     fake_reset("abc");
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        json_t *a = post("/v1/completions", cases[i].body, 400);
-        if (strcmp(text_at(a, "error.param"), cases[i].param)) fprintf(stderr, "%s -> %s\n", cases[i].body, text_at(a, "error.message"));
-        assert_string_equal(text_at(a, "error.param"), cases[i].param);
+    for (size_t i = 0; i < sizeof refused_fields / sizeof *refused_fields; i++) {
+        json_t *a = post("/v1/completions", refused_fields[i].body, 400);
+        if (strcmp(text_at(a, "error.param"), refused_fields[i].param)) fprintf(stderr, "%s -> %s\n", refused_fields[i].body, text_at(a, "error.message"));
+        assert_string_equal(text_at(a, "error.param"), refused_fields[i].param);
         assert_string_equal(text_at(a, "error.type"), "invalid_request_error");
         assert_true(json_object_get(at(a, "error"), "code") != NULL);
         json_decref(a);

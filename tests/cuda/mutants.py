@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Goal: the tests of the CUDA backend notice mistakes. Method: each row of MUTANTS is one mistake
+put into one source file; the file is compiled for the emulation, linked with the rest of the plugin,
+and the named test must fail. A row whose text is gone from the source is an error too.
+Usage: mutants.py CONFIG [FILE], a JSON file that the build writes. Every fifth mistake is tried;
+HEDDLE_MUTANTS=all tries every one, which takes a quarter of an hour and more."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+# file, what is there, what is put there, the test that must fail
+MUTANTS = [
+    ("norm.cu", "squares = block_sum(sums.y, scratch);", "squares = sums.y;", "ops"),
+    ("norm.cu", "v[j] = bf16_round(v[j] + d[j]);", "v[j] = v[j] - d[j];", "ops"),
+    ("norm.cu", "int n = min(8, c.cols - i);\n        float v[8], d[8];", "int n = 8;\n        float v[8], d[8];", "ops"),
+    ("act.cu", "load8(up, in + c.cols + i", "load8(up, in + i", "ops"),
+    ("embed.cu", "id >= 0 && id < n_rows", "true", "ops"),
+    ("prep.cu", "? c.feedback[slot] : 0", "? c.feedback[0] : 0", "steps"),
+    ("prep.cu", "for (int p = 0; p < part; p++)", "for (int p = 1; p < part; p++)", "attention"),
+    ("quantize.cu", "if (raw.col_scale) v *= raw.col_scale[c];", "", "ops"),
+    ("quantize.cu", "i < cols ? code_of", "i < cols - 1 ? code_of", "ops"),
+    ("rope.cu", "head[second] = y * c + x * s;", "head[second] = y * c - x * s;", "attention"),
+    ("rope.cu", "row = slot % kv.block_size", "row = slot % 16", "attention"),
+    ("rope.cu", "swizzled(dim, row, i / 8)", "swizzled(dim, 0, i / 8)", "attention"),
+    ("rope.cu", "if (lane == 0) scales[first + row] = scale;", "", "attention"),
+    ("attention.cu", "cp_async_wait<shape::STAGES - 1>();", "cp_async_wait<shape::STAGES>();", "attention"),
+    ("attention.cu", "if (BULK) mbar_wait(full + i % shape::STAGES, i / shape::STAGES & 1);", "", "attention"),
+    ("attention.cu", "i / shape::STAGES & 1);", "(i / shape::STAGES + 1) & 1);", "attention"),
+    ("attention.cu", "if (key_first + 16 > w.len) values_clear", "if (false) values_clear", "attention"),
+    ("attention.cu", "__syncthreads(); /* the ring becomes the place to merge in */", "", "attention"),
+    ("attention.cu", "w->tile_end = low + min(n, ((int)blockIdx.z + 1) * each);", "w->tile_end = low + n;", "attention"),
+    ("attention.cu", "by = m == -INFINITY ? 0.0f : exp2f(m - most);\n            sum += c.split_ml", "by = 1;\n            sum += c.split_ml", "attention"),
+    ("attention.cuh", "key < rule.limit[r] ?", "key <= rule.limit[r] ?", "attention"),
+    ("attention.cuh", "key >= rule.low[r] &&", "", "attention"),
+    ("attention.cuh", "l[r] = l[r] * keep + sum;", "l[r] = l[r] + sum;", "attention"),
+    ("prefill.cu", "cp_async_wait<1>();", "cp_async_wait<2>();", "attention"),
+    ("prefill.cu", "__syncthreads(); /* the other half of the ring may be filled */", "", "attention"),
+    ("prefill.cu", "(before + w.token_last + shape::KEYS) / shape::KEYS", "(before + w.token_last) / shape::KEYS", "attention"),
+    ("prefill.cu", "bool take = token < w.len;\n        int at = take ? token : 0, offset = at % c.kv.block_size;\n        struct block_rows from = rows_at(c.kv, w.table[at / c.kv.block_size], blockIdx.y, offset, 2);", "bool take = true;\n        int at = min(token, w.len - 1), offset = at % c.kv.block_size;\n        struct block_rows from = rows_at(c.kv, w.table[0], blockIdx.y, offset, 2);", "attention"),
+    ("sample.cu", "(atomicAdd(to, low) + low < low)", "(atomicAdd(to, low) * 0)", "sample"),
+    ("sample.cu", "tie && ties + __popc", "tie && __popc", "sample"),
+    ("sample.cu", "if (w < v.warp) before += s->warp_mass[w];", "", "sample"),
+    ("sample.cu", "x == x ? fminf(x, FLT_MAX) : -INFINITY", "x", "sample"),
+    ("sample.cu", "*x > 0 ? *x / by : *x * by", "*x / by", "sample"),
+    ("sample.cu", "s->top_token[j] < s->top_token[v.lane]", "s->top_token[j] > s->top_token[v.lane]", "sample"),
+    ("gemm.cuh", "cp_async_wait<GEMM_RING - 2>();", "cp_async_wait<GEMM_RING - 1>();", "ops"),
+    ("gemm.cuh", "__syncthreads(); /* this stage is there, and the one before is free */", "", "ops"),
+    ("gemm.cuh", "aligned && (k + 8 <= n_in || !take)", "aligned", "ops"),
+    ("gemm.cuh", "at / INT4_GROUP]", "0]", "ops"),
+    ("gemm_int4.cu", "(int)(words[j] >> (i * 4) & 15) - 8", "(int)(words[j] >> (i * 4) & 15) - 7", "ops"),
+    ("copy.cu", "pairs.from[blockIdx.x] * block_bytes", "pairs.to[blockIdx.x] * block_bytes", "attention"),
+    ("step.c", "event_wait(b, s->done);\n    for", "for", "steps"),
+    ("step.c", "waited > (int64_t)b->wait_ms_max * 1000", "waited < 0", "steps"),
+    ("sample.c", "if (cuda_sync(base)) return;", "", "sample"),
+    ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
+    ("matmul.c", "if (b->quantized.of == out.data) b->quantized.of = NULL;", "", "ops"),
+    ("kv.c", "if (call.n_tiles)", "if (false)", "attention"),
+    ("pack.c", "codes[i / 2] & 0x0f) | code << 4", "codes[i / 2] & 0x0f) | code << 3", "ops"),
+    ("graph.c", "b->capture_refused = false;", "b->capture_refused = true;", "steps"),
+]
+
+
+def shell(command, **kwargs):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def sources_of(config, name, folder):
+    """The files to compile when `name` is changed: itself, or one kernel that includes it."""
+    users = {"attention.cuh": ["attention.cu", "prefill.cu"], "gemm.cuh": ["gemm.cu", "gemm_int4.cu"]}
+    return [os.path.join(folder, f) for f in users.get(name, [name])]
+
+
+def build(config, mutant, work):
+    name, old, new, _ = mutant
+    folder = os.path.join(work, "kernels", "cuda")
+    os.makedirs(folder)
+    for f in os.listdir(config["source"]):
+        text = open(os.path.join(config["source"], f)).read()
+        if f == name:
+            if old not in text:
+                return "the text is not in the source any more"
+            text = text.replace(old, new)
+        open(os.path.join(folder, f), "w").write(text)
+    objects = list(config["objects"])
+    changed = sources_of(config, name, folder)
+    if "attention.cu" in name or name == "prefill.cu":  # few sizes of heads in both, so that they agree
+        changed = [os.path.join(folder, f) for f in ("attention.cu", "prefill.cu")]
+    for path in changed:
+        stem, is_c = os.path.basename(path), path.endswith(".c")
+        object_path = os.path.join(work, stem + ".o")
+        compiler = [config["cc"], "-std=gnu11"] if is_c else [config["cxx"], "-std=gnu++20", "-x", "c++", *config["flags"], "-DHEDDLE_HEAD_DIMS_FEW"]
+        done = shell([*compiler, "-w", "-O1", "-fPIC", "-D_GNU_SOURCE", "-ffp-contract=off", *config["sanitize"], "-I", work,
+                      "-I", config["emu"], "-I", config["emu"] + "/include", "-I", config["root"], "-c", path, "-o", object_path])
+        if done.returncode:
+            return "it does not compile: " + done.stdout[-400:]
+        objects = [object_path if os.path.basename(o) == stem + ".o" else o for o in objects]
+    plugin = os.path.join(work, "heddle_cuda.so")
+    done = shell([config["cxx"], "-shared", *config["sanitize"], "-o", plugin, *objects, *config["libraries"],
+                  "-Wl,--version-script=" + config["map"], "-L" + config["emulated"], "-lcudart_emulated",
+                  "-Wl,-rpath," + config["emulated"]])
+    os.symlink(config["emulated"] + "/libcublasLt.so.13", work + "/libcublasLt.so.13")
+    return "it does not link: " + done.stdout[-400:] if done.returncode else None
+
+
+def caught(config, mutant):
+    """None when the test failed, as it must; else what went wrong."""
+    with tempfile.TemporaryDirectory() as work:
+        problem = build(config, mutant, work)
+        if problem:
+            return problem
+        env = dict(os.environ, HEDDLE_PLUGIN_DIR=work, HEDDLE_CUDA_QUICK="1", ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
+        try:
+            done = shell([config["tests"] + "/test_cuda_" + mutant[3]], env=env, timeout=150)
+        except subprocess.TimeoutExpired:
+            return None
+        return None if done.returncode else "MISSED: test_cuda_%s passes" % mutant[3]
+
+
+def main():
+    config = json.load(open(sys.argv[1]))
+    only = sys.argv[2] if len(sys.argv) > 2 else ""
+    missed = 0
+    for test in ("ops", "sample", "steps", "attention"):  # without a mistake the same build must pass
+        problem = caught(config, ("attention.cu", "", "", test))
+        if not (problem or "").startswith("MISSED"):
+            print("test_cuda_%s fails without any mistake: %s" % (test, problem))
+            return 1
+    chosen = MUTANTS if only or os.environ.get("HEDDLE_MUTANTS") == "all" else MUTANTS[::5]
+    for mutant in chosen:
+        if only not in mutant[0]:
+            continue
+        problem = caught(config, mutant)
+        missed += problem is not None
+        print("%-14s %-50.50s %s" % (mutant[0], mutant[1].split("\n")[0], problem or "caught"), flush=True)
+    return 1 if missed else 0
+
+
+sys.exit(main())

@@ -1,0 +1,252 @@
+/* The loop of a rank in a cluster: events of its link in, results out.
+ *
+ * Weights are loaded once. Whatever ends a group (a lost peer, a lost coordinator, a wrong plan)
+ * costs the sequences and the collective only: the next welcome begins a new epoch. */
+#include "base/clock.h"
+#include "base/log.h"
+#include "proto/plan.h"
+#include "worker/link.h"
+#include "worker/rank.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { POLL_US = 200000, LEAVE_MS = 2000, EXCHANGE_MS = 120000 };
+
+static volatile sig_atomic_t asked_to_stop;
+
+static void on_signal(int number)
+{
+    (void)number;
+    asked_to_stop = 1;
+}
+
+struct loop {
+    struct worker *worker;
+    struct link *link;
+    struct buf result;
+    bool has_group, pipelined;
+    bool peers_alive;
+};
+
+/* --- how ranks find each other --- */
+
+static enum err boot_exchange(void *ctx, const char *key, const void *mine, size_t n, void *out)
+{
+    struct loop *l = ctx;
+    struct span all[LINK_RANKS_MAX];
+    int size = l->worker->config.size;
+    TRY(link_exchange(l->link, key, mine, n, (int64_t)EXCHANGE_MS * 1000, all));
+    for (int r = 0; r < size; r++) {
+        if (all[r].n != n)
+            FAIL(ERR_PEER,
+                 "exchange '%s': rank %d gave %zu bytes, this one %zu: is it the same program?",
+                 key, r, all[r].n, n);
+        memcpy((char *)out + (size_t)r * n, all[r].data, n);
+    }
+    return OK;
+}
+
+static bool boot_ended(void *ctx)
+{
+    struct loop *l = ctx;
+    return atomic_load(link_epoch(l->link)) != l->worker->epoch;
+}
+
+/* --- events --- */
+
+/* What this rank can live on after: the group must form anew. */
+static bool is_survivable(enum err e)
+{
+    return e == ERR_PEER || e == ERR_FORMAT || e == ERR_TIMEOUT || e == ERR_FULL;
+}
+
+static void group_leave(struct loop *l)
+{
+    worker_close_group(l->worker);
+    l->has_group = false;
+}
+
+/* Tells the coordinator; passes on what is beyond repair. */
+static enum err group_fail(struct loop *l, enum err e)
+{
+    char why[512];
+    if (!e) return OK;
+    snprintf(why, sizeof why, "%s", err_detail());
+    log_error("%s: %s", err_name(e), why);
+    link_fault(l->link, why, !is_survivable(e));
+    group_leave(l);
+    if (is_survivable(e)) return OK;
+    return err_set(e, "%s", why);
+}
+
+static enum err group_join(struct loop *l, const struct link_event *event)
+{
+    char key[sizeof event->group_key];
+    snprintf(key, sizeof key, "%s", event->group_key);
+    struct bootstrap boot = {
+        .group_key = key, .exchange = boot_exchange, .ended = boot_ended, .ctx = l};
+    l->worker->epoch = event->epoch;
+    TRY(worker_open_group(l->worker, event->epoch, event->n_blocks, event->n_host_blocks, &boot));
+    l->has_group = true;
+    TRY(link_ready(l->link, event->epoch));
+    log_info("ready: epoch %llu, %llu blocks", (unsigned long long)event->epoch,
+             (unsigned long long)event->n_blocks);
+    return OK;
+}
+
+static enum err step_answer(struct loop *l)
+{
+    struct step_result result;
+    TRY(worker_end(l->worker, &result));
+    buf_clear(&l->result);
+    TRY(step_result_encode(&result, l->worker->config.rank != 0, &l->result));
+    return link_send_result(l->link, l->result.data, l->result.n);
+}
+
+static enum err plan_run(struct loop *l, const struct link_event *event)
+{
+    struct step_plan plan;
+    if (!l->has_group) return OK; /* of an epoch that failed here a moment ago */
+    arena_reset(&l->worker->arena);
+    TRY(plan_decode(event->bytes.data, event->bytes.n, &l->worker->arena, &plan));
+    TRY(worker_begin(l->worker, &plan));
+    return l->pipelined ? OK : step_answer(l);
+}
+
+/* Answers the oldest step where no further one may be launched beside it. */
+static enum err steps_drain(struct loop *l, int n_left)
+{
+    while (l->worker->n_busy > n_left)
+        TRY(step_answer(l));
+    return OK;
+}
+
+static bool is_given_up(const struct link_event *event)
+{
+    return !strncmp(event->text ? event->text : "", "gave up", 7);
+}
+
+/* out_done: the loop ends. */
+static enum err event_handle(struct loop *l, const struct link_event *event, bool *out_done)
+{
+    switch (event->kind) {
+    case LINK_WELCOME:
+        return group_fail(l, group_join(l, event));
+    case LINK_PLAN:
+        return group_fail(l, plan_run(l, event));
+    case LINK_NONE:
+        return group_fail(l, steps_drain(l, 0));
+    case LINK_HALT:
+    case LINK_LOST:
+        log_warn("%s: %s", event->kind == LINK_HALT ? "the group ended" : "the coordinator is lost",
+                 event->text);
+        group_leave(l);
+        if (is_given_up(event)) FAIL(ERR_PEER, "%s: %s", l->worker->config.coordinator, event->text);
+        return OK;
+    case LINK_DRAIN:
+        TRY(group_fail(l, steps_drain(l, 0)));
+        *out_done = true;
+        return OK;
+    case LINK_REFUSED:
+        l->peers_alive = false;
+        FAIL(ERR_INVALID, "the coordinator refused this rank: %s", event->text);
+    }
+    return OK;
+}
+
+static enum err loop_run(struct loop *l)
+{
+    bool done = false;
+    while (!done && !asked_to_stop) {
+        struct link_event event;
+        if (l->has_group) TRY(group_fail(l, steps_drain(l, STEPS_IN_FLIGHT - 1)));
+        TRY(link_next(l->link, l->worker->n_busy ? 0 : POLL_US, &event));
+        TRY(event_handle(l, &event, &done));
+    }
+    if (asked_to_stop) log_info("asked to stop");
+    return group_fail(l, steps_drain(l, 0));
+}
+
+/* --- start and end --- */
+
+static void join_words(const struct worker *w, struct link_join *out, char *host, size_t host_bytes)
+{
+    const struct worker_info *i = &w->info;
+    gethostname(host, host_bytes - 1);
+    *out = (struct link_join){
+        .model_digest = i->model_digest,
+        .model_name = i->model_name,
+        .host = host,
+        .device = i->device,
+        .replica = (uint32_t)w->config.replica,
+        .rank = (uint32_t)i->rank,
+        .size = (uint32_t)i->size,
+        .block_size = (uint32_t)i->block_size,
+        .slots_max = (uint32_t)i->n_slots_max,
+        .step_tokens_max = (uint32_t)i->step_tokens_max,
+        .step_rows_max = (uint32_t)i->step_rows_max,
+        .context_max = (uint32_t)i->context_max,
+        .vocab_size = (uint32_t)i->vocab_size,
+        .window = (uint32_t)i->window,
+        .draft_tokens_max = (uint32_t)i->draft_tokens_max,
+        .blocks_max = i->n_blocks,
+        .host_blocks_max = i->n_host_blocks,
+        .weight_bytes = i->weight_bytes,
+        .block_bytes = i->block_bytes,
+    };
+}
+
+static void signals_take(struct sigaction old[2])
+{
+    struct sigaction action = {.sa_handler = on_signal};
+    asked_to_stop = 0;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGTERM, &action, &old[0]);
+    sigaction(SIGINT, &action, &old[1]);
+}
+
+static enum err worker_serve(struct loop *l)
+{
+    char host[128] = "";
+    struct link_config config = {.address = l->worker->config.coordinator,
+                                 .token = l->worker->config.token,
+                                 .patience_ms = (uint32_t)l->worker->config.patience_ms,
+                                 .tls = {.ca_file = l->worker->config.tls_ca,
+                                         .cert_file = l->worker->config.tls_cert,
+                                         .key_file = l->worker->config.tls_key}};
+    join_words(l->worker, &config.join, host, sizeof host);
+    TRY(link_open(&config, &l->link));
+    enum err e = loop_run(l);
+    char why[512];
+    snprintf(why, sizeof why, "%s", e ? err_detail() : asked_to_stop ? "asked to stop" : "drained");
+    link_leave(l->link, why, LEAVE_MS);
+    group_leave(l);
+    link_close(l->link);
+    return e ? err_set(e, "%s", why) : OK;
+}
+
+enum err worker_run(const struct worker_config *config)
+{
+    struct loop l = {.peers_alive = true};
+    struct sigaction old[2];
+    if (!config->coordinator) FAIL(ERR_INVALID, "--coordinator HOST:PORT is needed");
+    signals_take(old);
+    buf_init(&l.result, 0);
+    enum err e = worker_create(config, &l.worker);
+    if (!e) {
+        l.pipelined = l.worker->backend->stream != NULL;
+        e = buf_reserve(&l.result, 1 << 20); /* usual results need no more */
+        if (!e) e = worker_serve(&l);
+    }
+    char why[512];
+    snprintf(why, sizeof why, "%s", e ? err_detail() : "");
+    worker_destroy(l.worker);
+    buf_fini(&l.result);
+    collective_shutdown(l.peers_alive && !e);
+    sigaction(SIGTERM, &old[0], NULL);
+    sigaction(SIGINT, &old[1], NULL);
+    return e ? err_set(e, "%s", why) : OK;
+}
