@@ -138,7 +138,7 @@ static void device_words(const struct worker *w, char *out, size_t size)
     cpu_set_t cores;
     int n = w->config.n_threads;
     if (!n && !sched_getaffinity(0, sizeof cores, &cores)) n = CPU_COUNT(&cores);
-    snprintf(out, size, "%s, %d threads", w->backend->ops->name, n);
+    snprintf(out, size, "%s, %d thread%s", w->backend->ops->name, n, n == 1 ? "" : "s");
 }
 
 static enum err weights_start(struct worker *w, const struct model_config *model)
