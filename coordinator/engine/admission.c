@@ -52,6 +52,8 @@ struct offer { /* where an admission's blocks come from */
 static struct sequence *find_sibling(const struct group *g, const struct sequence *s)
 {
     if (s->tokens.n != s->n_prompt || s->job->n_sequences == 1 || g->info.window) return NULL;
+    if (!s->choice && s->job->request->sampling.n_prompt_logprobs >= 0)
+        return NULL; /* it has to be scored, token by token */
     for (uint32_t i = 0; i < s->job->n_sequences; i++) {
         struct sequence *t = s->job->sequences[i];
         if (t && t != s && t->state == SEQUENCE_RUNNING && t->group == g->index &&
