@@ -57,7 +57,7 @@ const struct conf_row option_rows[] = {
     {"watchdog-timeout", NULL, CONF_INT, AT(watchdog_timeout), 1, 86400, "300", NULL, FRONT, "Cluster", "seconds that a step may take"},
 
     {"max-num-seqs", "max-running-requests np parallel", CONF_INT, AT(max_num_seqs), 1, 65536, "64", NULL, CLUSTER | VERB_PLAN, "Scheduling", "sequences running at once in a group"},
-    {"max-num-batched-tokens", "max-prefill-tokens chunked-prefill-size b", CONF_INT, AT(max_num_batched_tokens), 1, 1048576, "512", NULL, CLUSTER | VERB_PLAN, "Scheduling", "tokens of one step"},
+    {"max-num-batched-tokens", "max-prefill-tokens chunked-prefill-size b", CONF_INT, AT(max_num_batched_tokens), 0, 1048576, "0", NULL, CLUSTER | VERB_PLAN, "Scheduling", "tokens of one step, 0 = the device's choice"},
     {"max-model-len", "context-length c ctx-size", CONF_INT, AT(max_model_len), 0, 16777216, "0", NULL, CLUSTER | VERB_PLAN, "Scheduling", "longest sequence, 0 = the model's"},
     {"max-num-queued-reqs", "max-queued-requests", CONF_INT, AT(max_num_queued_reqs), 1, 1000000, "1024", NULL, ENGINE, "Scheduling", "requests that may wait; then 429"},
     {"max-num-queued-tokens", NULL, CONF_INT, AT(max_num_queued_tokens), 0, BIG, "0", NULL, ENGINE, "Scheduling", "prompt tokens that may wait, 0 = no bound"},
@@ -107,7 +107,7 @@ const struct conf_refusal option_refusals[] = {
     {"enable-lora", "adapters are not loaded yet"},
     {"lora-modules", "adapters are not loaded yet"},
     {"otlp-traces-endpoint", "traces are not exported yet; see /metrics"},
-    {"enable-chunked-prefill", "prompts are always computed in chunks of --max-num-batched-tokens"},
+    {"enable-chunked-prefill", "prompts are always computed in chunks that fit --max-num-batched-tokens"},
     {"disable-radix-cache", "use --no-enable-prefix-caching"},
     {"enforce-eager", "there is nothing to compile"},
     {"trust-remote-code", "no code of a model is ever run"},

@@ -10,7 +10,7 @@
 
 enum {
     SLOTS_DEFAULT = 256,
-    TOKENS_DEFAULT_CPU = 512,
+    PROMPT_TOKENS_CPU = 48, /* of a step beside its decodes: larger ones only make the others wait */
     TOKENS_DEFAULT_CUDA = 2048,
     LOGITS_BYTES_MAX = 256 << 20
 };
@@ -113,7 +113,7 @@ static void sizes_choose(const struct worker_config *config, const struct model_
     p->n_slots = config->n_sequences_max ? config->n_sequences_max : SLOTS_DEFAULT;
     p->step_tokens_max = config->step_tokens_max ? config->step_tokens_max
                          : b->stream             ? TOKENS_DEFAULT_CUDA
-                                                 : TOKENS_DEFAULT_CPU;
+                                                 : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
     if (p->step_tokens_max < p->n_slots * (1 + p->draft_max))
         p->step_tokens_max = p->n_slots * (1 + p->draft_max);
     int64_t rows =

@@ -37,7 +37,7 @@ struct worker_config {
                                  CPU 0.8 but at most 4 GiB of KV */
     uint64_t host_swap_bytes; /* host memory of this rank for swapped blocks */
     int n_sequences_max;      /* slots; 0 = 256 */
-    int step_tokens_max;      /* 0 = 2048 */
+    int step_tokens_max;      /* 0 = 2048 on a GPU, 48 beside the decodes on a CPU */
     int step_rows_max;    /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
     int draft_tokens_max; /* drafts verified in one run, 0 = none */
     int context_max;      /* 0 = the model's, as far as memory allows one sequence */
