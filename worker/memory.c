@@ -35,7 +35,7 @@ void memory_format_words(const struct memory_plan *p, char *out, size_t size)
     if (f == h)
         snprintf(out, size, "%s", weight_format_name(f));
     else
-        snprintf(out, size, "%s, head %s", weight_format_name(f), weight_format_name(h));
+        snprintf(out, size, "%s (head %s)", weight_format_name(f), weight_format_name(h));
 }
 
 static enum err name_find(const char *option, const char *value, const char *const *names, int n,
