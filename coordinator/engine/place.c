@@ -23,6 +23,8 @@ static uint64_t cost(struct engine *e, struct group *g, struct sequence *s)
         n_found = block_size * kv_blocks_match(&g->kv, s->keys.items, n_keys, &n_cached);
     uint64_t cost =
         s->tokens.n - n_found + g->n_pending_tokens + (uint64_t)RUNNING_COST * g->running.n;
+    uint64_t n_new = s->tokens.n - n_found, n_free = (uint64_t)g->kv.n_free * block_size;
+    if (n_new > n_free) cost += n_new - n_free; /* other prefixes are forgotten for it */
     bool busy = !g->n_free_slots ||
                 (uint64_t)kv_blocks_available(&g->kv) * block_size < s->tokens.n - n_found;
     return busy ? cost + (uint64_t)BUSY_STEPS * g->n_budget : cost;
