@@ -77,7 +77,8 @@ static struct offer make_offer(struct engine *e, struct group *g, struct sequenc
         o.n_computed = s->tokens.n - 1;
     } else if (!s->job->no_match &&
                !sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys)) {
-        o.n_shared = kv_blocks_match(&g->kv, s->keys.items, n_keys, &o.n_shared_cached);
+        o.n_shared =
+            kv_blocks_match(&g->kv, s->keys.items, n_keys, &o.n_shared_cached, sequence_blocks(s));
         o.n_computed = o.n_shared * block_size;
     }
     return o;
@@ -87,7 +88,8 @@ static void take_shared(struct group *g, struct sequence *s, const struct offer 
 {
     uint32_t *table = sequence_blocks(s);
     if (!o->sibling) {
-        kv_blocks_hold(&g->kv, s->keys.items, o->n_shared, table);
+        for (uint32_t i = 0; i < o->n_shared; i++)
+            kv_blocks_ref(&g->kv, table[i]); /* found by the offer */
         return;
     }
     for (uint32_t i = 0; i < o->n_shared; i++) {
@@ -187,13 +189,15 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
 {
     uint32_t n_end_most = s->n_prompt + s->job->request->max_tokens;
     uint32_t capacity = group_tokens_capacity(g, e->config.context_max);
+    if (strip_reserve(&e->pool, &s->blocks,
+                      blocks_for(g, n_end_most < capacity ? n_end_most : capacity) + 1,
+                      sizeof(uint32_t)))
+        return false;
     struct offer o = make_offer(e, g, s);
     uint64_t n_need =
         o.n_table - o.n_shared + o.n_shared_cached + (g->running.n ? blocks_reserved(g) : 0);
     if (!g->n_free_slots || n_need > kv_blocks_available(&g->kv)) return false;
     s->n_end = n_end_most < capacity ? n_end_most : capacity;
-    if (strip_reserve(&e->pool, &s->blocks, blocks_for(g, s->n_end) + 1, sizeof(uint32_t)))
-        return false;
     fair_unwait(&e->fair, s);
     admission_uncount(e, s);
     if (s->has_host && s->group != g->index) admission_drop_host(e, s);

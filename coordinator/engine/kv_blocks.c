@@ -35,15 +35,35 @@ static uint32_t limbo_pop(struct kv_limbo *l)
     return id;
 }
 
+_Static_assert(sizeof(struct kv_block) == 64, "one line of cache");
+enum { HUGE_BYTES_MIN = 4 << 20 };
+
+/* Large tables are read at random: in huge pages each read misses once, not twice. */
+static enum err alloc_table(size_t n, size_t item_bytes, void **out, size_t *out_bytes)
+{
+    size_t bytes;
+    if (!size_mul(n, item_bytes, &bytes)) FAIL(ERR_NO_MEMORY, "a table of %zu entries", n);
+    *out_bytes = bytes;
+    return bytes < HUGE_BYTES_MIN ? mem_alloc_aligned(64, bytes, out) : mem_alloc_huge(bytes, out);
+}
+
+static void free_table(void *table, size_t bytes)
+{
+    if (bytes < HUGE_BYTES_MIN)
+        mem_free(table);
+    else
+        mem_free_huge(table, bytes);
+}
+
 static enum err init_arrays(struct kv_blocks *kv)
 {
     uint64_t size = 16;
     while (size < 2 * (uint64_t)kv->n_total)
         size *= 2;
     kv->index_mask = (uint32_t)(size - 1);
-    TRY(MEM_NEW_ARRAY(kv->n_total, &kv->blocks));
+    TRY(alloc_table(kv->n_total, sizeof *kv->blocks, (void **)&kv->blocks, &kv->blocks_bytes));
     TRY(MEM_NEW_ARRAY(kv->n_total, &kv->free));
-    TRY(MEM_NEW_ARRAY(size, &kv->index));
+    TRY(alloc_table(size, sizeof *kv->index, (void **)&kv->index, &kv->index_bytes));
     TRY(limbo_init(&kv->limbo, kv->n_total));
     TRY(MEM_NEW_ARRAY(kv->n_host_total, &kv->host_free));
     return limbo_init(&kv->host_limbo, kv->n_host_total);
@@ -74,9 +94,9 @@ enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t n_host
 
 void kv_blocks_fini(struct kv_blocks *kv)
 {
-    mem_free(kv->blocks);
+    free_table(kv->blocks, kv->blocks_bytes);
     mem_free(kv->free);
-    mem_free(kv->index);
+    free_table(kv->index, kv->index_bytes);
     mem_free(kv->host_free);
     limbo_fini(&kv->limbo);
     limbo_fini(&kv->host_limbo);
@@ -234,7 +254,7 @@ void kv_blocks_acked(struct kv_blocks *kv, uint64_t step)
 enum { PREFETCH_AHEAD = 12 };
 
 uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys, uint32_t n,
-                         uint32_t *out_cached)
+                         uint32_t *out_cached, uint32_t *out_blocks)
 {
     uint32_t i, n_cached = 0;
     for (i = 0; i < n && i < PREFETCH_AHEAD; i++)
@@ -249,18 +269,10 @@ uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys,
         uint32_t id = kv_blocks_find(kv, keys[i]);
         if (id == KV_NONE) break;
         n_cached += kv->blocks[id].cached;
+        if (out_blocks) out_blocks[i] = id;
     }
     *out_cached = n_cached;
     return i;
-}
-
-void kv_blocks_hold(struct kv_blocks *kv, const struct hash128 *keys, uint32_t n, uint32_t *out)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        out[i] = kv_blocks_find(kv, keys[i]);
-        ASSERT(out[i] != KV_NONE);
-        kv_blocks_ref(kv, out[i]);
-    }
 }
 
 void kv_blocks_register(struct kv_blocks *kv, uint32_t block, struct hash128 key)

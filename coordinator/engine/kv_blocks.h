@@ -15,12 +15,13 @@
 
 enum { KV_NONE = UINT32_MAX };
 
-struct kv_block {
+struct kv_block {       /* one line of cache */
     struct hash128 key; /* of the whole prefix that ends with this block, while registered */
     uint64_t free_step; /* the plan after whose acknowledgement it leaves limbo */
     uint32_t n_refs;
     uint32_t previous, next; /* in the list of cached ones */
     uint8_t registered, in_limbo, cached;
+    uint8_t spare[25];
 };
 
 struct kv_index_entry { /* open addressing; block + 1, 0 = empty */
@@ -36,6 +37,7 @@ struct kv_limbo { /* ids and the step they wait for, a ring */
 struct kv_blocks {
     uint32_t n_total, n_free, n_cached, n_held, block_size;
     struct kv_block *blocks; /* [n_total] */
+    size_t blocks_bytes, index_bytes;
     uint32_t *free;          /* [n_free] a stack */
     uint32_t oldest, newest; /* cached blocks */
     struct kv_index_entry *index;
@@ -74,11 +76,10 @@ void kv_blocks_acked(struct kv_blocks *kv, uint64_t step);
 /* The block whose prefix has this key, or KV_NONE. */
 uint32_t kv_blocks_find(const struct kv_blocks *kv, struct hash128 key);
 void kv_blocks_prefetch(const struct kv_blocks *kv, struct hash128 key);
-/* Number of leading keys that are here, and how many of their blocks nobody holds. */
+/* Number of leading keys that are here, and how many of their blocks nobody holds. Their blocks go
+ * to out_blocks [n] unless that is NULL. */
 uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys, uint32_t n,
-                         uint32_t *out_cached);
-/* Takes a reference on each of the leading n keys' blocks (all found before) into out. */
-void kv_blocks_hold(struct kv_blocks *kv, const struct hash128 *keys, uint32_t n, uint32_t *out);
+                         uint32_t *out_cached, uint32_t *out_blocks);
 /* Makes a held block findable. The first of equal ones stays; the later ones remain private. */
 void kv_blocks_register(struct kv_blocks *kv, uint32_t block, struct hash128 key);
 

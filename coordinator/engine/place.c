@@ -20,7 +20,7 @@ static uint64_t cost(struct engine *e, struct group *g, struct sequence *s)
         n_found = s->n_host_computed;
     else if (!s->job->no_match &&
              !sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys))
-        n_found = block_size * kv_blocks_match(&g->kv, s->keys.items, n_keys, &n_cached);
+        n_found = block_size * kv_blocks_match(&g->kv, s->keys.items, n_keys, &n_cached, NULL);
     uint64_t cost =
         s->tokens.n - n_found + g->n_pending_tokens + (uint64_t)RUNNING_COST * g->running.n;
     uint64_t n_new = s->tokens.n - n_found, n_free = (uint64_t)g->kv.n_free * block_size;

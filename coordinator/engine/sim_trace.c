@@ -173,7 +173,7 @@ static enum err unbounded(const struct trace *t, uint64_t *out_hits)
             fill_block(t->ids[i], tokens, BLOCK_TOKENS);
             key = hash_chain(key, tokens, sizeof tokens);
             uint32_t n_cached;
-            leading = leading && kv_blocks_match(&kv, &key, 1, &n_cached);
+            leading = leading && kv_blocks_match(&kv, &key, 1, &n_cached, NULL);
             n_hits += leading;
             if (leading) continue;
             uint32_t block = kv_blocks_take(&kv);

@@ -46,10 +46,10 @@ static void found_in_limbo_and_freed_again_waits_anew(void **state)
     a = kv_blocks_take(&kv);
     kv_blocks_register(&kv, a, key);
     kv_blocks_unref(&kv, a, 3);
-    assert_int_equal(kv_blocks_match(&kv, &key, 1, &n_cached), 1);
+    assert_int_equal(kv_blocks_match(&kv, &key, 1, &n_cached, &found), 1);
     assert_int_equal(n_cached, 0); /* still held: it costs no available block */
-    kv_blocks_hold(&kv, &key, 1, &found);
     assert_int_equal(found, a);
+    kv_blocks_ref(&kv, found);
     kv_blocks_unref(&kv, a, 5);
     kv_blocks_acked(&kv, 3);
     assert_int_equal(kv_blocks_available(&kv), 0);
@@ -77,7 +77,7 @@ static void leaves_are_evicted_before_their_prefix(void **state)
     kv_blocks_acked(&kv, 1);
     for (uint32_t left = 4; left-- > 0;) { /* each block taken costs the last of the chain */
         assert_int_equal(kv_blocks_take(&kv), blocks[left]);
-        assert_int_equal(kv_blocks_match(&kv, keys, 4, &n_cached), left);
+        assert_int_equal(kv_blocks_match(&kv, keys, 4, &n_cached, NULL), left);
         kv_blocks_check(&kv);
     }
     kv_blocks_fini(&kv);
