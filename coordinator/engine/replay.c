@@ -11,6 +11,7 @@
 #include <string.h>
 
 enum { QUEUE_MAX = 1 << 16 };
+enum { BLOCKS_MAX = 1 << 24, SLOTS_MAX = 1 << 17, TOKENS_MAX = 1 << 22 }; /* of a recorded group */
 struct digest {
     uint32_t group;
     uint64_t n;
@@ -195,6 +196,11 @@ static enum err play_group_up(struct player *p)
     uint32_t group = (uint32_t)get(p);
     RECORD_INFO_FIELDS(GET_INFO)
     if (p->broken) FAIL(ERR_FORMAT, "record: a group is cut short");
+    if (info.n_blocks > BLOCKS_MAX || info.n_host_blocks > BLOCKS_MAX ||
+        info.n_slots_max > SLOTS_MAX || info.step_tokens_max > TOKENS_MAX ||
+        info.block_size > TOKENS_MAX || info.draft_tokens_max > TOKENS_MAX)
+        FAIL(ERR_FORMAT, "record: a group of %u blocks and %u slots", info.n_blocks,
+             info.n_slots_max);
     engine_group_up(p->engine, group, &info);
     return OK;
 }

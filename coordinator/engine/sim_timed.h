@@ -5,6 +5,7 @@
  * other; the real engine schedules, with its pipeline. */
 #pragma once
 #include "base/err.h"
+#include <stddef.h>
 #include <stdint.h>
 
 struct cost_model {
@@ -48,5 +49,7 @@ int64_t percentile_us(int64_t *values, uint32_t n, double p);
 
 /* Blocks of a Mooncake trace, and how many of them a cache without bound finds. */
 enum err trace_unbounded(const char *path, uint64_t *out_blocks, uint64_t *out_hits);
+/* Whether the text is a trace: ERR_FORMAT names the line. */
+enum err trace_check(const char *text, size_t n);
 /* `heddle sim --trace FILE`: see sim_trace.c. */
 int trace_main(int argc, char **argv);

@@ -187,6 +187,18 @@ static enum err unbounded(const struct trace *t, uint64_t *out_hits)
     return OK;
 }
 
+enum err trace_check(const char *text, size_t n)
+{
+    struct trace trace = {0};
+    struct buf copy;
+    buf_init(&copy, 0);
+    enum err e = buf_add(&copy, text, n);
+    if (!e && n) e = read_lines(&trace, copy.data, copy.n);
+    buf_fini(&copy);
+    trace_free(&trace);
+    return e;
+}
+
 enum err trace_unbounded(const char *path, uint64_t *out_blocks, uint64_t *out_hits)
 {
     struct trace trace = {0};
