@@ -323,6 +323,7 @@ bool scheduler_plan(struct engine *e, struct group *g)
     }
     plan_clear(g);
     g->building = false;
-    return empty && g->n_late_slots ? scheduler_plan(e, g)
-                                    : !empty; /* the closes make the next one */
+    if (!empty) return true;
+    /* the late closes make the next one, or somebody has to leave */
+    return (g->n_late_slots || admission_is_stuck(g)) && scheduler_plan(e, g);
 }
