@@ -202,9 +202,10 @@ static enum err take_logprob(const Heddle__Cluster__StepResult *w, struct step_t
     if (t->n_top > w->n_top_tokens - *n_top_used)
         FAIL(ERR_FORMAT, "result: %u alternatives where %zu are left", t->n_top,
              w->n_top_tokens - *n_top_used);
-    t->top_tokens = (const int32_t *)w->top_tokens + *n_top_used;
-    t->top_logprobs = w->top_logprobs + *n_top_used;
-    if (!t->n_top) t->top_tokens = NULL, t->top_logprobs = NULL;
+    if (t->n_top) {
+        t->top_tokens = (const int32_t *)w->top_tokens + *n_top_used;
+        t->top_logprobs = w->top_logprobs + *n_top_used;
+    }
     *n_top_used += t->n_top;
     return OK;
 }

@@ -1,10 +1,11 @@
 /* Beam search, as HF transformers' generate(num_beams=W) does it.
  *
- * Each step takes, of all continuations of all beams, the 2W with the best sum of logprobs. Those
- * among the first W that end (a stop id, or the length) are finished with sum / length ^ penalty
- * and kept while they are among the W best; the first W of the others run on. It ends when no
- * running beam can beat the worst finished one, by the rule `early_stopping=False` of that library,
- * or with early_stopping as soon as W are finished.
+ * Each step takes, of all continuations of all beams, the (1 + E)W with the best sum of logprobs,
+ * where E is the number of stop ids, at least 1: so W remain even when all stops are among them.
+ * Those among the first W that end (a stop id, or the length) are finished with sum / length ^
+ * penalty and kept while they are among the W best; the first W of the others run on. It ends when
+ * no running beam can beat the worst finished one, by the rule `early_stopping=False` of that
+ * library, or with early_stopping as soon as W are finished.
  *
  * A beam is a sequence. The first child of a beam keeps its sequence and blocks; the others share
  * its full blocks and get a copy of the last one. A child whose token is not the one that the slot
@@ -18,7 +19,8 @@
 
 struct candidate {
     double score;
-    uint32_t parent, rank; /* index of the sequence, place among its alternatives */
+    uint32_t parent, parent_rank; /* index of its sequence, place of that among the beams */
+    uint32_t rank;                /* place among its alternatives */
     int32_t token;
     float logprob;
 };
@@ -31,24 +33,33 @@ struct hypothesis {
 };
 
 struct beam {
-    uint32_t width, n_live, n_results, n_finished, n_born;
-    struct candidate *tops;       /* [width, 2 * width] of each sequence's last sample */
-    uint32_t *n_tops;             /* [width] */
-    bool *has_result;             /* [width] by sequence */
-    int32_t *sampled;             /* [width] what the slot goes on with by itself */
-    struct candidate *chosen;     /* [2 * width] */
+    uint32_t width, n_keep, n_live, n_results, n_finished, n_born;
+    struct candidate *tops; /* [width, n_keep] of each sequence's last sample */
+    uint32_t *n_tops;       /* [width] */
+    bool *has_result;       /* [width] by sequence */
+    uint32_t *ranks;  /* [width] place among the beams; ties fall by it, not by where it runs */
+    int32_t *sampled; /* [width] what the slot goes on with by itself */
+    struct candidate *chosen;     /* [n_keep] */
     struct hypothesis *finished;  /* [width + 1] best first */
     struct sequence_list resting; /* those whose result is in, by LINK_WORK */
 };
 
+uint32_t beam_candidates(const struct request *r)
+{
+    uint32_t n_stops = r->sampling.n_stop_ids > 1 ? (uint32_t)r->sampling.n_stop_ids : 1;
+    uint64_t n = (uint64_t)(1 + n_stops) * r->beam_width;
+    return n < BEAM_CANDIDATES_MAX ? (uint32_t)n : BEAM_CANDIDATES_MAX;
+}
+
 static enum err beam_fill(struct beam *b)
 {
     uint32_t w = b->width;
-    TRY(MEM_NEW_ARRAY((size_t)w * 2 * w, &b->tops));
+    TRY(MEM_NEW_ARRAY((size_t)w * b->n_keep, &b->tops));
     TRY(MEM_NEW_ARRAY(w, &b->n_tops));
     TRY(MEM_NEW_ARRAY(w, &b->has_result));
+    TRY(MEM_NEW_ARRAY(w, &b->ranks));
     TRY(MEM_NEW_ARRAY(w, &b->sampled));
-    TRY(MEM_NEW_ARRAY(2 * w, &b->chosen));
+    TRY(MEM_NEW_ARRAY(b->n_keep, &b->chosen));
     return MEM_NEW_ARRAY(w + 1, &b->finished);
 }
 
@@ -57,6 +68,7 @@ enum err beam_create(struct engine *e, struct job *job)
     struct beam *b;
     TRY(MEM_NEW(&b));
     b->width = job->request->beam_width;
+    b->n_keep = beam_candidates(job->request);
     b->n_live = 1;
     enum err err = beam_fill(b);
     if (err)
@@ -76,6 +88,7 @@ void beam_destroy(struct engine *e, struct beam *b)
     mem_free(b->tops);
     mem_free(b->n_tops);
     mem_free(b->has_result);
+    mem_free(b->ranks);
     mem_free(b->sampled);
     mem_free(b->chosen);
     mem_free(b->finished);
@@ -85,7 +98,7 @@ void beam_destroy(struct engine *e, struct beam *b)
 void beam_sampling(const struct beam *b, struct sampling_params *p)
 {
     p->temperature = 0;
-    p->n_logprobs = (int32_t)(2 * b->width);
+    p->n_logprobs = (int32_t)b->n_keep;
 }
 
 void beam_unseated(struct sequence *s)
@@ -168,13 +181,13 @@ void job_end_beams(struct engine *e, struct job *job, const struct ending *end)
 static bool goes_before(const struct candidate *a, const struct candidate *b)
 {
     if (a->score != b->score) return a->score > b->score;
-    return a->parent != b->parent ? a->parent < b->parent : a->rank < b->rank;
+    return a->parent_rank != b->parent_rank ? a->parent_rank < b->parent_rank : a->rank < b->rank;
 }
 
 static uint32_t choose(struct job *job)
 {
     struct beam *b = job->beam;
-    uint32_t n = 0, n_most = 2 * b->width;
+    uint32_t n = 0, n_most = b->n_keep;
     for (uint32_t i = 0; i < b->width; i++)
         for (uint32_t k = 0; b->has_result[i] && k < b->n_tops[i]; k++) {
             const struct candidate *c = &b->tops[(size_t)i * n_most + k];
@@ -242,6 +255,7 @@ static enum err extend_by(struct engine *e, struct sequence *s, const struct can
     TRY(strip_reserve(&e->pool, &s->scores, (size_t)s->scores.n + 1, sizeof(float)));
     ((float *)s->scores.items)[s->scores.n++] = c->logprob;
     s->score_sum = c->score;
+    s->job->beam->ranks[s->choice] = (uint32_t)(c - s->job->beam->chosen);
     return OK;
 }
 
@@ -321,11 +335,15 @@ void beam_learn(struct engine *e, struct group *g, struct sequence *s, const str
     struct beam *b = job->beam;
     (void)g;
     if (!n || s->state != SEQUENCE_RUNNING) return; /* preempted: it is computed again */
-    struct candidate *tops = &b->tops[(size_t)s->choice * 2 * b->width];
-    uint32_t n_tops = t->n_top < 2 * b->width ? t->n_top : 2 * b->width;
+    struct candidate *tops = &b->tops[(size_t)s->choice * b->n_keep];
+    uint32_t n_tops = t->n_top < b->n_keep ? t->n_top : b->n_keep;
     for (uint32_t k = 0; k < n_tops; k++)
-        tops[k] = (struct candidate){s->score_sum + (double)t->top_logprobs[k], (uint32_t)s->choice,
-                                     k, t->top_tokens[k], t->top_logprobs[k]};
+        tops[k] = (struct candidate){.score = s->score_sum + (double)t->top_logprobs[k],
+                                     .parent = (uint32_t)s->choice,
+                                     .parent_rank = b->ranks[s->choice],
+                                     .rank = k,
+                                     .token = t->top_tokens[k],
+                                     .logprob = t->top_logprobs[k]};
     b->n_tops[s->choice] = n_tops;
     b->sampled[s->choice] = t->token;
     b->has_result[s->choice] = true;

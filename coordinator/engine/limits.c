@@ -1,7 +1,7 @@
 /* Checks of a request against the limits. */
 #include "coordinator/engine/limits.h"
 
-enum { CHOICES_MAX = 1024, BEAMS_MAX = 64, STOP_IDS_MAX = 4096 };
+enum { CHOICES_MAX = 1024, BEAMS_MAX = BEAM_CANDIDATES_MAX / 2, STOP_IDS_MAX = 4096 };
 
 uint32_t request_sequences(const struct request *r)
 {

@@ -6,6 +6,9 @@
 #pragma once
 #include "coordinator/engine/engine.h"
 
+/* A group gives at most so many alternatives of a sample; a beam search needs two a beam. */
+enum { BEAM_CANDIDATES_MAX = 32 };
+
 struct engine_limits {
     uint32_t tokens_capacity; /* most tokens of one sequence; 0 = no group came up yet */
     uint32_t context_max, n_blocks_max, block_size, n_slots_max, vocab_size;
@@ -19,5 +22,7 @@ struct engine_limits {
 uint32_t request_sequences(const struct request *r);
 /* KV blocks that a beam search may need at once. */
 uint64_t limits_beam_blocks(const struct request *r, uint32_t block_size, bool prefix_cache);
+/* Alternatives that each beam asks for. */
+uint32_t beam_candidates(const struct request *r);
 /* ERR_INVALID, ERR_NOT_READY, ERR_TOO_LONG, ERR_FULL, ERR_DEADLINE. */
 enum err limits_check(const struct engine_limits *l, const struct request *r, int64_t now_us);

@@ -14,7 +14,7 @@ struct line {
     int32_t tokens[SIM_WORDS_MAX];
 };
 
-enum { WIDTH_MAX = 8 };
+enum { WIDTH_MAX = 8, KEEP_MAX = 32 };
 
 static int by_score(const void *a, const void *b)
 {
@@ -31,12 +31,14 @@ static bool stops(const struct sampling_params *p, uint32_t n_output, int32_t to
     return false;
 }
 
-/* The 2 * width best continuations of all running beams. */
+/* The (1 + stops) * width best continuations of all running beams. */
 static uint32_t expand(const struct request *r, const struct line *running, uint32_t n_running,
                        struct line *out)
 {
-    static struct line all[WIDTH_MAX * 2 * WIDTH_MAX];
-    uint32_t n = 0, n_keep = 2 * r->beam_width;
+    static struct line all[WIDTH_MAX * KEEP_MAX];
+    uint32_t n = 0, n_stops = r->sampling.n_stop_ids > 1 ? (uint32_t)r->sampling.n_stop_ids : 1;
+    uint32_t n_keep = (1 + n_stops) * r->beam_width;
+    if (n_keep > KEEP_MAX) n_keep = KEEP_MAX;
     for (uint32_t b = 0; b < n_running; b++) {
         int32_t tokens[SIM_VOCABULARY + 1];
         float logprobs[SIM_VOCABULARY + 1];
@@ -58,7 +60,7 @@ static uint32_t expand(const struct request *r, const struct line *running, uint
 
 void sim_beam_search(const struct request *r, struct sim_beam_result *out)
 {
-    static struct line running[WIDTH_MAX], candidates[2 * WIDTH_MAX], finished[4 * WIDTH_MAX];
+    static struct line running[WIDTH_MAX], candidates[KEEP_MAX], finished[4 * WIDTH_MAX];
     uint32_t n_running = 1, n_finished = 0, width = r->beam_width;
     running[0] = (struct line){.prefix = 1};
     for (uint32_t i = 0; i < r->n_tokens; i++)
