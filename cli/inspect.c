@@ -37,7 +37,8 @@ static void print_model(const struct worker_info *m)
     printf("  %d layers, %d heads (%d kv) of %d, hidden %d, feed-forward %d, vocabulary %d, context %d", m->n_layers,
            m->n_heads, m->n_kv_heads, m->head_dim, m->hidden, m->ffn, m->vocab_size, m->context_max);
     if (m->window) printf(", window %d", m->window);
-    printf("\n  digest %s\n", m->model_digest);
+    putchar('\n');
+    if (*m->model_digest) printf("  digest %s\n", m->model_digest);
 }
 
 static const char *model_of(const struct conf *c, const struct options *o)
@@ -47,11 +48,10 @@ static const char *model_of(const struct conf *c, const struct options *o)
 
 static void print_model_json(const struct worker_info *m)
 {
-    json_t *root = json_pack("{s:s,s:s,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:s}", "model", m->model_name, "architecture",
+    json_t *root = json_pack("{s:s,s:s,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "model", m->model_name, "architecture",
                              m->arch_name, "parameters", (json_int_t)m->n_parameters, "layers", m->n_layers, "heads",
                              m->n_heads, "kv_heads", m->n_kv_heads, "head_dim", m->head_dim, "hidden", m->hidden,
-                             "feed_forward", m->ffn, "vocabulary", m->vocab_size, "context", m->context_max, "digest",
-                             m->model_digest);
+                             "feed_forward", m->ffn, "vocabulary", m->vocab_size, "context", m->context_max);
     json_dumpf(root, stdout, JSON_INDENT(2));
     putchar('\n');
     json_decref(root);

@@ -407,6 +407,13 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
     return victim;
 }
 
+bool admission_is_stuck(const struct group *g)
+{
+    return g->running.n > 1 && g->stalled.n == g->running.n && !group_in_flight(g) && !g->kv.limbo.n;
+}
+
+/* The newest of the lowest class leaves, but not again before it has made progress; unless nobody
+ * could move at all: then its leaving is the progress of those who stay. */
 void admission_make_room(struct engine *e, struct group *g)
 {
     struct sequence *victim;
@@ -414,7 +421,7 @@ void admission_make_room(struct engine *e, struct group *g)
     uint64_t n_supply = (uint64_t)kv_blocks_available(&g->kv) + g->kv.limbo.n;
     while (n_demand > n_supply && g->running.n > 1) {
         victim = newest_of_lowest_class(g);
-        if (!victim->may_preempt) break;
+        if (!victim->may_preempt && !admission_is_stuck(g)) break;
         n_supply += blocks_alone(g, victim);
         if (victim->job->beam)
             beam_preempt(e, g, victim->job);

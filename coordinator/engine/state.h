@@ -81,6 +81,8 @@ void admission_uncount(struct engine *e, struct sequence *s);
 /* Out of its slot and back into its lane, once the plans in flight are answered. */
 void admission_preempt(struct engine *e, struct group *g, struct sequence *s);
 void admission_requeue(struct engine *e, struct group *g, struct sequence *s);
+/* Every sequence waits for a block, and no step is under way that could give one back. */
+bool admission_is_stuck(const struct group *g);
 void admission_make_room(struct engine *e, struct group *g);
 /* Blocks for its first n tokens in its table. False when there are not enough: none was taken. */
 bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens);
