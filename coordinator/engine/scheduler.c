@@ -307,6 +307,7 @@ static void fill(struct engine *e, struct group *g)
 bool scheduler_plan(struct engine *e, struct group *g)
 {
     if (!g->up || g->broken || group_in_flight(g) >= g->n_depth) return false;
+    uint32_t n_stalled = g->stalled.n;
     g->building = true;
     kv_blocks_acked(&g->kv, g->acked_step);
     group_close_late(g);
@@ -324,6 +325,8 @@ bool scheduler_plan(struct engine *e, struct group *g)
     plan_clear(g);
     g->building = false;
     if (!empty) return true;
-    /* the late closes make the next one, or somebody has to leave */
-    return (g->n_late_slots || admission_is_stuck(g)) && scheduler_plan(e, g);
+    /* Nothing was sent and perhaps nothing will come: the late closes make a plan of their own, and
+     * for those who came to a standstill just now somebody has to leave. */
+    bool again = g->n_late_slots || g->stalled.n > n_stalled || admission_is_stuck(g);
+    return again && scheduler_plan(e, g);
 }
