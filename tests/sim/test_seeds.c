@@ -16,7 +16,6 @@ static const uint64_t once_failed[] = {
     2542,    /* slots waited for a close that no plan carried */
     1024686, /* beams of two searches waited for each other */
     1035749, /* a beam waited behind those that waited for it */
-    1908999, /* all stood still for a block in a plan that was not sent */
     2196883, /* a scored choice took its prompt from a sibling on another group */
     5364281, /* equal scores fell by slot and not by rank */
     1908999, /* all blocks held by two that each wanted one more, and neither could be preempted */
