@@ -25,7 +25,8 @@ struct link_join {
     uint32_t replica, rank, size;
     uint32_t block_size, slots_max, step_tokens_max, step_rows_max, context_max, vocab_size, window;
     uint32_t draft_tokens_max;
-    uint64_t blocks_max, host_blocks_max, weight_bytes, block_bytes;
+    uint64_t blocks_max, host_blocks_max, disk_blocks_max, weight_bytes, block_bytes;
+    uint32_t save_ns, load_ns, fetch_ns;
     bool has_draft_model;
 };
 
@@ -52,7 +53,7 @@ struct link_event {
     enum link_event_kind kind; /* LINK_NONE: timeout_us passed */
     uint64_t epoch;            /* of a welcome or plan; of a halt, the one that ended */
     uint32_t group;            /* welcome */
-    uint64_t n_blocks, n_host_blocks;
+    uint64_t n_blocks, n_host_blocks, n_disk_blocks;
     char group_key[40];  /* welcome: random, names this incarnation's shared memory */
     struct span bytes;   /* plan: the whole ToWorker; valid until the next link_next */
     const char *text;    /* halt, lost, refused: why; valid until the next link_next */

@@ -21,6 +21,9 @@ struct cluster_hooks {
     /* Bytes of a FromWorker with rank 0's StepResult, of the group's living epoch. */
     void (*result)(void *ctx, uint32_t group, uint64_t epoch, const void *bytes, size_t n);
     void *ctx;
+    /* Bytes of a FromWorker with a rank's Moved, of the group's living epoch; may be NULL. */
+    void (*moved)(void *ctx, uint32_t group, uint64_t epoch, uint32_t rank, const void *bytes,
+                  size_t n);
 };
 
 struct cluster_config {

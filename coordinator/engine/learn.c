@@ -127,7 +127,7 @@ static void carry_on(struct engine *e, struct group *g, struct sequence *s)
     }
     if (s->decoding) {
         /* Its memory is at hand now; when the plan is built it would not be. */
-        if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(g, s);
+        if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(e, g, s);
         if (draft_wanted(e, g, s) && !s->lists[LINK_WORK]) {
             s->synced = true;
             sequence_list_append(&g->leaving, LINK_WORK, s);

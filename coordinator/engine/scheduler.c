@@ -45,7 +45,7 @@ static void stall(struct group *g, struct sequence *s)
 
 /* Those who decode and reach the end of their last block, unless they got the next one with their
  * last result (learn.c). */
-static void extend_decoding(struct group *g)
+static void extend_decoding(struct engine *e, struct group *g)
 {
     uint64_t step = g->next_step;
     uint32_t n = 0, b = (uint32_t)(step % g->extend.n_buckets);
@@ -55,7 +55,7 @@ static void extend_decoding(struct group *g)
     }
     for (uint32_t i = 0; i < n; i++) {
         uint32_t slot = g->bucket[i];
-        if (g->due[slot].room_step == step && !admission_extend_decoding(g, g->slots[slot]))
+        if (g->due[slot].room_step == step && !admission_extend_decoding(e, g, g->slots[slot]))
             stall(g, g->slots[slot]);
         else
             group_watch_end(g, slot, step);
@@ -78,10 +78,11 @@ static void run_sampling(struct group *g, struct sequence *s, struct plan_run *r
 }
 
 /* One token more, and d drafts after it; false when blocks or rows are missing. */
-static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, const int32_t *drafts)
+static bool run_next(struct engine *e, struct group *g, struct sequence *s, uint32_t n_drafts,
+                     const int32_t *drafts)
 {
     if (!g->n_tokens_left || !g->n_rows_left ||
-        !admission_extend(g, s, s->n_planned + 1 + n_drafts))
+        !admission_extend(e, g, s, s->n_planned + 1 + n_drafts))
         return false;
     struct plan_run *run = plan_add_run(g, s->slot, 1 + n_drafts, 0);
     run->n_drafts = s->n_drafting = n_drafts;
@@ -94,11 +95,11 @@ static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, con
     return true;
 }
 
-static void resume_stalled(struct group *g)
+static void resume_stalled(struct engine *e, struct group *g)
 {
     for (struct sequence *s = g->stalled.first, *next; s; s = next) {
         next = s->links[LINK_WORK].next;
-        if (!run_next(g, s, 0, NULL)) return;
+        if (!run_next(e, g, s, 0, NULL)) return;
     }
 }
 
@@ -124,18 +125,18 @@ static void run_ready(struct engine *e, struct group *g)
         int32_t *drafts = g->drafts + g->n_drafts;
         next = s->links[LINK_WORK].next;
         if (s->job->beam) {
-            run_next(g, s, 0, NULL);
+            run_next(e, g, s, 0, NULL);
             continue;
         }
         uint32_t n = draft_find(s, drafts_allowed(e, g, s), drafts);
-        if (n && run_next(g, s, n, drafts)) {
+        if (n && run_next(e, g, s, n, drafts)) {
             g->n_drafts += n;
             e->stats.drafts_proposed += n;
             continue;
         }
         s->synced = false; /* nothing to guess: it decodes on */
         draft_learn(s, 0, 0);
-        if (run_next(g, s, 0, NULL)) continue;
+        if (run_next(e, g, s, 0, NULL)) continue;
         sequence_unlink(s, LINK_WORK);
         sequence_list_append(&g->stalled, LINK_WORK, s);
     }
@@ -244,7 +245,7 @@ static void admit_waiting(struct engine *e, struct group *g)
             continue;
         }
         if (!admission_try(e, g, s)) break;
-        run_chunk(g, s, g->n_tokens_left);
+        if (s->state == SEQUENCE_RUNNING) run_chunk(g, s, g->n_tokens_left);
     }
     fair_restore(&e->fair);
 }
@@ -252,7 +253,8 @@ static void admit_waiting(struct engine *e, struct group *g)
 static bool is_empty(const struct step_plan *p, uint32_t n_members)
 {
     return !n_members && !p->n_closes && !p->n_saves && !p->n_loads && !p->n_copies &&
-           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs;
+           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs &&
+           !p->n_fetches && !p->n_spills;
 }
 
 static void send(struct engine *e, struct group *g, uint32_t n_members)
@@ -293,7 +295,7 @@ static void fill(struct engine *e, struct group *g)
     g->n_tokens_left = g->n_budget - g->n_decoding;
     g->n_rows_left = g->n_rows_max - g->n_decoding;
     g->n_step_tokens = g->n_step_prompt = 0;
-    resume_stalled(g);
+    resume_stalled(e, g);
     beam_fork(e, g);
     run_ready(e, g);
     run_prefills(e, g, true);
@@ -314,9 +316,10 @@ bool scheduler_plan(struct engine *e, struct group *g)
     admission_make_room(e, g); /* first: who is closed must not be named afterwards */
     stop_ended(g);
     stop_leaving(g);
-    extend_decoding(g);
+    extend_decoding(e, g);
     uint32_t n_members = g->n_decoding;
     fill(e, g);
+    tiers_spill(g);
     bool empty = is_empty(&g->plan, n_members);
     if (!empty) {
         send(e, g, n_members);

@@ -13,6 +13,7 @@
 enum sequence_state {
     SEQUENCE_PARKED,   /* waits for its sibling's prompt */
     SEQUENCE_WAITING,  /* stands in a lane */
+    SEQUENCE_FETCHING, /* waits for blocks from the disk of `group` */
     SEQUENCE_RUNNING,  /* has a slot */
     SEQUENCE_DRAINING, /* its slot is closed, tokens of plans in flight may still come */
     SEQUENCE_DONE
@@ -91,6 +92,8 @@ struct sequence {
     uint32_t n_host_computed;       /* tokens whose KV lies in host blocks */
     uint64_t run_step;              /* the plan whose run run_index is its own */
     uint32_t run_index;
+    uint64_t fetch_number;          /* waits until so many fetches are done */
+    int64_t fetch_until_us;         /* or until then */
     double score_sum;    /* cumulative logprob */
     struct strip scores; /* float, of buffered choices */
     struct strip top_tokens, top_scores, top_counts;
@@ -99,6 +102,7 @@ struct sequence {
     enum err error;
     const char *error_text;       /* static */
     bool given;                   /* among the choices emitted at the end */
+    bool has_fetched;             /* waited for the disk once; it does not again */
     _Alignas(64) char spread[64]; /* see below */
 };
 _Static_assert(sizeof(struct sequence) / 64 % 2,
