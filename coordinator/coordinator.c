@@ -237,6 +237,7 @@ static enum err engine_open(struct coordinator *c)
                                    .n_queued_tokens_max = config->n_queued_tokens_max,
                                    .pipeline_depth = config->pipeline_depth,
                                    .prefix_cache = config->prefix_cache,
+                                   .always_offload = config->always_offload,
                                    .n_speculative_tokens = config->n_speculative_tokens,
                                    .record_path = config->record_path,
                                    .step_timeout_us =

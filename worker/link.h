@@ -53,7 +53,7 @@ struct link_event {
     enum link_event_kind kind; /* LINK_NONE: timeout_us passed */
     uint64_t epoch;            /* of a welcome or plan; of a halt, the one that ended */
     uint32_t group;            /* welcome */
-    uint64_t n_blocks, n_host_blocks, n_disk_blocks;
+    uint64_t n_blocks, n_host_blocks;
     char group_key[40];  /* welcome: random, names this incarnation's shared memory */
     struct span bytes;   /* plan: the whole ToWorker; valid until the next link_next */
     const char *text;    /* halt, lost, refused: why; valid until the next link_next */
@@ -77,7 +77,8 @@ enum { LINK_EXCHANGE_BYTES_MAX = 64 << 10, LINK_RANKS_MAX = 256 };
 enum err link_exchange(struct link *l, const char *key, const void *mine, size_t n,
                        int64_t timeout_us, struct span out_all[]);
 enum err link_ready(struct link *l, uint64_t epoch);
-/* Bytes of a FromWorker (step_result_encode: rank 0's result or another's ack). Copies. ERR_PEER
+/* Bytes of a FromWorker (step_result_encode: rank 0's result or another's ack; moved_encode, from
+ * any thread). Copies. ERR_PEER
  * when the stream is lost: the worker goes on to link_next. */
 enum err link_send_result(struct link *l, const void *bytes, size_t n);
 /* This rank cannot go on (device lost, out of memory): said before exit or before a new Welcome. */

@@ -99,7 +99,6 @@ void group_try_form(struct cluster *c, struct group *g, int64_t now_us)
     w.group = g->index;
     w.blocks = g->info.n_blocks;
     w.host_blocks = g->info.n_host_blocks;
-    w.disk_blocks = g->info.n_disk_blocks;
     w.group_key = g->key;
     w.heartbeat_ms = c->config.heartbeat_ms;
     m.kind_case = HEDDLE__CLUSTER__TO_WORKER__KIND_WELCOME;

@@ -69,10 +69,8 @@ static enum err init_arrays(struct kv_blocks *kv)
 
 enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t block_size)
 {
-    *kv = (struct kv_blocks){.n_total = n_blocks,
-                             .block_size = block_size,
-                             .oldest = KV_NONE,
-                             .newest = KV_NONE};
+    *kv = (struct kv_blocks){
+        .n_total = n_blocks, .block_size = block_size, .oldest = KV_NONE, .newest = KV_NONE};
     if (n_blocks >= UINT32_MAX / 4) FAIL(ERR_UNSUPPORTED, "%u KV blocks in one group", n_blocks);
     enum err e = init_arrays(kv);
     if (e) {

@@ -104,9 +104,11 @@ bool kv_store_fetch(struct kv_store *s, struct hash128 key, uint64_t acked_step,
     bool evicted;
     struct hash128 lost;
     uint32_t disk = kv_tier_find(&s->disk, key);
-    if (disk == TIER_NONE || kv_tier_find(&s->host, key) != TIER_NONE || s->disk.blocks[disk].state != TIER_KEPT ||
+    if (disk == TIER_NONE || kv_tier_find(&s->host, key) != TIER_NONE ||
+        s->disk.blocks[disk].state != TIER_KEPT ||
         kv_queue_waiting(&s->fetches) >= s->fetches.capacity ||
-        2 * (uint64_t)s->host.n_moving > s->host.n_total) /* those fetched must find a place, too */
+        4 * (uint64_t)s->host.n_moving >
+            3 * (uint64_t)s->host.n_total) /* those fetched must find a place, too */
         return false;
     uint32_t host = kv_tier_take(&s->host, TIER_RECEIVING, acked_step, &evicted, &lost);
     if (host == TIER_NONE) return false;
@@ -139,7 +141,7 @@ bool kv_store_spill(struct kv_store *s, uint64_t acked_step, struct plan_pair *o
     struct hash128 lost;
     uint32_t host = s->host.lists[0].oldest;
     uint64_t n_ready = (uint64_t)s->host.n_free + s->host.lists[1].n + s->host.n_moving;
-    if (!s->disk.n_total || host == TIER_NONE || 2 * n_ready >= s->host.n_total ||
+    if (!s->disk.n_total || host == TIER_NONE || n_ready >= s->host.n_total - s->host.n_total / 4 ||
         s->host.blocks[host].busy_step > acked_step ||
         kv_queue_waiting(&s->spills) >= SPILLS_WAITING_MAX || !has_place(s))
         return false;
@@ -213,8 +215,8 @@ static uint64_t hear(struct kv_queue *q, uint32_t n_ranks, uint32_t rank, uint64
 enum err kv_store_moved(struct kv_store *s, uint32_t rank, const struct moved *news)
 {
     if (rank >= s->n_ranks) FAIL(ERR_FORMAT, "rank %u of %u", rank, s->n_ranks);
-    TRY(check_news(&s->fetches, rank, news->n_fetched, news->fetches_failed,
-                   news->n_fetches_failed, "fetches"));
+    TRY(check_news(&s->fetches, rank, news->n_fetched, news->fetches_failed, news->n_fetches_failed,
+                   "fetches"));
     TRY(check_news(&s->spills, rank, news->n_spilled, news->spills_failed, news->n_spills_failed,
                    "spills"));
     uint64_t n = hear(&s->fetches, s->n_ranks, rank, news->n_fetched, news->fetches_failed,

@@ -123,8 +123,7 @@ uint32_t kv_tier_take(struct kv_tier *t, enum tier_state state, uint64_t acked_s
 {
     uint32_t id = TIER_NONE;
     *out_evicted = false;
-    if (t->n_free)
-        id = t->free[--t->n_free];
+    if (t->n_free) id = t->free[--t->n_free];
     for (int i = 1; i >= 0 && id == TIER_NONE; i--) {
         uint32_t oldest = t->lists[i].oldest;
         if (oldest == TIER_NONE || t->blocks[oldest].busy_step > acked_step) continue;

@@ -2,9 +2,9 @@
  *
  * A block is free, kept (its prefix can be found, it may be evicted), moving (a copy to or from it
  * is under way on the workers), private (one sequence's, swapped out), or in limbo (given back, but
- * a plan that was not acknowledged may still name it). The five counts add up to all blocks, always.
- * Kept ones stand in one of two lists from the oldest to the newest; those whose content is also one
- * tier below are evicted first.
+ * a plan that was not acknowledged may still name it). The five counts add up to all blocks,
+ * always. Kept ones stand in one of two lists from the oldest to the newest; those whose content is
+ * also one tier below are evicted first.
  *
  * Integers only. One thread. Nothing allocates after kv_tier_init. */
 #pragma once
@@ -25,11 +25,11 @@ enum tier_state {
 
 struct tier_block {
     struct hash128 key;
-    uint64_t busy_step;      /* no plan after this one may have to name it before it is overwritten */
+    uint64_t busy_step; /* no plan after this one may have to name it before it is overwritten */
     uint32_t previous, next; /* in its list */
     uint8_t state;
-    bool below;              /* its content is in the tier below, too */
-    bool risen;              /* it came from the tier below and was not used since */
+    bool below; /* its content is in the tier below, too */
+    bool risen; /* it came from the tier below and was not used since */
 };
 
 struct tier_list {

@@ -456,7 +456,8 @@ static enum err check_rest(struct world *w)
         if (q->accepted && (!q->ended || !q->destroyed))
             FAIL(ERR_INTERNAL, "request %u never ended", i + 1);
     }
-    if (s.n_fetching || s.host_private) FAIL(ERR_INTERNAL, "at rest: somebody's blocks are outside");
+    if (s.n_fetching || s.host_private)
+        FAIL(ERR_INTERNAL, "at rest: somebody's blocks are outside");
     if (s.n_running || s.n_waiting || s.blocks_held)
         FAIL(ERR_INTERNAL, "at rest: %u running, %u waiting, %llu blocks held", s.n_running,
              s.n_waiting, (unsigned long long)s.blocks_held);

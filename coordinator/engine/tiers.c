@@ -1,13 +1,14 @@
 /* When blocks move between the tiers.
  *
- * A prefix that the device forgets goes to host memory, and from there, when that fills up, to disk:
- * the oldest first, before its place is needed, so nobody ever waits for a write. It comes back when
- * a prompt asks for it: from the host within the plan that admits the sequence; from the disk by
- * transfers for which the sequence waits outside its lane, so nobody waits behind it. Whatever does
- * not come, or not in time, is computed.
+ * A prefix that the device forgets goes to host memory, and from there, when that fills up, to
+ * disk: the oldest first, before its place is needed, so nobody ever waits for a write. It comes
+ * back when a prompt asks for it: from the host within the plan that admits the sequence; from the
+ * disk by transfers for which the sequence waits outside its lane, so nobody waits behind it.
+ * Whatever does not come, or not in time, is computed.
  *
- * Whether a move is worth it is a matter of measured costs: what a block takes to copy, as the ranks
- * said when they joined and say with their transfers, against what its tokens take to compute. */
+ * Whether a move is worth it is a matter of measured costs: what a block takes to copy, as the
+ * ranks said when they joined and say with their transfers, against what its tokens take to
+ * compute. */
 #include "coordinator/engine/state.h"
 
 enum { FETCH_ROUND_US = 500, FETCH_PATIENCE = 8 };
@@ -103,8 +104,7 @@ void tiers_load(struct engine *e, struct group *g, const struct hash128 *keys, u
     }
 }
 
-bool tiers_fetch(struct engine *e, struct group *g, struct sequence *s,
-                 const struct tiers_found *f)
+bool tiers_fetch(struct engine *e, struct group *g, struct sequence *s, const struct tiers_found *f)
 {
     const struct hash128 *keys = s->keys.items;
     uint64_t n_coming = kv_queue_waiting(&g->store.fetches);

@@ -53,15 +53,16 @@ static void the_oldest_goes_but_not_what_a_plan_still_names(void **state)
     kv_store_fini(&s);
 }
 
-/* Two host blocks saved and written to disk; the host then forgets the first. */
+/* A full host of four; three of them are on their way to disk. */
 static void open_spilled(struct kv_store *s, uint32_t n_ranks)
 {
     struct plan_pair pair;
-    assert_int_equal(kv_store_init(s, 2, 4, n_ranks), OK);
-    save(s, 1, 1), save(s, 2, 1);
+    assert_int_equal(kv_store_init(s, 4, 4, n_ranks), OK);
+    for (uint64_t key = 1; key <= 4; key++)
+        save(s, key, 1);
     while (kv_store_spill(s, 9, &pair))
         continue;
-    assert_int_equal(kv_queue_waiting(&s->spills), 1); /* half of the host is enough */
+    assert_int_equal(kv_queue_waiting(&s->spills), 3);
     kv_store_check(s);
 }
 
@@ -71,16 +72,16 @@ static void a_transfer_is_done_when_all_ranks_have_done_it(void **state)
     struct plan_pair pair;
     (void)state;
     open_spilled(&s, 2);
-    assert_int_equal(kv_store_moved(&s, 1, &(struct moved){.n_spilled = 1}), OK);
+    assert_int_equal(kv_store_moved(&s, 1, &(struct moved){.n_spilled = 3}), OK);
     assert_int_equal(s.host.lists[1].n, 0);
-    assert_int_equal(kv_store_moved(&s, 0, &(struct moved){.n_spilled = 1}), OK);
-    assert_int_equal(s.host.lists[1].n, 1);
-    save(&s, 3, 10); /* takes the place of the one that is on disk */
+    assert_int_equal(kv_store_moved(&s, 0, &(struct moved){.n_spilled = 3}), OK);
+    assert_int_equal(s.host.lists[1].n, 3);
+    save(&s, 9, 10); /* takes the place of the one that is on disk */
     assert_int_equal(place(&s, 1), STORE_DISK);
     assert_true(kv_store_fetch(&s, key_of(1), 20, &pair));
     assert_int_equal(place(&s, 1), STORE_COMING);
     assert_false(kv_store_fetch(&s, key_of(1), 20, &pair));
-    struct moved one = {.n_spilled = 1, .n_fetched = 1};
+    struct moved one = {.n_spilled = 3, .n_fetched = 1};
     assert_int_equal(kv_store_moved(&s, 0, &one), OK);
     assert_int_equal(place(&s, 1), STORE_COMING);
     assert_int_equal(kv_store_moved(&s, 1, &one), OK);
@@ -96,17 +97,17 @@ static void what_one_rank_could_not_read_is_forgotten(void **state)
     uint64_t number = 0;
     (void)state;
     open_spilled(&s, 2);
-    struct moved spilled = {.n_spilled = 1};
+    struct moved spilled = {.n_spilled = 3};
     kv_store_moved(&s, 0, &spilled), kv_store_moved(&s, 1, &spilled);
-    save(&s, 3, 10);
+    save(&s, 9, 10);
     assert_true(kv_store_fetch(&s, key_of(1), 20, &pair));
-    struct moved good = {.n_spilled = 1, .n_fetched = 1}, bad = good;
+    struct moved good = {.n_spilled = 3, .n_fetched = 1}, bad = good;
     bad.n_fetches_failed = 1, bad.fetches_failed = &number;
     assert_int_equal(kv_store_moved(&s, 1, &bad), OK);
     assert_int_equal(kv_store_moved(&s, 0, &good), OK);
     assert_int_equal(place(&s, 1), STORE_NOWHERE);
     assert_int_equal(s.n_fetches_failed, 1);
-    assert_int_equal(s.disk.n_free, 4);
+    assert_int_equal(s.disk.n_free, 2);
     kv_store_check(&s);
     kv_store_fini(&s);
 }
@@ -117,10 +118,10 @@ static void a_failed_write_costs_nothing_and_is_not_tried_at_once(void **state)
     uint64_t number = 0;
     (void)state;
     open_spilled(&s, 1);
-    struct moved bad = {.n_spilled = 1, .n_spills_failed = 1, .spills_failed = &number};
+    struct moved bad = {.n_spilled = 3, .n_spills_failed = 1, .spills_failed = &number};
     assert_int_equal(kv_store_moved(&s, 0, &bad), OK);
     assert_int_equal(place(&s, 1), STORE_HOST);
-    assert_int_equal(s.disk.n_free, 4);
+    assert_int_equal(s.disk.n_free, 2);
     assert_true(s.spill_pause > 0);
     kv_store_check(&s);
     kv_store_fini(&s);
@@ -132,8 +133,9 @@ static void news_of_what_was_not_asked_is_refused(void **state)
     uint64_t number = 1;
     (void)state;
     open_spilled(&s, 2);
-    const struct moved wrong[] = {
-        {.n_spilled = 2}, {.n_fetched = 1}, {.n_spilled = 1, .n_spills_failed = 1, .spills_failed = &number}};
+    const struct moved wrong[] = {{.n_spilled = 4},
+                                  {.n_fetched = 1},
+                                  {.n_spilled = 1, .n_spills_failed = 1, .spills_failed = &number}};
     for (int i = 0; i < 3; i++)
         assert_int_equal(kv_store_moved(&s, 0, &wrong[i]), ERR_FORMAT);
     assert_int_equal(kv_store_moved(&s, 2, &(struct moved){0}), ERR_FORMAT);
@@ -167,8 +169,12 @@ static void ranks_speak(struct walk *w)
             failed[k][n_failed[k]++] = i;
         }
     }
-    struct moved news = {.n_fetched = done[0], .n_spilled = done[1], .n_fetches_failed = n_failed[0],
-                         .n_spills_failed = n_failed[1], .fetches_failed = failed[0], .spills_failed = failed[1]};
+    struct moved news = {.n_fetched = done[0],
+                         .n_spilled = done[1],
+                         .n_fetches_failed = n_failed[0],
+                         .n_spills_failed = n_failed[1],
+                         .fetches_failed = failed[0],
+                         .spills_failed = failed[1]};
     assert_int_equal(kv_store_moved(&w->s, rank, &news), OK);
     for (int k = 0; k < 2; k++)
         assert_true(queues[k]->n_done >= was[k] && queues[k]->n_done <= queues[k]->n_started);
@@ -204,7 +210,8 @@ static void walk_once(struct walk *w, uint32_t *mine, uint32_t *n_mine)
         ranks_speak(w);
     }
     kv_store_acked(&w->s, acked);
-    if (kv_store_find(&w->s, key_of(key), &host) == STORE_HOST) assert_int_equal(w->host[host], key);
+    if (kv_store_find(&w->s, key_of(key), &host) == STORE_HOST)
+        assert_int_equal(w->host[host], key);
 }
 
 static void random_walk(void **state)
