@@ -14,7 +14,7 @@
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
-enum { BACKEND_ABI = 1 };
+enum { BACKEND_ABI = 2 };
 
 /* How weights are stored on the device. AUTO keeps the checkpoint's own type where it can. */
 enum weight_format {
@@ -176,6 +176,9 @@ struct backend_ops {
     /* Ends the step: ticket_wait(ticket) returns when its results are in host memory. */
     uint64_t (*step_end)(struct backend *b);
     enum err (*ticket_wait)(struct backend *b, uint64_t ticket);
+    /* Whether ticket_wait would return at once: the step has ended, or has failed, or is overdue.
+     * Never waits. NULL: every step has ended when step_end returns. */
+    bool (*ticket_ready)(struct backend *b, uint64_t ticket);
     enum err (*sync)(struct backend *b); /* everything queued has run; the device's error, if any */
 
     /* --- optional: NULL means the caller composes it from the above --- */

@@ -199,6 +199,28 @@ void step_fill(struct step *s, struct slots *slots, bool speaks)
     };
 }
 
+bool step_is_decode(const struct step *s)
+{
+    bool one_each = s->batch.n_tokens == s->batch.n_seqs && s->n_rows == s->n_runs;
+    for (uint32_t i = 0; i < s->n_rows && one_each; i++)
+        one_each = !s->rows[i].scored;
+    return one_each;
+}
+
+void step_pad(struct step *s, int n)
+{
+    size_t stride = (size_t)s->batch.blocks_per_seq_max;
+    for (int i = s->batch.n_tokens; i < n; i++) {
+        s->token_ids[i] = s->positions[i] = 0;
+        s->token_slot[i] = s->cache_slot[i] = -1;
+        s->rows_out[i] = s->seq_start[i] = i;
+        s->context_len[i] = 1;
+        memset(s->block_table + (size_t)i * stride, 0, stride * sizeof *s->block_table);
+    }
+    s->seq_start[n] = n;
+    s->batch.n_tokens = s->batch.n_seqs = s->batch.n_rows_out = n;
+}
+
 /* --- settling --- */
 
 static void token_out(struct step *s, uint32_t row)
