@@ -417,7 +417,7 @@ enum err worker_begin(struct worker *w, const struct step_plan *plan)
     struct step *oldest = &w->steps[w->first_busy], *s;
     ASSERT_CMP(w->n_busy, <, STEPS_IN_FLIGHT);
     TRY(epoch_check(w, plan));
-    if (w->n_busy && step_blocks(oldest, &w->slots, plan)) TRY(step_wait(w, oldest));
+    if (w->n_busy && (!w->backend->stream || step_blocks(oldest, plan))) TRY(step_wait(w, oldest));
     TRY(slots_apply(&w->slots, plan));
     s = &w->steps[(w->first_busy + w->n_busy) % STEPS_IN_FLIGHT];
     s->epoch = plan->epoch;

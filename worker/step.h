@@ -17,8 +17,7 @@ struct step_row {
 struct step {
     uint64_t epoch, number, ticket;
     bool busy, settled;
-    bool needs_host; /* its rows read host arrays of slots, or its samples decide lengths: settle
-                        before the slots change again */
+    bool needs_host; /* its samples decide lengths: settle before the slots change again */
     struct batch batch;
     int32_t *token_ids, *token_slot, *positions, *cache_slot, *rows_out; /* [step_tokens_max] */
     int32_t *seq_start, *context_len; /* [n_slots + 1], [n_slots] */
@@ -47,4 +46,4 @@ void step_pad(struct step *s, int n);
 /* After the ticket was waited for: samples become tokens of their slots and of the result. */
 void step_settle(struct step *s, struct slots *slots);
 /* Whether the plan's application needs the tokens of this unsettled step on the host. */
-bool step_blocks(const struct step *s, const struct slots *slots, const struct step_plan *next);
+bool step_blocks(const struct step *s, const struct step_plan *next);
