@@ -1,6 +1,7 @@
 /* Budget arithmetic. Knows sizes; loads nothing. */
 #include "worker/memory.h"
 #include "base/log.h"
+#include "worker/graphs.h"
 #include "worker/model/decoder.h"
 #include "worker/step.h"
 
@@ -10,7 +11,8 @@
 
 enum {
     SLOTS_DEFAULT = 256,
-    PROMPT_TOKENS_CPU = 48, /* of a step beside its decodes: larger ones only make the others wait */
+    PROMPT_TOKENS_CPU =
+        48, /* of a step beside its decodes: larger ones only make the others wait */
     TOKENS_DEFAULT_CUDA = 2048,
     LOGITS_BYTES_MAX = 256 << 20
 };
@@ -113,13 +115,22 @@ static void sizes_choose(const struct worker_config *config, const struct model_
     p->n_slots = config->n_sequences_max ? config->n_sequences_max : SLOTS_DEFAULT;
     p->step_tokens_max = config->step_tokens_max ? config->step_tokens_max
                          : b->stream             ? TOKENS_DEFAULT_CUDA
-                                                 : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
+                                     : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
     if (p->step_tokens_max < p->n_slots * (1 + p->draft_max))
         p->step_tokens_max = p->n_slots * (1 + p->draft_max);
     int64_t rows =
         config->step_rows_max ? config->step_rows_max : (int64_t)p->n_slots * (1 + p->draft_max);
     if (rows > rows_fit) rows = rows_fit < 16 ? 16 : rows_fit;
     p->logits_rows_max = (int)(rows < p->step_tokens_max ? rows : p->step_tokens_max);
+}
+
+/* Sizes of decode steps that are recorded, and what the recordings take. */
+static uint64_t graphs_choose(const struct worker_config *config, const struct backend *b,
+                              struct memory_plan *p)
+{
+    int sizes[GRAPHS_MAX], rows = p->n_slots < p->logits_rows_max ? p->n_slots : p->logits_rows_max;
+    p->graph_rows_max = config->eager || !b->ops->capture_begin || !b->ops->replay ? 0 : rows;
+    return (uint64_t)graph_sizes(p->graph_rows_max, sizes) * GRAPH_BYTES;
 }
 
 static uint64_t sequence_blocks(const struct memory_plan *p)
@@ -230,6 +241,7 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
     weights_measure(model, g, &p);
     if (automatic) format_choose(g, b, model, &p);
     p.work_bytes = decoder_bytes(model, g, b, p.step_tokens_max, p.logits_rows_max);
+    p.work_bytes += graphs_choose(config, b, &p);
     p.kv = (struct kv_cache_args){.n_layers = model->n_layers,
                                   .n_kv_heads = (int)shard_count(heads.kv),
                                   .head_dim = model->head_dim,
@@ -238,9 +250,11 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
                                   .n_blocks = 1,
                                   .dtype = p.kv_dtype};
     p.block_bytes = b->ops->kv_bytes(b, &p.kv);
-    if (!p.block_bytes)
-        FAIL(ERR_UNSUPPORTED, "a KV cache of %s in blocks of %d is not possible on this device",
-             dtype_name(p.kv_dtype), p.kv.block_size);
+    if (!p.block_bytes) {
+        char why[256];
+        snprintf(why, sizeof why, "%s", err_detail());
+        FAIL(ERR_UNSUPPORTED, "this device cannot keep the KV cache: %s", why);
+    }
     TRY(blocks_choose(config, g, b, &p));
     *out = p;
     return OK;
