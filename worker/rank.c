@@ -150,6 +150,7 @@ static enum err weights_start(struct worker *w, const struct model_config *model
         .format = w->plan.format,
         .head_format = w->plan.head_format,
         .context_max = w->plan.context_max,
+        .n_threads = w->config.n_threads,
         .progress = progress_line,
         .ctx = w,
     };
