@@ -376,12 +376,12 @@ enum err coordinator_run(const struct coordinator_config *config)
     pthread_rwlock_init(&c->door, NULL);
     files_raise();
     TRY_OUT(signals_open(old));
-    TRY_OUT(model_open(c));
     TRY_OUT(engine_open(c));
     TRY_OUT(cluster_open(c));
+    if (config->on_listening) TRY_OUT(config->on_listening(config->ctx));
+    TRY_OUT(model_open(c)); /* while the ranks load their weights */
     TRY_OUT(front_open(c));
     say_where(c);
-    if (config->on_listening) TRY_OUT(config->on_listening(config->ctx));
     signal_wait(-1);
     drain(c);
 out:

@@ -1,6 +1,7 @@
 /* Budget arithmetic. Knows sizes; loads nothing. */
 #include "worker/memory.h"
 #include "base/log.h"
+#include "worker/graphs.h"
 #include "worker/kv_disk.h"
 #include "worker/model/decoder.h"
 #include "worker/step.h"
@@ -11,7 +12,8 @@
 
 enum {
     SLOTS_DEFAULT = 256,
-    PROMPT_TOKENS_CPU = 48, /* of a step beside its decodes: larger ones only make the others wait */
+    PROMPT_TOKENS_CPU =
+        48, /* of a step beside its decodes: larger ones only make the others wait */
     TOKENS_DEFAULT_CUDA = 2048,
     LOGITS_BYTES_MAX = 256 << 20
 };
@@ -51,6 +53,18 @@ static enum err name_find(const char *option, const char *value, const char *con
     FAIL(ERR_INVALID, "%s: unknown value '%.32s'", option, value);
 }
 
+/* The output projection may have a format of its own, where the weights are quantized at all. */
+static enum err head_read(const struct worker_config *config, struct memory_plan *p)
+{
+    static const char *const names[] = {"auto", "int8", "int4"};
+    static const enum weight_format formats[] = {WEIGHT_AUTO, WEIGHT_INT8, WEIGHT_INT4};
+    int head;
+    TRY(name_find("--head-quantization",
+                  config->head_quantization ? config->head_quantization : "auto", names, 3, &head));
+    if (head) p->head_format = formats[head];
+    return OK;
+}
+
 static enum err formats_read(const struct worker_config *config, bool *out_auto,
                              struct memory_plan *p)
 {
@@ -71,6 +85,23 @@ static enum err formats_read(const struct worker_config *config, bool *out_auto,
     if (quant == WEIGHT_INT8 || quant == WEIGHT_FP8)
         p->format = p->head_format = (enum weight_format)quant;
     if (quant == WEIGHT_INT4) p->format = WEIGHT_INT4, p->head_format = WEIGHT_INT8;
+    return head_read(config, p);
+}
+
+/* A file of packed weights says its formats itself; a flag may only agree. */
+static enum err packed_formats(const struct worker_config *config, const struct packed_file *f,
+                               bool *out_auto, struct memory_plan *p)
+{
+    const char *asked = config->quantization ? config->quantization : "none";
+    bool agrees = !strcmp(asked, "none") || !strcmp(asked, "auto") ||
+                  !strcmp(asked, weight_format_name(f->format));
+    if (!agrees)
+        FAIL(ERR_INVALID, "--quantization %.16s, but %s holds %s weights", asked, config->model_dir,
+             weight_format_name(f->format));
+    *out_auto = false;
+    p->format = f->format;
+    p->head_format = f->head_format;
+    p->file_dtype = f->dtype;
     return OK;
 }
 
@@ -114,13 +145,22 @@ static void sizes_choose(const struct worker_config *config, const struct model_
     p->n_slots = config->n_sequences_max ? config->n_sequences_max : SLOTS_DEFAULT;
     p->step_tokens_max = config->step_tokens_max ? config->step_tokens_max
                          : b->stream             ? TOKENS_DEFAULT_CUDA
-                                                 : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
+                                     : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
     if (p->step_tokens_max < p->n_slots * (1 + p->draft_max))
         p->step_tokens_max = p->n_slots * (1 + p->draft_max);
     int64_t rows =
         config->step_rows_max ? config->step_rows_max : (int64_t)p->n_slots * (1 + p->draft_max);
     if (rows > rows_fit) rows = rows_fit < 16 ? 16 : rows_fit;
     p->logits_rows_max = (int)(rows < p->step_tokens_max ? rows : p->step_tokens_max);
+}
+
+/* Sizes of decode steps that are recorded, and what the recordings take. */
+static uint64_t graphs_choose(const struct worker_config *config, const struct backend *b,
+                              struct memory_plan *p)
+{
+    int sizes[GRAPHS_MAX], rows = p->n_slots < p->logits_rows_max ? p->n_slots : p->logits_rows_max;
+    p->graph_rows_max = config->eager || !b->ops->capture_begin || !b->ops->replay ? 0 : rows;
+    return (uint64_t)graph_sizes(p->graph_rows_max, sizes) * GRAPH_BYTES;
 }
 
 static uint64_t sequence_blocks(const struct memory_plan *p)
@@ -211,7 +251,7 @@ static void format_choose(struct group g, const struct backend *b, const struct 
     uint64_t mine = p->memory_free / (uint64_t)(b->stream ? 1 : local_ranks(g));
     for (int i = 0; i < 2 && p->weight_bytes > mine / 4 * 3; i++) {
         p->format = ladder[i];
-        p->head_format = WEIGHT_INT8;
+        if (p->head_format != WEIGHT_INT4) p->head_format = WEIGHT_INT8;
         weights_measure(model, g, p);
     }
     log_info("quantization: %s chosen by itself (weights %.2f GiB of %.2f free)",
@@ -224,13 +264,16 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
 {
     struct memory_plan p = {.file_dtype = model->dtype};
     struct shard_heads heads = shard_heads(model->n_heads, model->n_kv_heads, g.rank, g.size);
-    bool automatic;
+    struct packed_file packed;
+    bool automatic, is_packed = false;
     size_t free_bytes, total_bytes;
     if (file && safetensors_count(file)) {
         enum st_dtype t = safetensors_at(file, 0)->dtype;
         p.file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
     }
     TRY(formats_read(config, &automatic, &p));
+    if (file) TRY(packed_read(file, &is_packed, &packed));
+    if (is_packed) TRY(packed_formats(config, &packed, &automatic, &p));
     TRY(kv_dtype_read(config, b, &p));
     TRY(context_choose(config, model, &p));
     TRY(b->ops->memory(b, &free_bytes, &total_bytes));
@@ -240,6 +283,7 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
     weights_measure(model, g, &p);
     if (automatic) format_choose(g, b, model, &p);
     p.work_bytes = decoder_bytes(model, g, b, p.step_tokens_max, p.logits_rows_max);
+    p.work_bytes += graphs_choose(config, b, &p);
     p.kv = (struct kv_cache_args){.n_layers = model->n_layers,
                                   .n_kv_heads = (int)shard_count(heads.kv),
                                   .head_dim = model->head_dim,
@@ -248,9 +292,11 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
                                   .n_blocks = 1,
                                   .dtype = p.kv_dtype};
     p.block_bytes = b->ops->kv_bytes(b, &p.kv);
-    if (!p.block_bytes)
-        FAIL(ERR_UNSUPPORTED, "a KV cache of %s in blocks of %d is not possible on this device",
-             dtype_name(p.kv_dtype), p.kv.block_size);
+    if (!p.block_bytes) {
+        char why[256];
+        snprintf(why, sizeof why, "%s", err_detail());
+        FAIL(ERR_UNSUPPORTED, "this device cannot keep the KV cache: %s", why);
+    }
     TRY(blocks_choose(config, g, b, &p));
     *out = p;
     return OK;
