@@ -102,21 +102,20 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
 /* Which weights are fetched into L2 meanwhile. One row panel streams through the weights once: with
  * few rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
  * fixed distance ahead helps. Of several row panels the first two fetch one half each of the block
- * that comes next. INT4 has half the bytes to the same arithmetic: the hardware always keeps up. */
+ * that comes next. INT4 has half the bytes to the same arithmetic: one row panel needs no help. */
 static void prefetch_plan(const struct format_info *f, int n_row_panels, int i, int rows,
                           struct panel_call *call)
 {
     call->prefetch = call->weights;
     call->prefetch_bytes = call->prefetch_second = 0;
-    if (f->header_bytes) return;
-    if (n_row_panels == 1 && rows >= PREFETCH_ROWS) {
+    if (n_row_panels == 1 && rows >= PREFETCH_ROWS && !f->header_bytes) {
         call->prefetch = call->weights + PREFETCH_AHEAD;
         call->prefetch_bytes = f->step_bytes;
         call->prefetch_second = f->step_bytes / 2;
     } else if (n_row_panels > 1 && i < 2) {
         int64_t block = call->n_steps * f->step_bytes;
         call->prefetch = call->weights + block + i * block / 2;
-        call->prefetch_bytes = f->step_bytes / 2;
+        call->prefetch_bytes = 64; /* a call of the kernel looks at 128 bytes between fetches */
     }
 }
 
