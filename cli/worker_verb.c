@@ -35,6 +35,7 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->n_threads = (int)o->threads;
     out->isa = wish(o->isa);
     out->deterministic = o->deterministic;
+    out->eager = o->enforce_eager;
     out->dtype = short_dtype(o->dtype);
     out->quantization = wish(o->quantization);
     out->kv_dtype = short_dtype(o->kv_cache_dtype);
@@ -101,5 +102,9 @@ int verb_worker(struct conf *c, struct options *o)
     if (!e) e = worker_run(&config);
     if (!e) return 0;
     verb_fail(who);
+    if (e == ERR_DEVICE) { /* its driver may never return from tidying up */
+        fflush(NULL);
+        _exit(3);
+    }
     return e == ERR_PEER || e == ERR_DEVICE || e == ERR_TIMEOUT ? 3 : 1; /* 3: worth starting again */
 }
