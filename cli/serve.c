@@ -70,6 +70,7 @@ struct serving {
     struct options *options;
     const char *model;
     char dir[64], address[96], token[65];
+    const char *device_argument; /* NULL = as the options say */
     const char *worker_args[WORKER_ARGS_MAX];
     struct launch_config launch;
     struct launcher *_Atomic launcher;
@@ -108,6 +109,7 @@ static enum err build_worker_args(struct serving *s)
         TRY(arena_copy_string(&s->conf->arena, text, strlen(text), &copy));
         s->worker_args[n++] = copy;
     }
+    if (s->device_argument) s->worker_args[n++] = s->device_argument; /* the last one counts */
     s->worker_args[n] = NULL;
     return OK;
 }
@@ -137,21 +139,33 @@ static enum err plan_in_child(const struct worker_config *config)
     return answer.e ? err_set(answer.e, "%s", answer.why) : OK;
 }
 
-/* Everything about the model that would make a rank fail is found here first. */
-static enum err check_model(const struct serving *s)
+static enum err plan_on_gpus(const struct serving *s, struct worker_config config)
+{
+    int n_local = config.size * (int)s->options->dp;
+    config.device = "cuda";
+    TRY(plan_in_child(&config));
+    if (s->options->hostfile || n_local == 1 || config.device_index >= 0) return OK;
+    config.device_index = n_local - 1; /* there may be fewer GPUs than ranks */
+    config.rank = config.size - 1;
+    return plan_in_child(&config);
+}
+
+/* Everything about the model that would make a rank fail is found here first. Where the device is
+ * left to us, all ranks of this host get the same one. */
+static enum err check_model(struct serving *s)
 {
     struct worker_config config;
     struct worker_info info;
+    bool automatic = !strcmp(s->options->device, "auto");
     worker_config_from_options(s->options, s->model, &config);
     config.rank = 0;
     config.size = (int)s->options->tp;
-    if (!strcmp(s->options->device, "cuda")) {
-        TRY(plan_in_child(&config));
-        if (s->options->hostfile || config.size == 1 || config.device_index >= 0) return OK;
-        config.device_index = config.rank = config.size - 1; /* there may be fewer GPUs than ranks */
-        return plan_in_child(&config);
-    }
-    if (!strcmp(s->options->device, "auto")) config.device = "cpu"; /* files and shapes, not the device */
+    if (!strcmp(s->options->device, "cpu")) return worker_plan_memory(&config, &info);
+    enum err e = plan_on_gpus(s, config);
+    if (e != ERR_DEVICE || !automatic) return e;
+    log_info("device cpu: %s", err_detail());
+    if (!s->options->hostfile) s->device_argument = "--device=cpu";
+    config.device = "cpu";
     return worker_plan_memory(&config, &info);
 }
 

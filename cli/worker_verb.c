@@ -97,6 +97,8 @@ int verb_worker(struct conf *c, struct options *o)
         if (config.size != o->tp)
             e = err_set(ERR_INVALID, "%d ranks were started, but --tensor-parallel-size is %d", config.size, (int)o->tp);
     }
+    if (o->device_index < 0 && getenv("HEDDLE_LOCAL_RANKS")) /* all replicas are on this host */
+        config.device_index = config.replica * config.size + config.rank;
     snprintf(who, sizeof who, "worker %d.%d", config.replica, config.rank);
     log_set_who(who);
     if (!e) e = worker_run(&config);

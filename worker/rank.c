@@ -229,7 +229,8 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     info_fill(&w->config, model, &w->plan, &w->info);
     TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
     if (w->backend->stream)
-        snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+        snprintf(w->info.device, sizeof w->info.device, "%s, GPU %d", w->backend->ops->name,
+                 w->config.device_index);
     else
         device_words(w, w->info.device, sizeof w->info.device);
     TRY_OUT(weights_start(w, model));

@@ -187,9 +187,18 @@ def what_cannot_work_is_said_at_once():
 
 
 def without_a_gpu_auto_goes_on():
-    with Cuda("--device", "auto", settings="sm=75") as server:
-        assert answers(server) == EXPECTED
-        assert "device cpu: CUDA declined: GPU 0 is sm_75" in server.output()
+    for settings, args, why in (("sm=75", [], "GPU 0 is sm_75"), ("devices=1", ["--tp", "2"], "GPU 1 does not exist")):
+        with Cuda("--device", "auto", *args, settings=settings) as server:
+            check(answers(server), EXPECTED, "on the CPU")
+            assert f"device cpu: CUDA declined: {why}" in server.output()
+
+
+def replicas_have_gpus_of_their_own():
+    with Cuda("--dp", "2", settings="devices=2") as server:
+        end = time.monotonic() + 20
+        while not all(f"cuda, GPU {i}" in server.output() for i in (0, 1)):
+            assert time.monotonic() < end, server.output()
+            time.sleep(0.05)
 
 
 if __name__ == "__main__":
@@ -197,4 +206,4 @@ if __name__ == "__main__":
         skip("the emulated CUDA plugin is not built")
     EXPECTED = reference()
     run([one_rank_without_gaps, two_ranks_and_a_killed_one, a_fault_costs_time_only, a_hang_costs_time_only,
-         what_cannot_work_is_said_at_once, without_a_gpu_auto_goes_on])
+         what_cannot_work_is_said_at_once, without_a_gpu_auto_goes_on, replicas_have_gpus_of_their_own])
