@@ -179,7 +179,6 @@ enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias);
 void pack_row(struct weight *w, int64_t row, const float *inputs);
 /* From format, n_out and n_in: everything else that says how large the weight is. */
 enum err weight_sizes(struct weight *w);
-enum err weight_alloc(struct weight *w, bool with_bias);
 
 /* packed.c: struct weight as bytes of files. The name changes with the bytes. */
 #define CPU_PACKED_LAYOUT "cpu-panels-1"
