@@ -10,7 +10,8 @@
 
 enum {
     SLOTS_DEFAULT = 256,
-    PROMPT_TOKENS_CPU = 48, /* of a step beside its decodes: larger ones only make the others wait */
+    PROMPT_TOKENS_CPU =
+        48, /* of a step beside its decodes: larger ones only make the others wait */
     TOKENS_DEFAULT_CUDA = 2048,
     LOGITS_BYTES_MAX = 256 << 20
 };
@@ -113,7 +114,7 @@ static void sizes_choose(const struct worker_config *config, const struct model_
     p->n_slots = config->n_sequences_max ? config->n_sequences_max : SLOTS_DEFAULT;
     p->step_tokens_max = config->step_tokens_max ? config->step_tokens_max
                          : b->stream             ? TOKENS_DEFAULT_CUDA
-                                                 : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
+                                     : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
     if (p->step_tokens_max < p->n_slots * (1 + p->draft_max))
         p->step_tokens_max = p->n_slots * (1 + p->draft_max);
     int64_t rows =
@@ -132,7 +133,9 @@ static uint64_t sequence_blocks(const struct memory_plan *p)
 static uint64_t kv_budget(const struct worker_config *config, struct group g,
                           const struct backend *b, const struct memory_plan *p)
 {
-    uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes, mine;
+    uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes + p->draft.weight_bytes +
+                    p->draft.table_bytes + p->draft.work_bytes,
+             mine;
     if (config->kv_cache_bytes) return config->kv_cache_bytes;
     double share = config->memory_share > 0 ? config->memory_share : b->stream ? 0.9 : 0.8;
     mine = (uint64_t)(share * (double)p->memory_free) / (uint64_t)(b->stream ? 1 : local_ranks(g));
@@ -208,9 +211,58 @@ static void format_choose(struct group g, const struct backend *b, const struct 
              weight_format_name(p->format), gib(p->weight_bytes), gib(mine));
 }
 
+/* What the draft model takes beside the target: weights, work space, its part of each block. Its
+ * passes need no larger collective than the target's, so that ranks with and without one agree. */
+static enum err draft_measure(const struct worker_config *config, const struct model_config *model,
+                              const struct model_config *draft, struct group g, struct backend *b,
+                              struct memory_plan *p)
+{
+    struct worker_config own = *config;
+    struct memory_plan formats = {.file_dtype = draft->dtype};
+    bool automatic, divides = !shard_check(draft->n_heads, draft->n_kv_heads, draft->ffn,
+                                           draft->vocab_size, g.size);
+    if (config->draft_quantization) own.quantization = config->draft_quantization;
+    TRY(formats_read(&own, &automatic, &formats));
+    TRY(kv_dtype_read(&own, b, &formats));
+    p->draft.group = divides ? g : (struct group){0, 1};
+    p->draft.format = automatic ? p->format : formats.format;
+    p->draft.head_format = automatic ? p->head_format : formats.head_format;
+    p->draft.context_max =
+        draft->context_max < p->context_max ? draft->context_max : p->context_max;
+    p->draft.rows_max = p->n_slots < p->logits_rows_max ? p->n_slots : p->logits_rows_max;
+    p->draft.n_tokens_max = draft->hidden > model->hidden
+                                ? (int)((int64_t)p->step_tokens_max * model->hidden / draft->hidden)
+                                : p->step_tokens_max;
+    if (p->draft.n_tokens_max < p->n_slots)
+        FAIL(ERR_UNSUPPORTED, "the draft model %s is too wide for %s: hidden size %d and %d",
+             draft->path, model->path, draft->hidden, model->hidden);
+    struct weights_options o = {.format = p->draft.format,
+                                .head_format = p->draft.head_format,
+                                .context_max = p->draft.context_max};
+    model_bytes_estimate(draft, p->draft.group, &o, draft->dtype, &p->draft.weight_bytes,
+                         &p->draft.table_bytes);
+    p->draft.work_bytes =
+        decoder_bytes(draft, p->draft.group, b, p->draft.n_tokens_max, p->draft.rows_max);
+    struct shard_heads heads =
+        shard_heads(draft->n_heads, draft->n_kv_heads, p->draft.group.rank, p->draft.group.size);
+    p->draft.kv = (struct kv_cache_args){.n_layers = draft->n_layers,
+                                         .n_kv_heads = (int)shard_count(heads.kv),
+                                         .head_dim = draft->head_dim,
+                                         .block_size = p->kv.block_size,
+                                         .n_blocks = 1,
+                                         .dtype = formats.kv_dtype};
+    p->draft.block_bytes = b->ops->kv_bytes(b, &p->draft.kv);
+    if (!p->draft.block_bytes)
+        FAIL(ERR_UNSUPPORTED,
+             "the draft model %s: a KV cache of %s in blocks of %d is not possible", draft->path,
+             dtype_name(formats.kv_dtype), p->kv.block_size);
+    p->block_bytes += p->draft.block_bytes;
+    return OK;
+}
+
 enum err memory_plan(const struct worker_config *config, const struct model_config *model,
-                     const struct safetensors *file, struct group g, struct backend *b,
-                     struct memory_plan *out)
+                     const struct model_config *draft, const struct safetensors *file,
+                     struct group g, struct backend *b, struct memory_plan *out)
 {
     struct memory_plan p = {.file_dtype = model->dtype};
     struct shard_heads heads = shard_heads(model->n_heads, model->n_kv_heads, g.rank, g.size);
@@ -241,7 +293,9 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
     if (!p.block_bytes)
         FAIL(ERR_UNSUPPORTED, "a KV cache of %s in blocks of %d is not possible on this device",
              dtype_name(p.kv_dtype), p.kv.block_size);
+    if (draft) TRY(draft_measure(config, model, draft, g, b, &p));
     TRY(blocks_choose(config, g, b, &p));
+    p.draft.kv.n_blocks = p.kv.n_blocks;
     *out = p;
     return OK;
 }
