@@ -70,7 +70,8 @@ const struct conf_row option_rows[] = {
     {"device", NULL, CONF_CHOICE, AT(device), 0, 0, "auto", "auto cpu cuda", DEVICE, "Device", "what computes"},
     {"device-index", NULL, CONF_INT, AT(device_index), -1, 1023, "-1", NULL, DEVICE, "Device", "GPU of this rank, -1 = local rank"},
     {"dtype", NULL, CONF_CHOICE, AT(dtype), 0, 0, "auto", "auto float32 float16 bfloat16", DEVICE, "Device", "type of the weights"},
-    {"quantization", "q", CONF_CHOICE, AT(quantization), 0, 0, "none", "none int8 int4 fp8", DEVICE | VERB_QUANTIZE, "Device", "format of the weights on the device"},
+    {"quantization", "q format", CONF_CHOICE, AT(quantization), 0, 0, "none", "none auto int8 int4 fp8", DEVICE | VERB_QUANTIZE, "Device", "format of the weights on the device; auto = int8 or int4 where memory asks for it"},
+    {"head-quantization", "head-format", CONF_CHOICE, AT(head_quantization), 0, 0, "auto", "auto int8 int4", DEVICE | VERB_QUANTIZE, "Device", "format of the output projection; auto = int8 beside quantized weights"},
     {"draft-quantization", NULL, CONF_CHOICE, AT(draft_quantization), 0, 0, "same", "same none int8 int4 fp8", DEVICE, "Device", "format of the draft model's weights; same = as --quantization"},
     {"kv-cache-dtype", "ctk", CONF_CHOICE, AT(kv_cache_dtype), 0, 0, "auto", "auto float32 bfloat16 float16 int8 fp8", DEVICE, "Device", "type of the KV cache"},
     {"block-size", "page-size", CONF_INT, AT(block_size), 0, 1024, "0", NULL, DEVICE, "Device", "tokens of a KV block, 0 = the device's choice"},
@@ -78,12 +79,12 @@ const struct conf_row option_rows[] = {
     {"kv-cache-bytes", NULL, CONF_BYTES, AT(kv_cache_bytes), 0, BIG, "0", NULL, DEVICE, "Device", "memory of the KV cache of a rank, 0 = from --memory-utilization"},
     {"memory-utilization", "gpu-memory-utilization mem-fraction-static", CONF_NUMBER, AT(memory_utilization), 0.01, 1, "0.5", NULL, DEVICE, "Device", "share of free memory to take at most"},
     {"swap-bytes", NULL, CONF_BYTES, AT(swap_bytes), 0, BIG, "0", NULL, DEVICE, "Device", "host memory for swapped blocks"},
-    {"threads", "t", CONF_INT, AT(threads), 0, 4096, "0", NULL, DEVICE, "Device", "CPU threads of a rank, 0 = its share of the cores"},
+    {"threads", "t", CONF_INT, AT(threads), 0, 4096, "0", NULL, DEVICE | VERB_QUANTIZE, "Device", "CPU threads of a rank, 0 = its share of the cores"},
     {"numa", NULL, CONF_INT, AT(numa), -1, 1023, "-1", NULL, DEVICE, "Device", "NUMA node of this rank, -1 = any"},
     {"isa", NULL, CONF_CHOICE, AT(isa), 0, 0, "auto", "auto reference avx2 avx512 vnni bf16 amx", DEVICE, "Device", "CPU instructions to use at most"},
-    {"load-format", NULL, CONF_CHOICE, AT(load_format), 0, 0, "auto", "auto safetensors dummy", DEVICE | VERB_INSPECT, "Device", "dummy = random weights of the model's shape"},
+    {"load-format", NULL, CONF_CHOICE, AT(load_format), 0, 0, "auto", "auto safetensors dummy", DEVICE | VERB_INSPECT | VERB_QUANTIZE, "Device", "dummy = random weights of the model's shape"},
     {"enable-deterministic-inference", "deterministic", CONF_BOOL, AT(deterministic), 0, 0, "false", NULL, DEVICE, "Device", "batch-invariant results on GPUs (CPUs always are)"},
-    {"seed", "random-seed", CONF_INT, AT(seed), 0, BIG, "0", NULL, DEVICE, "Device", "seed of dummy weights"},
+    {"seed", "random-seed", CONF_INT, AT(seed), 0, BIG, "0", NULL, DEVICE | VERB_QUANTIZE, "Device", "seed of dummy weights"},
 
     {"url", NULL, CONF_STRING, AT(url), 0, 0, "http://127.0.0.1:8000", NULL, VERB_CHAT, "Tools", "server to talk to"},
     {"system", NULL, CONF_STRING, AT(system), 0, 0, NULL, NULL, VERB_CHAT, "Tools", "system message"},
@@ -92,6 +93,7 @@ const struct conf_row option_rows[] = {
     {"max-tokens", "n", CONF_INT, AT(max_tokens), 1, 1e9, "256", NULL, VERB_CHAT, "Tools", "longest answer"},
     {"stats", NULL, CONF_BOOL, AT(stats), 0, 0, "false", NULL, VERB_CHAT, "Tools", "print the times of each answer (always on a terminal)"},
     {"add-special-tokens", NULL, CONF_BOOL, AT(special_tokens), 0, 0, "true", NULL, VERB_TOKENIZE, "Tools", "with the tokens the model expects at the start"},
+    {"out", "output o", CONF_STRING, AT(output), 0, 0, NULL, NULL, VERB_QUANTIZE, "Tools", "directory to write; made where it is missing"},
     {"json", NULL, CONF_BOOL, AT(json), 0, 0, "false", NULL, VERB_INSPECT | VERB_TOKENIZE | VERB_PLAN | VERB_DOCTOR, "Tools", "print JSON"},
 };
 // clang-format on

@@ -1,6 +1,7 @@
 /* Budget arithmetic. Knows sizes; loads nothing. */
 #include "worker/memory.h"
 #include "base/log.h"
+#include "worker/graphs.h"
 #include "worker/model/decoder.h"
 #include "worker/step.h"
 
@@ -51,6 +52,18 @@ static enum err name_find(const char *option, const char *value, const char *con
     FAIL(ERR_INVALID, "%s: unknown value '%.32s'", option, value);
 }
 
+/* The output projection may have a format of its own, where the weights are quantized at all. */
+static enum err head_read(const struct worker_config *config, struct memory_plan *p)
+{
+    static const char *const names[] = {"auto", "int8", "int4"};
+    static const enum weight_format formats[] = {WEIGHT_AUTO, WEIGHT_INT8, WEIGHT_INT4};
+    int head;
+    TRY(name_find("--head-quantization",
+                  config->head_quantization ? config->head_quantization : "auto", names, 3, &head));
+    if (head) p->head_format = formats[head];
+    return OK;
+}
+
 static enum err formats_read(const struct worker_config *config, bool *out_auto,
                              struct memory_plan *p)
 {
@@ -71,6 +84,23 @@ static enum err formats_read(const struct worker_config *config, bool *out_auto,
     if (quant == WEIGHT_INT8 || quant == WEIGHT_FP8)
         p->format = p->head_format = (enum weight_format)quant;
     if (quant == WEIGHT_INT4) p->format = WEIGHT_INT4, p->head_format = WEIGHT_INT8;
+    return head_read(config, p);
+}
+
+/* A file of packed weights says its formats itself; a flag may only agree. */
+static enum err packed_formats(const struct worker_config *config, const struct packed_file *f,
+                               bool *out_auto, struct memory_plan *p)
+{
+    const char *asked = config->quantization ? config->quantization : "none";
+    bool agrees = !strcmp(asked, "none") || !strcmp(asked, "auto") ||
+                  !strcmp(asked, weight_format_name(f->format));
+    if (!agrees)
+        FAIL(ERR_INVALID, "--quantization %.16s, but %s holds %s weights", asked, config->model_dir,
+             weight_format_name(f->format));
+    *out_auto = false;
+    p->format = f->format;
+    p->head_format = f->head_format;
+    p->file_dtype = f->dtype;
     return OK;
 }
 
@@ -121,6 +151,15 @@ static void sizes_choose(const struct worker_config *config, const struct model_
         config->step_rows_max ? config->step_rows_max : (int64_t)p->n_slots * (1 + p->draft_max);
     if (rows > rows_fit) rows = rows_fit < 16 ? 16 : rows_fit;
     p->logits_rows_max = (int)(rows < p->step_tokens_max ? rows : p->step_tokens_max);
+}
+
+/* Sizes of decode steps that are recorded, and what the recordings take. */
+static uint64_t graphs_choose(const struct worker_config *config, const struct backend *b,
+                              struct memory_plan *p)
+{
+    int sizes[GRAPHS_MAX], rows = p->n_slots < p->logits_rows_max ? p->n_slots : p->logits_rows_max;
+    p->graph_rows_max = config->eager || !b->ops->capture_begin || !b->ops->replay ? 0 : rows;
+    return (uint64_t)graph_sizes(p->graph_rows_max, sizes) * GRAPH_BYTES;
 }
 
 static uint64_t sequence_blocks(const struct memory_plan *p)
@@ -204,11 +243,38 @@ static void format_choose(struct group g, const struct backend *b, const struct 
     uint64_t mine = p->memory_free / (uint64_t)(b->stream ? 1 : local_ranks(g));
     for (int i = 0; i < 2 && p->weight_bytes > mine / 4 * 3; i++) {
         p->format = ladder[i];
-        p->head_format = WEIGHT_INT8;
+        if (p->head_format != WEIGHT_INT4) p->head_format = WEIGHT_INT8;
         weights_measure(model, g, p);
     }
     log_info("quantization: %s chosen by itself (weights %.2f GiB of %.2f free)",
              weight_format_name(p->format), gib(p->weight_bytes), gib(mine));
+}
+
+/* How the draft model is stored and kept: its own flag, its own file, else as the target's flag. */
+static enum err draft_formats(const struct worker_config *config, const struct model_config *draft,
+                              const struct backend *b, bool *out_auto, struct memory_plan *out)
+{
+    struct worker_config own = *config;
+    struct safetensors *file = NULL;
+    struct packed_file packed;
+    bool dummy = config->load_format && !strcmp(config->load_format, "dummy"), is_packed = false;
+    enum err e = OK;
+    *out = (struct memory_plan){.file_dtype = draft->dtype};
+    own.model_dir = config->draft_model_dir;
+    if (config->draft_quantization)
+        own.quantization = config->draft_quantization, own.head_quantization = NULL;
+    if (!dummy) TRY(safetensors_open(config->draft_model_dir, &file));
+    if (file && safetensors_count(file)) {
+        enum st_dtype t = safetensors_at(file, 0)->dtype;
+        out->file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
+    }
+    TRY_OUT(formats_read(&own, out_auto, out));
+    if (file) TRY_OUT(packed_read(file, &is_packed, &packed));
+    if (is_packed) TRY_OUT(packed_formats(&own, &packed, out_auto, out));
+    TRY_OUT(kv_dtype_read(&own, b, out));
+out:
+    safetensors_close(file);
+    return e;
 }
 
 /* What the draft model takes beside the target: weights, work space, its part of each block. Its
@@ -217,13 +283,11 @@ static enum err draft_measure(const struct worker_config *config, const struct m
                               const struct model_config *draft, struct group g, struct backend *b,
                               struct memory_plan *p)
 {
-    struct worker_config own = *config;
-    struct memory_plan formats = {.file_dtype = draft->dtype};
+    struct memory_plan formats;
     bool automatic, divides = !shard_check(draft->n_heads, draft->n_kv_heads, draft->ffn,
                                            draft->vocab_size, g.size);
-    if (config->draft_quantization) own.quantization = config->draft_quantization;
-    TRY(formats_read(&own, &automatic, &formats));
-    TRY(kv_dtype_read(&own, b, &formats));
+    TRY(draft_formats(config, draft, b, &automatic, &formats));
+    p->draft.file_dtype = formats.file_dtype;
     p->draft.group = divides ? g : (struct group){0, 1};
     p->draft.format = automatic ? p->format : formats.format;
     p->draft.head_format = automatic ? p->head_format : formats.head_format;
@@ -239,7 +303,7 @@ static enum err draft_measure(const struct worker_config *config, const struct m
     struct weights_options o = {.format = p->draft.format,
                                 .head_format = p->draft.head_format,
                                 .context_max = p->draft.context_max};
-    model_bytes_estimate(draft, p->draft.group, &o, draft->dtype, &p->draft.weight_bytes,
+    model_bytes_estimate(draft, p->draft.group, &o, formats.file_dtype, &p->draft.weight_bytes,
                          &p->draft.table_bytes);
     p->draft.work_bytes =
         decoder_bytes(draft, p->draft.group, b, p->draft.n_tokens_max, p->draft.rows_max);
@@ -266,13 +330,16 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
 {
     struct memory_plan p = {.file_dtype = model->dtype};
     struct shard_heads heads = shard_heads(model->n_heads, model->n_kv_heads, g.rank, g.size);
-    bool automatic;
+    struct packed_file packed;
+    bool automatic, is_packed = false;
     size_t free_bytes, total_bytes;
     if (file && safetensors_count(file)) {
         enum st_dtype t = safetensors_at(file, 0)->dtype;
         p.file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
     }
     TRY(formats_read(config, &automatic, &p));
+    if (file) TRY(packed_read(file, &is_packed, &packed));
+    if (is_packed) TRY(packed_formats(config, &packed, &automatic, &p));
     TRY(kv_dtype_read(config, b, &p));
     TRY(context_choose(config, model, &p));
     TRY(b->ops->memory(b, &free_bytes, &total_bytes));
@@ -282,6 +349,7 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
     weights_measure(model, g, &p);
     if (automatic) format_choose(g, b, model, &p);
     p.work_bytes = decoder_bytes(model, g, b, p.step_tokens_max, p.logits_rows_max);
+    p.work_bytes += graphs_choose(config, b, &p);
     p.kv = (struct kv_cache_args){.n_layers = model->n_layers,
                                   .n_kv_heads = (int)shard_count(heads.kv),
                                   .head_dim = model->head_dim,
@@ -290,9 +358,11 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
                                   .n_blocks = 1,
                                   .dtype = p.kv_dtype};
     p.block_bytes = b->ops->kv_bytes(b, &p.kv);
-    if (!p.block_bytes)
-        FAIL(ERR_UNSUPPORTED, "a KV cache of %s in blocks of %d is not possible on this device",
-             dtype_name(p.kv_dtype), p.kv.block_size);
+    if (!p.block_bytes) {
+        char why[256];
+        snprintf(why, sizeof why, "%s", err_detail());
+        FAIL(ERR_UNSUPPORTED, "this device cannot keep the KV cache: %s", why);
+    }
     if (draft) TRY(draft_measure(config, model, draft, g, b, &p));
     TRY(blocks_choose(config, g, b, &p));
     p.draft.kv.n_blocks = p.kv.n_blocks;

@@ -11,11 +11,13 @@ struct memory_plan {
     enum dtype file_dtype, kv_dtype;
     struct kv_cache_args kv; /* of this rank; n_blocks included */
     int context_max, n_slots, step_tokens_max, logits_rows_max, draft_max;
+    int graph_rows_max; /* decode steps of up to as many rows are recorded; 0 = none */
     uint64_t weight_bytes, table_bytes, work_bytes, block_bytes, n_host_blocks;
     uint64_t memory_free, memory_total;
     struct { /* of the draft model; group.size 0 = none. The sums above count its parts, too. */
         struct group group; /* size 1 where its heads do not divide: whole on every rank */
         enum weight_format format, head_format;
+        enum dtype file_dtype;
         struct kv_cache_args kv;
         int context_max, n_tokens_max, rows_max;
         uint64_t weight_bytes, table_bytes, work_bytes, block_bytes;

@@ -52,7 +52,7 @@ MUTANTS = [
     ("gemm_int4.cu", "(int)(words[j] >> (i * 4) & 15) - 8", "(int)(words[j] >> (i * 4) & 15) - 7", "ops"),
     ("copy.cu", "pairs.from[blockIdx.x] * block_bytes", "pairs.to[blockIdx.x] * block_bytes", "attention"),
     ("step.c", "event_wait(b, s->done);\n    for", "for", "steps"),
-    ("step.c", "waited > (int64_t)b->wait_ms_max * 1000", "waited < 0", "steps"),
+    ("step.c", "s->begun_us > (int64_t)b->wait_ms_max * 1000", "s->begun_us < 0", "steps"),
     ("sample.c", "if (cuda_sync(base)) return;", "", "sample"),
     ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
     ("matmul.c", "if (b->quantized.of == out.data) b->quantized.of = NULL;", "", "ops"),
