@@ -46,7 +46,10 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->host_swap_bytes = (uint64_t)o->swap_bytes;
     out->n_sequences_max = (int)o->max_num_seqs;
     out->step_tokens_max = (int)o->max_num_batched_tokens;
-    out->draft_tokens_max = (int)o->speculative_tokens;
+    out->draft_tokens_max = (int)options_speculative_tokens(o);
+    out->draft_model_dir = o->draft_model;
+    /* "none" is a wish here: the draft model as it is stored, though the model is not */
+    out->draft_quantization = !strcmp(o->draft_quantization, "same") ? NULL : o->draft_quantization;
     out->context_max = (int)o->max_model_len;
     out->load_format = o->load_format;
     out->dummy_seed = (uint64_t)o->seed;

@@ -335,6 +335,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
     TRY(string_take(l, 1, from->model_name, &j->model_name));
     TRY(string_take(l, 2, from->host, &j->host));
     TRY(string_take(l, 3, from->device, &j->device));
+    TRY(string_take(l, 4, from->draft_digest, &j->draft_digest));
     if (from->rank >= from->size || from->size > LINK_RANKS_MAX)
         FAIL(ERR_INVALID, "rank %u of %u; at most %d ranks", from->rank, from->size,
              LINK_RANKS_MAX);

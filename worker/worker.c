@@ -110,7 +110,9 @@ static enum err step_answer(struct loop *l)
     TRY(worker_end(l->worker, &result));
     buf_clear(&l->result);
     TRY(step_result_encode(&result, l->worker->config.rank != 0, &l->result));
-    return link_send_result(l->link, l->result.data, l->result.n);
+    TRY(link_send_result(l->link, l->result.data, l->result.n));
+    /* The coordinator plans meanwhile. With a step under way it waits until that has ended. */
+    return l->worker->n_busy ? OK : worker_draft(l->worker);
 }
 
 static enum err plan_run(struct loop *l, const struct link_event *event)
@@ -216,6 +218,8 @@ static void join_words(const struct worker *w, struct link_join *out, char *host
         .host_blocks_max = i->n_host_blocks,
         .weight_bytes = i->weight_bytes,
         .block_bytes = i->block_bytes,
+        .has_draft_model = w->draft != NULL,
+        .draft_digest = i->draft_digest,
     };
 }
 

@@ -42,6 +42,9 @@ struct worker_config {
     int step_tokens_max;      /* 0 = 2048 on a GPU, 48 beside the decodes on a CPU */
     int step_rows_max;    /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
     int draft_tokens_max; /* drafts verified in one run, 0 = none */
+    const char *draft_model_dir;    /* a small model of the same vocabulary that guesses; NULL = none */
+    const char *draft_quantization; /* its weights, as `quantization`; NULL = the same */
+    bool draft_greedy; /* it takes its best token instead of drawing as the target will */
     int context_max;      /* 0 = the model's, as far as memory allows one sequence */
     const char *load_format; /* "auto" (NULL), "safetensors", "dummy" */
     uint64_t dummy_seed;
@@ -74,6 +77,9 @@ struct worker_info {
     uint64_t work_bytes;   /* activations and scratch */
     uint64_t block_bytes, n_blocks, n_host_blocks;
     uint64_t memory_total, memory_free; /* of the device before loading */
+    /* The draft model, "" = none; block_bytes counts its part of a block. */
+    char draft_name[128], draft_format[32], draft_digest[33];
+    uint64_t draft_weight_bytes, draft_table_bytes, draft_work_bytes, draft_block_bytes;
 };
 /* Reads config.json and the tensors' headers only. */
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out);

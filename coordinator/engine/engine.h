@@ -83,7 +83,7 @@ struct engine_config {
     uint32_t pipeline_depth;       /* plans in flight of a group: 2 */
     bool prefix_cache;
     uint64_t hash_salt;            /* random at start, so that no client can make keys collide */
-    uint32_t n_speculative_tokens; /* n-gram drafts, 0 = off */
+    uint32_t n_speculative_tokens; /* most drafts of a run, 0 = off */
     int64_t step_timeout_us;       /* --watchdog-timeout */
     const char *record_path;       /* engine_loop writes every input there, for `heddle replay`; NULL = off */
 };
@@ -121,7 +121,8 @@ struct engine_stats {
     uint64_t prefix_queries, prefix_hits; /* tokens */
     uint64_t n_preemptions, n_swaps_out, n_swaps_in, n_forks, n_steps, n_finished[FINISH_ERROR + 1];
     uint64_t n_rejected_full, n_rejected_deadline, n_resumed, n_group_losses;
-    uint64_t drafts_proposed, drafts_accepted;
+    uint64_t drafts_proposed, drafts_accepted; /* all; and those of draft models among them */
+    uint64_t model_drafts_proposed, model_drafts_accepted;
     uint64_t step_tokens, step_budget;    /* sums over steps with a backlog */
     uint32_t context_max, vocab_size, block_size;
 };

@@ -19,6 +19,7 @@ enum sequence_state {
     SEQUENCE_DONE
 };
 
+enum draft_kind { DRAFT_NGRAM, DRAFT_MODEL, DRAFT_KINDS };
 enum sequence_link { LINK_PLACE, LINK_WORK, LINK_AGE, LINK_COUNT };
 struct sequence;
 struct sequence_list {
@@ -75,15 +76,19 @@ struct sequence {
     int32_t choice;
     uint32_t n_score_next; /* prompt logprobs: the next to come from the slot */
     uint32_t n_scored;     /* of them given to the client */
-    uint16_t draft_rest;   /* tokens to decode before trying again */
-    uint16_t draft_backoff;
-    uint8_t n_draft; /* length to try next */
 
     _Alignas(64) int32_t tail[TAIL_TOKENS]; /* token i at i % TAIL_TOKENS */
     struct strip keys;                      /* struct hash128 of its first full blocks */
     struct hash128 last_key;                /* of block n_chained - 1, when that is not 0 */
     uint32_t key_block_size, n_chained, n_registered, n_window_freed;
-    uint32_t draft_gain; /* accepted per try, 8.8 fixed point, moving average */
+    uint8_t draft_rest;    /* tokens to decode before asking again whether drafts pay */
+    uint8_t draft_kind;    /* of those sent and not answered */
+    uint8_t n_draft_waits; /* rounds that the draft model may still need to catch up */
+    uint8_t n_ahead;       /* own drafts that its last run asked the group to prepare */
+    bool draft_try;        /* drafts next, though they do not pay: perhaps they will */
+    uint8_t n_draft_tries[DRAFT_KINDS];
+    uint16_t draft_accept[DRAFT_KINDS]; /* chance that a draft is kept, of 65535 */
+    uint32_t n_draft_seen;              /* tokens that the draft model need not be shown any more */
     uint32_t group;
     struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
     struct {
