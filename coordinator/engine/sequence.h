@@ -78,6 +78,7 @@ struct sequence {
     uint16_t draft_rest;   /* tokens to decode before trying again */
     uint16_t draft_backoff;
     uint8_t n_draft; /* length to try next */
+    bool elder;      /* it was admitted because it had waited too long */
 
     _Alignas(64) int32_t tail[TAIL_TOKENS]; /* token i at i % TAIL_TOKENS */
     struct strip keys;                      /* struct hash128 of its first full blocks */
