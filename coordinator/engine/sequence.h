@@ -76,6 +76,7 @@ struct sequence {
     int32_t choice;
     uint32_t n_score_next; /* prompt logprobs: the next to come from the slot */
     uint32_t n_scored;     /* of them given to the client */
+    bool elder; /* it was admitted because it had waited too long */
 
     _Alignas(64) int32_t tail[TAIL_TOKENS]; /* token i at i % TAIL_TOKENS */
     struct strip keys;                      /* struct hash128 of its first full blocks */

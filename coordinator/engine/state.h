@@ -32,6 +32,8 @@ struct engine {
     uint32_t n_deadlines, deadlines_capacity;
     int64_t next_deadline_us;
     struct engine_limits limits;
+    uint32_t n_left_queue;  /* since last_left_us was looked at */
+    int64_t last_left_us;   /* when sequences left the queue last, 0 = it was empty then */
     uint32_t n_swapped; /* waiting with their KV in host blocks */
     uint64_t order;
     int64_t now_us;
