@@ -37,7 +37,8 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->deterministic = o->deterministic;
     out->eager = o->enforce_eager;
     out->dtype = short_dtype(o->dtype);
-    out->quantization = wish(o->quantization);
+    out->quantization = o->quantization; /* "auto" is a wish here: the least that fits the memory */
+    out->head_quantization = wish(o->head_quantization);
     out->kv_dtype = short_dtype(o->kv_cache_dtype);
     out->block_size = (int)o->block_size;
     out->kv_cache_bytes = (uint64_t)o->kv_cache_bytes;

@@ -11,6 +11,7 @@
  * The backend knows tensors and one device; never ranks, requests, files or architectures. */
 #pragma once
 #include "base/err.h"
+#include "base/hash.h"
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
@@ -120,6 +121,15 @@ struct sample_result {
     float top_logprobs[SAMPLE_LOGPROBS_MAX];
 };
 
+/* A packed weight as bytes: what a file of packed weights holds. Views only. */
+struct packed_weight {
+    enum weight_format format; /* INT8 or INT4 */
+    int64_t n_out, n_in;
+    const void *panels;
+    const float *scale, *bias; /* [n_lanes]; NULL where the format or the weight has none */
+    size_t panels_bytes, n_lanes;
+};
+
 struct backend;
 struct backend_ops {
     int abi; /* BACKEND_ABI */
@@ -193,6 +203,17 @@ struct backend_ops {
     void (*graph_destroy)(struct backend *b, void *graph);
     /* Mixture of experts: top_k of softmax or sigmoid scores, then per-expert gated feed-forward. */
     void (*moe_route)(struct backend *b, struct tensor weights, struct tensor experts, struct tensor scores, int top_k, bool renormalize);
+
+    /* Packed weights in files. NULL: this device has no layout that files hold. */
+    const char *packed_layout; /* names the bytes of a packed weight; changes whenever they do */
+    void (*weight_export)(const struct weight *w, struct packed_weight *out); /* views of w */
+    /* Fills panels_bytes and n_lanes from format, n_out and n_in. */
+    enum err (*packed_sizes)(struct packed_weight *p);
+    /* Copies the bytes to where they are used; out_digest: packed_digest of them. */
+    enum err (*weight_import)(struct backend *b, const struct packed_weight *p, struct hash128 *out_digest, struct weight **out);
+    struct hash128 (*packed_digest)(const struct packed_weight *p);
+    /* Output `row` as n_in floats: exactly what the quantized weight stands for. */
+    void (*packed_row)(const struct packed_weight *p, int64_t row, float *out);
 };
 
 /* Common head of every backend; an implementation embeds it first. */

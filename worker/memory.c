@@ -52,6 +52,18 @@ static enum err name_find(const char *option, const char *value, const char *con
     FAIL(ERR_INVALID, "%s: unknown value '%.32s'", option, value);
 }
 
+/* The output projection may have a format of its own, where the weights are quantized at all. */
+static enum err head_read(const struct worker_config *config, struct memory_plan *p)
+{
+    static const char *const names[] = {"auto", "int8", "int4"};
+    static const enum weight_format formats[] = {WEIGHT_AUTO, WEIGHT_INT8, WEIGHT_INT4};
+    int head;
+    TRY(name_find("--head-quantization",
+                  config->head_quantization ? config->head_quantization : "auto", names, 3, &head));
+    if (head) p->head_format = formats[head];
+    return OK;
+}
+
 static enum err formats_read(const struct worker_config *config, bool *out_auto,
                              struct memory_plan *p)
 {
@@ -72,6 +84,23 @@ static enum err formats_read(const struct worker_config *config, bool *out_auto,
     if (quant == WEIGHT_INT8 || quant == WEIGHT_FP8)
         p->format = p->head_format = (enum weight_format)quant;
     if (quant == WEIGHT_INT4) p->format = WEIGHT_INT4, p->head_format = WEIGHT_INT8;
+    return head_read(config, p);
+}
+
+/* A file of packed weights says its formats itself; a flag may only agree. */
+static enum err packed_formats(const struct worker_config *config, const struct packed_file *f,
+                               bool *out_auto, struct memory_plan *p)
+{
+    const char *asked = config->quantization ? config->quantization : "none";
+    bool agrees = !strcmp(asked, "none") || !strcmp(asked, "auto") ||
+                  !strcmp(asked, weight_format_name(f->format));
+    if (!agrees)
+        FAIL(ERR_INVALID, "--quantization %.16s, but %s holds %s weights", asked, config->model_dir,
+             weight_format_name(f->format));
+    *out_auto = false;
+    p->format = f->format;
+    p->head_format = f->head_format;
+    p->file_dtype = f->dtype;
     return OK;
 }
 
@@ -235,10 +264,11 @@ static void advice_find(struct advice *a)
     p.kv_dtype = DTYPE_I8;
     advice_try(a, p, a->group.size, "--kv-cache-dtype int8");
     p = *a->plan;
+    bool whole = p.format <= WEIGHT_BF16; /* not in fewer bits already */
     p.format = p.head_format = WEIGHT_INT8;
-    advice_try(a, p, a->group.size, "--quantization int8");
+    if (whole) advice_try(a, p, a->group.size, "--quantization int8");
     p.format = WEIGHT_INT4;
-    advice_try(a, p, a->group.size, "--quantization int4");
+    if (whole) advice_try(a, p, a->group.size, "--quantization int4");
     for (int size = a->group.size * 2; size <= 8; size *= 2) {
         bool found = strstr(a->words, "--tp") != NULL;
         snprintf(option, sizeof option, "--tp %d", size);
@@ -313,7 +343,7 @@ static void format_choose(struct group g, const struct backend *b, const struct 
     uint64_t mine = p->memory_free / (uint64_t)(b->stream ? 1 : local_ranks(g));
     for (int i = 0; i < 2 && p->weight_bytes > mine / 4 * 3; i++) {
         p->format = ladder[i];
-        p->head_format = WEIGHT_INT8;
+        if (p->head_format != WEIGHT_INT4) p->head_format = WEIGHT_INT8;
         weights_measure(model, g, p);
     }
     log_info("quantization: %s chosen by itself (weights %.2f GiB of %.2f free)",
@@ -325,13 +355,16 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
                      struct memory_plan *out)
 {
     struct memory_plan p = {.file_dtype = model->dtype};
-    bool automatic;
+    struct packed_file packed;
+    bool automatic, is_packed = false;
     size_t free_bytes, total_bytes;
     if (file && safetensors_count(file)) {
         enum st_dtype t = safetensors_at(file, 0)->dtype;
         p.file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
     }
     TRY(formats_read(config, &automatic, &p));
+    if (file) TRY(packed_read(file, &is_packed, &packed));
+    if (is_packed) TRY(packed_formats(config, &packed, &automatic, &p));
     TRY(kv_dtype_read(config, b, &p));
     TRY(context_choose(config, model, &p));
     TRY(b->ops->memory(b, &free_bytes, &total_bytes));

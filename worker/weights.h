@@ -4,6 +4,7 @@
  * Knows files and roles; never steps or plans. */
 #pragma once
 #include "worker/model/model.h"
+#include "worker/packed.h"
 
 struct weights_options {
     const char *model_dir;
@@ -22,6 +23,8 @@ enum err model_load(const struct weights_options *options, const struct model_co
                     struct group group, struct backend *backend, struct model **out);
 void model_unload(struct model *m); /* accepts NULL */
 
+/* What the fused weight whose first role this is is called in a packed file. */
+void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX]);
 /* Digest of config.json, all tensors' headers and the formats: equal means same tokens. */
 enum err model_digest(const struct weights_options *options, const struct model_config *config,
                       const struct safetensors *file, char out[33]);

@@ -31,6 +31,7 @@ struct worker_config {
     bool eager;               /* CUDA: no graphs, every operation is launched by itself */
     const char *dtype;        /* weights: "auto" (NULL), "f32", "f16", "bf16" */
     const char *quantization; /* "none" (NULL), "auto", "int8", "int4", "fp8" */
+    const char *head_quantization; /* of the output projection: "auto" (NULL), "int8", "int4" */
     const char *kv_dtype;     /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
     int block_size;           /* tokens of a KV block, 0 = the backend's own */
     uint64_t kv_cache_bytes;  /* of this rank, 0 = memory_share decides */

@@ -149,19 +149,8 @@ static enum weight_format format_auto(const struct matrix_view *parts, int n_par
     return format;
 }
 
-static enum err weight_shape(struct weight *w, const struct matrix_view *parts, int n_parts)
+enum err weight_sizes(struct weight *w)
 {
-    w->n_in = parts[0].cols;
-    for (int i = 0; i < n_parts; i++) {
-        if (parts[i].cols != w->n_in)
-            FAIL(ERR_FORMAT, "part %d of a weight has %lld columns, the first has %lld", i,
-                 (long long)parts[i].cols, (long long)w->n_in);
-        if (parts[i].dtype != DTYPE_F32 && parts[i].dtype != DTYPE_F16 &&
-            parts[i].dtype != DTYPE_BF16)
-            FAIL(ERR_UNSUPPORTED, "a weight of type %s cannot be packed",
-                 dtype_name(parts[i].dtype));
-        w->n_out += parts[i].rows;
-    }
     if (w->n_in < 1 || w->n_out < 1 || w->n_in > WEIGHT_SIDE_MAX || w->n_out > WEIGHT_SIDE_MAX)
         FAIL(ERR_FORMAT, "a weight of %lld x %lld", (long long)w->n_out, (long long)w->n_in);
     const struct format_info *f = &format_infos[w->format];
@@ -176,7 +165,23 @@ static enum err weight_shape(struct weight *w, const struct matrix_view *parts, 
     return OK;
 }
 
-static enum err weight_alloc(struct weight *w, bool with_bias)
+static enum err weight_shape(struct weight *w, const struct matrix_view *parts, int n_parts)
+{
+    w->n_in = parts[0].cols;
+    for (int i = 0; i < n_parts; i++) {
+        if (parts[i].cols != w->n_in)
+            FAIL(ERR_FORMAT, "part %d of a weight has %lld columns, the first has %lld", i,
+                 (long long)parts[i].cols, (long long)w->n_in);
+        if (parts[i].dtype != DTYPE_F32 && parts[i].dtype != DTYPE_F16 &&
+            parts[i].dtype != DTYPE_BF16)
+            FAIL(ERR_UNSUPPORTED, "a weight of type %s cannot be packed",
+                 dtype_name(parts[i].dtype));
+        w->n_out += parts[i].rows;
+    }
+    return weight_sizes(w);
+}
+
+enum err weight_alloc(struct weight *w, bool with_bias)
 {
     size_t lanes = (size_t)w->n_panels * PANEL_OUTPUTS;
     TRY(mem_alloc_huge(w->packed_bytes, (void **)&w->panels));

@@ -146,7 +146,7 @@ struct lists {
 
 static void row_fill(struct sample_row *row, struct lists *l, int vocab, int which)
 {
-    *row = (struct sample_row){.slot = which % 8,
+    *row = (struct sample_row){.slot = which < 8 ? which : -1,
                                .top_p = 1,
                                .repetition_penalty = 1,
                                .forced_token = -1,
