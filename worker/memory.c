@@ -266,10 +266,11 @@ static void advice_find(struct advice *a)
     p.kv_dtype = DTYPE_I8;
     advice_try(a, p, a->group.size, "--kv-cache-dtype int8");
     p = *a->plan;
+    bool whole = p.format <= WEIGHT_BF16; /* not in fewer bits already */
     p.format = p.head_format = WEIGHT_INT8;
-    advice_try(a, p, a->group.size, "--quantization int8");
+    if (whole) advice_try(a, p, a->group.size, "--quantization int8");
     p.format = WEIGHT_INT4;
-    advice_try(a, p, a->group.size, "--quantization int4");
+    if (whole) advice_try(a, p, a->group.size, "--quantization int4");
     for (int size = a->group.size * 2; size <= 8; size *= 2) {
         bool found = strstr(a->words, "--tp") != NULL;
         snprintf(option, sizeof option, "--tp %d", size);
