@@ -115,14 +115,14 @@ static uint32_t n_sampling(const struct group *g)
  * here and there; a draft model guesses for all of the group alike, so all are taken together. */
 static float time_of(const struct group *g, enum draft_kind kind, uint32_t n, uint32_t k, bool sunk)
 {
-    float plain = draft_cost_step(g, n);
-    if (kind == DRAFT_NGRAM || sunk)
-        return draft_cost_step(g, least(n + k, g->n_budget)) - plain +
-               (sunk ? 0 : draft_cost_wait(g, kind) / (float)(1 + g->n_syncs_last));
-    float passes = (float)k * draft_cost_pass(g);
-    return (draft_cost_step(g, least(n * (1 + k), g->n_budget)) - plain + passes +
-            draft_cost_wait(g, kind)) /
-           (float)n;
+    bool together = kind == DRAFT_MODEL && !sunk;
+    float plain_us = draft_cost_step(g, n);
+    float rows_us = draft_cost_step(g, least(n + (together ? n * k : k), g->n_budget)) - plain_us;
+    float wait_us = draft_cost_wait(g, kind) - draft_cost_wait(g, DRAFT_KINDS);
+    if (rows_us < 0) rows_us = 0;
+    if (sunk) return rows_us;
+    if (!together) return rows_us + wait_us / (float)(1 + g->n_syncs_last);
+    return (rows_us + wait_us + (float)k * draft_cost_pass(g)) / (float)n;
 }
 
 /* The number up to n_most that gains most, 0 when none does; out_gain_us: how much a step. A token
@@ -132,8 +132,9 @@ static uint32_t best_length(const struct group *g, const struct sequence *s, enu
 {
     uint32_t n = n_sampling(g), best = 0;
     float p = acceptance(g, s, kind), chance = 1, kept = 0;
-    float worth_us = draft_cost_step(g, n) / (float)n;
+    float worth_us = (draft_cost_step(g, n) + draft_cost_wait(g, DRAFT_KINDS)) / (float)n;
     *out_gain_us = 0;
+    if (!draft_cost_is_known(g, n)) return 0;
     for (uint32_t k = 1; k <= n_most; k++) {
         chance *= p;
         kept += chance;

@@ -138,6 +138,8 @@ void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t
                  uint32_t n_kept);
 
 /* draft_cost.c: microseconds */
+/* Whether steps of that size were measured, or nothing can be. */
+bool draft_cost_is_known(const struct group *g, uint32_t n_tokens);
 float draft_cost_step(const struct group *g, uint32_t n_tokens);
 float draft_cost_pass(const struct group *g);
 float draft_cost_known(const struct group *g, uint32_t n_tokens); /* to catch up with so many */
