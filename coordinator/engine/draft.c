@@ -23,7 +23,8 @@ enum {
     REST_MISSED = UINT8_MAX,
     TRY_OWN = 2,
     TRY_FOUND = 4,
-    STEPS_TO_COME = 32
+    STEPS_TO_COME = 32,
+    WAITS_MIN = 2
 };
 enum { TRIES_FEW = 3, TRIES_OWN = 5, TRIES_GROUP = 61 };
 static const float ACCEPT_FIRST = 0.7f, ACCEPT_ONE = 65535;
@@ -89,9 +90,11 @@ void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t
     if (n_kept < n_tried) learn_one(g, s, kind, false);
 }
 
-void draft_missed(struct sequence *s)
+void draft_came(struct sequence *s, uint32_t n)
 {
-    if (s->n_draft_waits)
+    if (n)
+        s->n_draft_waits = WAITS_MIN;
+    else if (s->n_draft_waits)
         s->n_draft_waits--; /* it reads a long prompt piece by piece */
     else
         s->draft_rest = REST_MISSED; /* it has not so many positions, or no room */
@@ -149,7 +152,7 @@ static uint32_t best_length(const struct group *g, const struct sequence *s, enu
 /* The draft model reads at most so many tokens a round. */
 static uint8_t rounds_for(const struct group *g, uint32_t n_tokens)
 {
-    uint32_t n = n_tokens / g->n_budget + 1;
+    uint32_t n = n_tokens / g->n_budget + WAITS_MIN;
     return (uint8_t)least(n, UINT8_MAX);
 }
 
