@@ -84,6 +84,7 @@ const struct conf_row option_rows[] = {
     {"isa", NULL, CONF_CHOICE, AT(isa), 0, 0, "auto", "auto reference avx2 avx512 vnni bf16 amx", DEVICE, "Device", "CPU instructions to use at most"},
     {"load-format", NULL, CONF_CHOICE, AT(load_format), 0, 0, "auto", "auto safetensors dummy", DEVICE | VERB_INSPECT | VERB_QUANTIZE, "Device", "dummy = random weights of the model's shape"},
     {"enable-deterministic-inference", "deterministic", CONF_BOOL, AT(deterministic), 0, 0, "false", NULL, DEVICE, "Device", "batch-invariant results on GPUs (CPUs always are)"},
+    {"enforce-eager", NULL, CONF_BOOL, AT(enforce_eager), 0, 0, "false", NULL, DEVICE, "Device", "CUDA: launch every operation by itself, record no graphs"},
     {"seed", "random-seed", CONF_INT, AT(seed), 0, BIG, "0", NULL, DEVICE | VERB_QUANTIZE, "Device", "seed of dummy weights"},
 
     {"url", NULL, CONF_STRING, AT(url), 0, 0, "http://127.0.0.1:8000", NULL, VERB_CHAT, "Tools", "server to talk to"},
@@ -113,7 +114,6 @@ const struct conf_refusal option_refusals[] = {
     {"otlp-traces-endpoint", "traces are not exported yet; see /metrics"},
     {"enable-chunked-prefill", "prompts are always computed in chunks that fit --max-num-batched-tokens"},
     {"disable-radix-cache", "use --no-enable-prefix-caching"},
-    {"enforce-eager", "there is nothing to compile"},
     {"trust-remote-code", "no code of a model is ever run"},
     {"enable-metrics", "metrics are always at /metrics"},
     {"scheduling-policy", "priority, fair share and deadlines always hold; see the request's fields"},

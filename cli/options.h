@@ -37,7 +37,7 @@ struct options {
     int64_t device_index, threads, numa, block_size, blocks_override, kv_cache_bytes, swap_bytes;
     double memory_utilization;
     int64_t seed;
-    bool deterministic;
+    bool deterministic, enforce_eager;
     /* tools */
     const char *url, *system, *prompt;
     double temperature;

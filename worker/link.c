@@ -292,7 +292,10 @@ static void *link_run(void *ctx)
     while (!l->stop) {
         int64_t now_us = clock_monotonic_us(), next_us = now_us + (int64_t)l->heartbeat_ms * 1000;
         mark_found(l);
-        if (!l->call && !l->final && !l->leaving) {
+        if (!l->call && !l->final && !l->leaving && l->has_down) {
+            pthread_cond_wait(&l->work, &l->mutex); /* a worker that hangs must not look alive */
+            continue;
+        } else if (!l->call && !l->final && !l->leaving) {
             if (l->config.patience_ms && l->lost_us &&
                 now_us - l->lost_us > (int64_t)l->config.patience_ms * 1000)
                 end_set(l, LINK_LOST, "gave up: no coordinator within the time allowed");
@@ -447,6 +450,7 @@ static bool event_take(struct link *l, bool plans, struct link_event *out)
         text_give(l, l->down_text, out);
         l->has_down = false;
         l->delivered_epoch = 0;
+        pthread_cond_signal(&l->work);
     } else if (l->has_welcome) {
         *out = l->welcome;
         l->has_welcome = false;

@@ -28,6 +28,8 @@ struct memory_plan {
 enum err memory_plan(const struct worker_config *config, const struct model_config *model,
                      const struct model_config *draft, const struct safetensors *file,
                      struct group group, struct backend *backend, struct memory_plan *out);
+/* "weights 1.20 GiB, ..., of 14.10 GiB free". */
+void memory_plan_words(const struct memory_plan *plan, char *out, size_t size);
 /* "bf16", "int8 (head int8)"... as the plan decided. */
 void memory_format_words(const struct memory_plan *plan, char *out, size_t size);
 const char *weight_format_name(enum weight_format f);

@@ -191,6 +191,7 @@ static enum err weights_start(struct worker *w, const struct model_config *model
         .format = w->plan.format,
         .head_format = w->plan.head_format,
         .context_max = w->plan.context_max,
+        .n_threads = w->config.n_threads,
         .progress = progress_line,
         .ctx = w,
     };
@@ -243,6 +244,20 @@ static enum err state_start(struct worker *w)
     return OK;
 }
 
+/* Somebody else took memory since it was planned: says what was. */
+static enum err memory_words_add(const struct worker *w, enum err e)
+{
+    char why[256], plan[256];
+    if (e != ERR_NO_MEMORY || !w->plan.block_bytes) return e;
+    snprintf(why, sizeof why, "%s", err_detail());
+    memory_plan_words(&w->plan, plan, sizeof plan);
+    return err_set(e,
+                   "rank %d: %s; planned were %s: lower --memory-utilization, --max-model-len or "
+                   "--max-num-seqs, or use --kv-cache-dtype int8, --quantization int8 or int4, or "
+                   "more ranks (--tp)",
+                   w->config.rank, why, plan);
+}
+
 static enum err draft_start(struct worker *w, const struct model_config *model)
 {
     TRY(draft_create(&w->config, &w->plan, model, w->backend, &w->slots, &w->draft));
@@ -265,7 +280,8 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     info_fill(&w->config, &models->target, &w->plan, &w->info);
     TRY_OUT(backend_start(&w->config, &models->target, &w->plan, &w->backend));
     if (w->backend->stream)
-        snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+        snprintf(w->info.device, sizeof w->info.device, "%s, GPU %d", w->backend->ops->name,
+                 w->config.device_index);
     else
         device_words(w, w->info.device, sizeof w->info.device);
     TRY_OUT(weights_start(w, &models->target));
@@ -275,8 +291,11 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     w = NULL;
 out:
     mem_free(models);
+    if (e) e = memory_words_add(w, e);
+    char why[1024];
+    snprintf(why, sizeof why, "%s", e ? err_detail() : "");
     worker_destroy(w);
-    return e;
+    return e ? err_set(e, "%s", why) : OK;
 }
 
 void worker_destroy(struct worker *w)

@@ -247,9 +247,17 @@ static enum err worker_serve(struct loop *l)
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : asked_to_stop ? "asked to stop" : "drained");
     link_leave(l->link, why, LEAVE_MS);
-    (void)group_leave(l);
+    if (e != ERR_DEVICE) (void)group_leave(l);
     link_close(l->link);
     return e ? err_set(e, "%s", why) : OK;
+}
+
+/* A device that cannot even be opened is no reason to try again. */
+static enum err err_declined(void)
+{
+    char why[512];
+    snprintf(why, sizeof why, "%s", err_detail());
+    return err_set(ERR_UNSUPPORTED, "%s", why);
 }
 
 enum err worker_run(const struct worker_config *config)
@@ -260,6 +268,7 @@ enum err worker_run(const struct worker_config *config)
     signals_take(old);
     buf_init(&l.result, 0);
     enum err e = worker_create(config, &l.worker);
+    if (e == ERR_DEVICE) e = err_declined();
     if (!e) {
         l.pipelined = l.worker->backend->stream != NULL;
         if (l.pipelined) prctl(PR_SET_TIMERSLACK, 1000ul); /* ns: glances are short */
@@ -268,7 +277,7 @@ enum err worker_run(const struct worker_config *config)
     }
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : "");
-    worker_destroy(l.worker);
+    if (e != ERR_DEVICE) worker_destroy(l.worker); /* a lost device may keep for ever who waits */
     buf_fini(&l.result);
     collective_shutdown(l.peers_alive && !e);
     sigaction(SIGTERM, &old[0], NULL);

@@ -40,7 +40,7 @@ static uint32_t find_ngram(const int32_t *tokens, uint32_t n_tokens, uint32_t n)
     return 0;
 }
 
-static uint32_t find(const struct sequence *s, uint32_t n_max, int32_t *out)
+static uint32_t find(struct sequence *s, uint32_t n_max, int32_t *out)
 {
     const int32_t *tokens = sequence_tokens(s);
     if (!n_max) return 0;

@@ -85,6 +85,7 @@ struct engine_config {
     uint64_t hash_salt;            /* random at start, so that no client can make keys collide */
     uint32_t n_speculative_tokens; /* most drafts of a run, 0 = off */
     int64_t step_timeout_us;       /* --watchdog-timeout */
+    int64_t starve_us;             /* who waited so long goes before others in turn, 0 = a minute */
     const char *record_path;       /* engine_loop writes every input there, for `heddle replay`; NULL = off */
 };
 
@@ -98,7 +99,7 @@ struct engine;
 enum err engine_create(const struct engine_config *config, const struct engine_hooks *hooks, struct engine **out);
 void engine_destroy(struct engine *e);
 
-/* Inputs. A request refused here is destroyed by the caller: ERR_FULL (with retry_after_s),
+/* Inputs. A request refused here is destroyed by the caller: ERR_FULL (see limits.h for when),
  * ERR_TOO_LONG (can never fit, with the numbers), ERR_DEADLINE. */
 enum err engine_submit(struct engine *e, struct request *r, int64_t now_us);
 enum { ENGINE_CANCEL_CLIENT, ENGINE_CANCEL_STOP };

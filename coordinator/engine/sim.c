@@ -273,7 +273,8 @@ static enum err draw_engine(struct world *w)
                                    .prefix_cache = rand_below(r, 5) != 0,
                                    .hash_salt = rand_next(r),
                                    .n_speculative_tokens = w->drafts,
-                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us};
+                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us,
+                                   .starve_us = w->step_us % 4 ? 0 : 12 * w->step_us};
     struct engine_hooks hooks = {carry_plan, group_failed, w};
     return engine_create(&config, &hooks, &w->engine);
 }

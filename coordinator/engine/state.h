@@ -25,13 +25,15 @@ struct engine {
     uint32_t n_groups;                       /* indexes in use */
     uint32_t n_up;
     struct pool pool;
-    struct sequence_slabs slabs;
+    struct slabs sequences, job_slabs;
     struct fair fair;
     struct job_map jobs;
     struct job **deadlines; /* jobs without a first token that have one */
     uint32_t n_deadlines, deadlines_capacity;
     int64_t next_deadline_us;
     struct engine_limits limits;
+    uint32_t n_left_queue;  /* since last_left_us was looked at */
+    int64_t last_left_us;   /* when sequences left the queue last, 0 = it was empty then */
     uint32_t n_swapped; /* waiting with their KV in host blocks */
     uint64_t order;
     int64_t now_us;
@@ -88,6 +90,8 @@ void admission_make_room(struct engine *e, struct group *g);
 bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens);
 /* The next block of one in the decode set. */
 bool admission_extend_decoding(struct group *g, struct sequence *s);
+/* Asks for the memory that registering its last full block will need. */
+void admission_prefetch_register(struct engine *e, struct group *g, struct sequence *s);
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed);
 void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
 

@@ -105,7 +105,7 @@ enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
     TRY_OUT(sizes_of(p, w));
     ASSERT(p->panels_bytes == w->packed_bytes && !p->scale == (p->format != WEIGHT_INT8));
     TRY_OUT(MEM_NEW_ARRAY(n_pieces(p) + 1, &pieces));
-    TRY_OUT(weight_alloc(w, p->bias != NULL));
+    TRY_OUT(weight_alloc(b, w, p->bias != NULL));
     TRY_OUT(activations_reserve(cpu, w));
     if (p->scale) memcpy(w->scale, p->scale, p->n_lanes * sizeof(float));
     if (p->bias) memcpy(w->bias, p->bias, p->n_lanes * sizeof(float));

@@ -51,7 +51,7 @@ MUTANTS = [
     ("gemm.cuh", "at / INT4_GROUP]", "0]", "ops"),
     ("gemm_int4.cu", "(int)(words[j] >> (i * 4) & 15) - 8", "(int)(words[j] >> (i * 4) & 15) - 7", "ops"),
     ("copy.cu", "pairs.from[blockIdx.x] * block_bytes", "pairs.to[blockIdx.x] * block_bytes", "attention"),
-    ("step.c", "event_wait(b, s->done);\n    for", "for", "steps"),
+    ("step.c", "event_wait(b, s);\n    for", "for", "steps"),
     ("step.c", "s->begun_us > (int64_t)b->wait_ms_max * 1000", "s->begun_us < 0", "steps"),
     ("sample.c", "if (cuda_sync(base)) return;", "", "sample"),
     ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
