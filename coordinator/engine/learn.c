@@ -32,7 +32,7 @@ static enum err take_drafted(struct group *g, const struct step_result *r, struc
                  g->index, slot, n);
         f->n_unused += s->n_drafting - n;
         s->n_drafting = n;
-        if (!n) draft_missed(s);
+        draft_came(s, n);
     }
     return OK;
 }

@@ -294,6 +294,7 @@ static void send(struct engine *e, struct group *g, uint32_t n_members)
                         .n_drafted = g->n_step_drafted,
                         .n_ahead = g->n_step_ahead,
                         .kind = g->step_kind,
+                        .was_queued = group_in_flight(g) > 0,
                         .sent_us = e->now_us};
     g->n_syncs_last = g->n_step_syncs;
     g->next_step++;
