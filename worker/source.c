@@ -39,13 +39,17 @@ static float element_read(const void *data, enum dtype dtype, int64_t i)
     return u.value;
 }
 
-static void name_make(const struct source *s, enum role role, int layer, const char *suffix,
-                      char out[SOURCE_NAME_MAX])
+static void name_make(const struct source *s, enum role role, int layer, int expert,
+                      const char *suffix, char out[SOURCE_NAME_MAX])
 {
     char stem[SOURCE_NAME_MAX - 32];
     const char *pattern = s->config->arch->names[role], *mark = strstr(pattern, "%d");
-    if (mark)
-        snprintf(stem, sizeof stem, "%.*s%d%s", (int)(mark - pattern), pattern, layer, mark + 2);
+    const char *rest = mark ? mark + 2 : NULL, *second = rest ? strstr(rest, "%d") : NULL;
+    if (second)
+        snprintf(stem, sizeof stem, "%.*s%d%.*s%d%s", (int)(mark - pattern), pattern, layer,
+                 (int)(second - rest), rest, expert, second + 2);
+    else if (mark)
+        snprintf(stem, sizeof stem, "%.*s%d%s", (int)(mark - pattern), pattern, layer, rest);
     else
         snprintf(stem, sizeof stem, "%s", pattern);
     /* the output projection belongs to no inner model */
@@ -61,7 +65,7 @@ bool source_has(const struct source *s, enum role role)
 {
     char name[SOURCE_NAME_MAX];
     if (!s->file) return role != ROLE_LM_HEAD || !s->config->tied;
-    name_make(s, role, 0, ".weight", name);
+    name_make(s, role, 0, 0, ".weight", name);
     return safetensors_find(s->file, name) != NULL;
 }
 
@@ -259,7 +263,8 @@ static bool stored_in_out(const struct source *s, enum role role)
            role != ROLE_LM_HEAD;
 }
 
-enum err source_matrix(struct source *s, enum role role, int layer, struct matrix_view *out)
+enum err source_matrix(struct source *s, enum role role, int layer, int expert,
+                       struct matrix_view *out)
 {
     char name[SOURCE_NAME_MAX];
     const struct st_tensor *t;
@@ -267,7 +272,7 @@ enum err source_matrix(struct source *s, enum role role, int layer, struct matri
     enum dtype dtype;
     int64_t rows = config_dim(s->config, roles[role].rows),
             columns = config_dim(s->config, roles[role].columns);
-    name_make(s, role, layer, ".weight", name);
+    name_make(s, role, layer, expert, ".weight", name);
     if (!s->file) return dummy_matrix(s, name, rows, columns, out);
     bool flip = stored_in_out(s, role);
     int64_t shape[2] = {flip ? columns : rows, flip ? rows : columns};
@@ -284,7 +289,7 @@ enum err source_vector(struct source *s, enum role role, int layer, bool bias, i
     char name[SOURCE_NAME_MAX];
     const struct st_tensor *t;
     enum dtype dtype;
-    name_make(s, role, layer, bias ? ".bias" : ".weight", name);
+    name_make(s, role, layer, 0, bias ? ".bias" : ".weight", name);
     if (!s->file) {
         dummy_vector(s, name, !bias, n, out);
         return OK;

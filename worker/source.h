@@ -29,8 +29,10 @@ enum err source_init(struct source *s, const struct model_config *config, struct
                      uint64_t seed);
 void source_fini(struct source *s);
 
-/* The role's matrix [rows][columns] as the table of roles says, whatever way it is stored. */
-enum err source_matrix(struct source *s, enum role role, int layer, struct matrix_view *out);
+/* The role's matrix [rows][columns] as the table of roles says, whatever way it is stored. expert:
+ * 0 where there is one feed-forward. */
+enum err source_matrix(struct source *s, enum role role, int layer, int expert,
+                       struct matrix_view *out);
 /* The role's vector, or its bias, as F32 [n] into out. */
 enum err source_vector(struct source *s, enum role role, int layer, bool bias, int64_t n,
                        float *out);

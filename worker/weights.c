@@ -19,6 +19,7 @@ struct loader {
     struct matrix_view embedding; /* stays readable: it is mapped or kept */
     float *bias;                  /* [bias_max] stacked biases of one fused weight */
     int64_t bias_max;
+    int expert; /* whose matrices are read, where a layer has several */
     uint64_t done, total;
 };
 
@@ -121,7 +122,7 @@ static enum err weight_load(struct loader *l, const enum role *of, int n_of, int
     bool biased = false;
     for (int i = 0; i < n_of; i++) {
         struct matrix_view whole;
-        TRY(source_matrix(&l->source, of[i], layer, &whole));
+        TRY(source_matrix(&l->source, of[i], layer, l->expert, &whole));
         biased = biased || config_has_bias(&l->m->config, of[i]);
         for (int s = 0; s < segments_of(of[i]); s++) {
             struct shard_range r = slice_of(l->m, of[i], s);
@@ -146,7 +147,7 @@ static enum err table_load(struct loader *l, enum role role, struct weight **out
 {
     struct matrix_view view;
     struct kept *kept = &l->m->kept[l->m->n_kept];
-    TRY(source_matrix(&l->source, role, 0, &view));
+    TRY(source_matrix(&l->source, role, 0, 0, &view));
     if (source_keep(&l->source, view.data, &kept->mem, &kept->bytes)) l->m->n_kept++;
     if (role == ROLE_EMBED) l->embedding = view;
     TRY(l->ops->table_create(l->backend, view, out));
@@ -249,6 +250,34 @@ static enum err attention_load(struct loader *l, int i, struct attention_args *a
     return OK;
 }
 
+/* The router is never made coarse: a choice among experts is no place to save bytes. */
+static enum weight_format router_format(enum weight_format head)
+{
+    bool coarse = head == WEIGHT_INT8 || head == WEIGHT_INT4 || head == WEIGHT_FP8;
+    return coarse ? WEIGHT_AUTO : head;
+}
+
+static enum err experts_load(struct loader *l, int i)
+{
+    static const enum role router[] = {ROLE_ROUTER}, up[] = {ROLE_W_GATE, ROLE_W_UP},
+                           down[] = {ROLE_W_DOWN};
+    const struct model_config *c = &l->m->config;
+    struct layer *layer = &l->m->layers[i];
+    if (!l->ops->moe_create)
+        FAIL(ERR_UNSUPPORTED, "%s: the device %s has no mixture of experts", c->path, l->ops->name);
+    TRY(weight_load(l, router, 1, i, router_format(l->options->head_format), &layer->router));
+    TRY(MEM_NEW_ARRAY(c->n_experts, &layer->experts_up));
+    TRY(MEM_NEW_ARRAY(c->n_experts, &layer->experts_down));
+    for (l->expert = 0; l->expert < c->n_experts; l->expert++) {
+        TRY(weight_load(l, up, 2, i, l->options->format, &layer->experts_up[l->expert]));
+        TRY(weight_load(l, down, 1, i, l->options->format, &layer->experts_down[l->expert]));
+    }
+    l->expert = 0;
+    struct moe_args args = {c->n_experts,  c->top_k,          c->renormalize_experts,
+                            c->activation, layer->experts_up, layer->experts_down};
+    return l->ops->moe_create(l->backend, &args, &layer->moe);
+}
+
 static enum err layer_load(struct loader *l, int i)
 {
     static const enum role separate[] = {ROLE_WQ, ROLE_WK, ROLE_WV}, fused[] = {ROLE_WQKV};
@@ -262,6 +291,7 @@ static enum err layer_load(struct loader *l, int i)
     TRY(weight_load(l, is_fused ? fused : separate, is_fused ? 1 : 3, i, format, &layer->qkv));
     TRY(weight_load(l, out, 1, i, format, &layer->out));
     TRY(norm_load(l, ROLE_FFN_NORM, i, &layer->ffn_norm));
+    if (l->m->config.n_experts) return experts_load(l, i);
     TRY(weight_load(l, is_gated ? gated : plain, is_gated ? 2 : 1, i, format, &layer->up));
     return weight_load(l, down, 1, i, format, &layer->down);
 }
@@ -372,6 +402,14 @@ enum err model_load(const struct weights_options *options, const struct model_co
     return e;
 }
 
+/* The experts' matrices of a layer; NULL, or some of them missing, when loading stopped early. */
+static void weights_destroy(struct model *m, struct weight **list)
+{
+    for (int e = 0; list && e < m->config.n_experts; e++)
+        if (list[e]) m->backend->ops->weight_destroy(m->backend, list[e]);
+    mem_free(list);
+}
+
 void model_unload(struct model *m)
 {
     if (!m) return;
@@ -380,10 +418,13 @@ void model_unload(struct model *m)
     for (size_t i = 0; i < sizeof single / sizeof *single; i++)
         if (single[i]) ops->weight_destroy(m->backend, single[i]);
     for (int i = 0; m->layers && i < m->config.n_layers; i++) {
-        struct weight *of[] = {m->layers[i].qkv, m->layers[i].out, m->layers[i].up,
-                               m->layers[i].down};
+        struct layer *layer = &m->layers[i];
+        struct weight *of[] = {layer->qkv, layer->out, layer->up, layer->down, layer->router};
+        if (layer->moe) ops->moe_destroy(m->backend, layer->moe);
         for (size_t w = 0; w < sizeof of / sizeof *of; w++)
             if (of[w]) ops->weight_destroy(m->backend, of[w]);
+        weights_destroy(m, layer->experts_up);
+        weights_destroy(m, layer->experts_down);
     }
     for (int i = 0; i < m->n_vectors; i++)
         ops->release(m->backend, m->vectors[i]);
@@ -451,7 +492,10 @@ void model_bytes_estimate(const struct model_config *config, struct group group,
             kv = shard_count(heads.kv) * config->head_dim;
     int64_t ffn = shard_count(shard_rounded(config->ffn, 128, group.rank, group.size));
     int64_t vocab = shard_count(shard_rounded(config->vocab_size, 128, group.rank, group.size));
-    double layer = (double)(q + 2 * kv + q + (config->gated ? 3 : 2) * ffn) * config->hidden;
+    int64_t n_experts = config->n_experts ? config->n_experts : 1;
+    double layer =
+        (double)(q + 2 * kv + q + (config->gated ? 3 : 2) * ffn * n_experts + config->n_experts) *
+        config->hidden;
     double weights = layer * config->n_layers * bytes_per_weight(options->format, file_dtype);
     weights +=
         (double)vocab * config->embed_dim * bytes_per_weight(options->head_format, file_dtype);
