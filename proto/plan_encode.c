@@ -13,6 +13,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
 enum { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 };
 enum { LENGTH_ROOM = 5 }; /* bytes of the longest 32-bit varint */
 enum { VARINT_MAX = 10, ENTRY_MAX = 5 };
+enum { SMALL_END = 1 << 28 };
 
 static char *varint(char *p, uint64_t v)
 {
@@ -20,6 +21,18 @@ static char *varint(char *p, uint64_t v)
         *p++ = (char)(v | 0x80);
     *p++ = (char)v;
     return p;
+}
+
+/* The same without a branch, for most numbers there are; writes four bytes and keeps one to four.
+ */
+static inline char *small_varint(char *p, uint32_t v)
+{
+    uint32_t n = 1 + (v >= 1u << 7) + (v >= 1u << 14) + (v >= 1u << 21);
+    uint32_t bytes =
+        (v & 0x7f) | (v & 0x3f80) << 1 | (v & 0x1fc000) << 2 | (v & 0xfe00000) << 3;
+    bytes |= 0x00808080u & ((1u << 8 * (n - 1)) - 1);
+    memcpy(p, &bytes, sizeof bytes);
+    return p + n;
 }
 
 static uint64_t zigzag(int32_t v)
@@ -83,7 +96,7 @@ static void put_words(struct buf *b, int field, size_t n, const void *first, siz
     for (size_t i = 0; i < n; i++, from += stride) {
         uint32_t v;
         memcpy(&v, from, sizeof v);
-        p = varint(p, v);
+        p = v < SMALL_END ? small_varint(p, v) : varint(p, v);
     }
     b->n = (size_t)(p - b->data);
     close_length(b, at);

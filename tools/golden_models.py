@@ -204,4 +204,15 @@ VARIANTS = {
         sliding_window=None,
         max_window_layers=2,
     ),
+    # every expert for every token: arithmetic of lesser precision cannot choose others
+    "mixtral_all": dict(
+        {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling")},
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        vocab_size=131,
+        intermediate_size=44,
+        num_local_experts=3,
+        num_experts_per_tok=3,
+        sliding_window=None,
+    ),
 }

@@ -150,6 +150,7 @@ static enum err weights_start(struct worker *w, const struct model_config *model
         .format = w->plan.format,
         .head_format = w->plan.head_format,
         .context_max = w->plan.context_max,
+        .n_threads = w->config.n_threads,
         .progress = progress_line,
         .ctx = w,
     };
@@ -183,6 +184,7 @@ static enum err state_start(struct worker *w)
     size_t host_bytes;
     TRY(decoder_init(&w->decoder, w->model, p->step_tokens_max, p->logits_rows_max));
     TRY(w->backend->ops->kv_create(w->backend, &p->kv, &w->decoder.kv));
+    graphs_init(&w->graphs, p->graph_rows_max);
     TRY(slots_init(&w->slots, &limits));
     for (int i = 0; i < STEPS_IN_FLIGHT; i++)
         TRY(step_init(&w->steps[i], &w->slots));
@@ -201,6 +203,20 @@ static enum err state_start(struct worker *w)
     return OK;
 }
 
+/* Somebody else took memory since it was planned: says what was. */
+static enum err memory_words_add(const struct worker *w, enum err e)
+{
+    char why[256], plan[256];
+    if (e != ERR_NO_MEMORY || !w->plan.block_bytes) return e;
+    snprintf(why, sizeof why, "%s", err_detail());
+    memory_plan_words(&w->plan, plan, sizeof plan);
+    return err_set(e,
+                   "rank %d: %s; planned were %s: lower --memory-utilization, --max-model-len or "
+                   "--max-num-seqs, or use --kv-cache-dtype int8, --quantization int8 or int4, or "
+                   "more ranks (--tp)",
+                   w->config.rank, why, plan);
+}
+
 enum err worker_create(const struct worker_config *config, struct worker **out)
 {
     struct worker *w;
@@ -214,7 +230,8 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     info_fill(&w->config, model, &w->plan, &w->info);
     TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
     if (w->backend->stream)
-        snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+        snprintf(w->info.device, sizeof w->info.device, "%s, GPU %d", w->backend->ops->name,
+                 w->config.device_index);
     else
         device_words(w, w->info.device, sizeof w->info.device);
     TRY_OUT(weights_start(w, model));
@@ -223,13 +240,17 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     w = NULL;
 out:
     mem_free(model);
+    if (e) e = memory_words_add(w, e);
+    char why[1024];
+    snprintf(why, sizeof why, "%s", e ? err_detail() : "");
     worker_destroy(w);
-    return e;
+    return e ? err_set(e, "%s", why) : OK;
 }
 
 void worker_destroy(struct worker *w)
 {
     if (!w) return;
+    if (w->backend) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     if (w->decoder.kv) w->backend->ops->kv_destroy(w->backend, w->decoder.kv);
     if (w->decoder.model) decoder_fini(&w->decoder);
@@ -256,7 +277,7 @@ enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
                            uint64_t n_host_blocks, const struct bootstrap *boot)
 {
     struct collective_options o = {.timeout_ms = w->config.collective_timeout_ms};
-    worker_close_group(w);
+    TRY(worker_close_group(w));
     if (n_blocks > w->info.n_blocks || n_host_blocks > w->info.n_host_blocks)
         FAIL(ERR_FORMAT,
              "welcome: %llu blocks and %llu host blocks, but this rank holds %llu and %llu",
@@ -271,18 +292,43 @@ enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
                         w->model->group, boot, &o, &c));
     atomic_store(&w->abortable, c);
     w->decoder.collective = c;
+    if (boot) w->ended = boot->ended, w->ended_ctx = boot->ctx;
     return OK;
 }
 
-void worker_close_group(struct worker *w)
+static bool ticket_ready(const struct worker *w, uint64_t ticket)
 {
+    const struct backend_ops *ops = w->backend->ops;
+    return !ops->ticket_ready || ops->ticket_ready(w->backend, ticket);
+}
+
+/* The steps that were launched end, worthless or not: their arrays are then read no more. */
+static enum err steps_drop(struct worker *w)
+{
+    int64_t begun = clock_monotonic_us();
+    if (w->n_busy) worker_abort(w);
+    for (; w->n_busy; w->n_busy--) {
+        struct step *s = &w->steps[w->first_busy];
+        while (!ticket_ready(w, s->ticket)) {
+            if (clock_monotonic_us() - begun > CLOSE_MS * 1000ll)
+                FAIL(ERR_DEVICE, "a step had not ended %d ms after its group", CLOSE_MS);
+            clock_sleep_us(50);
+        }
+        TRY(w->backend->ops->ticket_wait(w->backend, s->ticket));
+        s->busy = false;
+        w->first_busy = (w->first_busy + 1) % STEPS_IN_FLIGHT;
+    }
+    return OK;
+}
+
+enum err worker_close_group(struct worker *w)
+{
+    TRY(steps_drop(w));
     atomic_store(&w->abortable, NULL);
-    for (int i = 0; i < STEPS_IN_FLIGHT; i++)
-        w->steps[i].busy = false;
+    if (w->model->group.size > 1) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     w->decoder.collective = NULL;
-    if (w->n_busy) (void)w->backend->ops->sync(w->backend); /* the steps' arrays are read no more */
-    w->n_busy = 0;
+    return OK;
 }
 
 void worker_abort(struct worker *w)
@@ -315,10 +361,22 @@ static void blocks_move(struct worker *w, const struct step_plan *p)
     }
 }
 
+static enum err step_replay(struct worker *w, struct step *s, struct graph *graph)
+{
+    const struct backend_ops *ops = w->backend->ops;
+    struct tensor logits;
+    ops->batch_begin(w->backend, &s->batch);
+    TRY(graph_forward(&w->graphs, graph, &w->decoder, &s->batch, &logits));
+    ops->sample(w->backend, logits, s->sample_rows, (int)s->n_rows, s->results);
+    return OK;
+}
+
 static enum err step_compute(struct worker *w, struct step *s)
 {
     const struct backend_ops *ops = w->backend->ops;
     if (s->batch.n_tokens == 0) return OK;
+    struct graph *graph = graphs_prepare(&w->graphs, s);
+    if (graph) return step_replay(w, s, graph);
     ops->batch_begin(w->backend, &s->batch);
     TRY(decoder_forward(&w->decoder, &s->batch));
     for (uint32_t row = 0; row < s->n_rows;) {
@@ -332,12 +390,33 @@ static enum err step_compute(struct worker *w, struct step *s)
     return OK;
 }
 
+/* On a device of its own a collective only queues: whether the sums were worth anything is asked
+ * after the step. */
+static enum err peers_check(const struct worker *w)
+{
+    struct collective *c = w->decoder.collective;
+    struct tensor none = {w->decoder.delta, w->backend->activation_dtype, 0, 1, 1};
+    if (!w->backend->stream || w->model->group.size == 1 || !c) return OK;
+    return c->ops->all_reduce_sum(c, none, none);
+}
+
 static enum err step_wait(struct worker *w, struct step *s)
 {
     if (s->settled) return OK;
+    while (!ticket_ready(w, s->ticket)) {
+        if (w->ended && w->ended(w->ended_ctx)) FAIL(ERR_PEER, "the group has ended during a step");
+        clock_sleep_us(20);
+    }
     TRY(w->backend->ops->ticket_wait(w->backend, s->ticket));
+    TRY(peers_check(w));
     step_settle(s, &w->slots);
     return OK;
+}
+
+bool worker_ready(const struct worker *w)
+{
+    const struct step *s = &w->steps[w->first_busy];
+    return w->n_busy > 0 && (s->settled || ticket_ready(w, s->ticket));
 }
 
 static enum err epoch_check(const struct worker *w, const struct step_plan *p)
@@ -357,23 +436,24 @@ enum err worker_begin(struct worker *w, const struct step_plan *plan)
     struct step *oldest = &w->steps[w->first_busy], *s;
     ASSERT_CMP(w->n_busy, <, STEPS_IN_FLIGHT);
     TRY(epoch_check(w, plan));
-    if (w->n_busy && step_blocks(oldest, &w->slots, plan)) TRY(step_wait(w, oldest));
+    if (w->n_busy && (!w->backend->stream || step_blocks(oldest, plan))) TRY(step_wait(w, oldest));
     TRY(slots_apply(&w->slots, plan));
     s = &w->steps[(w->first_busy + w->n_busy) % STEPS_IN_FLIGHT];
     s->epoch = plan->epoch;
     s->number = plan->step;
     s->begun_us = begun;
-    s->wait_us = w->ended_us ? begun - w->ended_us : 0;
+    s->wait_us = w->ended_us && !w->n_busy ? begun - w->ended_us : 0;
     blocks_move(w, plan);
     step_fill(s, &w->slots, w->config.rank == 0);
     w->next_step = plan->step + 1;
     w->decoder.collective_ns = 0;
-    TRY(step_compute(w, s));
+    enum err e = step_compute(w, s);
     s->collective_us = w->decoder.collective_ns / 1000;
-    s->ticket = w->backend->ops->step_end(w->backend);
+    s->ticket =
+        w->backend->ops->step_end(w->backend); /* also of half a step: its arrays are read */
     s->busy = true;
     w->n_busy++;
-    return OK;
+    return e;
 }
 
 enum err worker_end(struct worker *w, struct step_result *out)
@@ -387,7 +467,7 @@ enum err worker_end(struct worker *w, struct step_result *out)
         .step = s->number,
         .n_tokens = s->n_tokens_out,
         .tokens = s->tokens,
-        .compute_us = (uint32_t)(now - s->begun_us),
+        .compute_us = (uint32_t)(now - (s->begun_us > w->ended_us ? s->begun_us : w->ended_us)),
         .wait_us = (uint32_t)s->wait_us,
         .collective_us = (uint32_t)s->collective_us,
     };

@@ -260,7 +260,8 @@ static enum err run_check(const struct slots *s, const struct slot_run *r)
     if (!r->n_tokens || after > known)
         FAIL(ERR_FORMAT, "plan: slot %u runs %u tokens, but only %llu are known and not computed",
              r->slot, r->n_tokens, (unsigned long long)(known - t->n_computed));
-    if (r->n_drafts > s->limits.draft_max || (r->n_drafts && (after != known || !r->sample || t->n_computed == t->n_known)))
+    if (r->n_drafts > s->limits.draft_max ||
+        (r->n_drafts && (after != known || !r->sample || t->n_computed == t->n_known)))
         FAIL(ERR_FORMAT, "plan: slot %u runs %u drafts (at most %u, at the end of a sampling run)",
              r->slot, r->n_drafts, s->limits.draft_max);
     if (r->sample && after != known)

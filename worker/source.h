@@ -12,6 +12,7 @@ struct source {
     const struct model_config *config;
     struct safetensors *file; /* NULL = dummy */
     uint64_t seed;
+    int expert;         /* whose matrices names mean, where a layer has several */
     const char *prefix; /* what this checkpoint puts before the stems */
     bool *used;         /* [count of tensors] */
     const struct st_tensor *taken[SOURCE_TEMPS_MAX];
@@ -29,10 +30,8 @@ enum err source_init(struct source *s, const struct model_config *config, struct
                      uint64_t seed);
 void source_fini(struct source *s);
 
-/* The role's matrix [rows][columns] as the table of roles says, whatever way it is stored. expert:
- * 0 where there is one feed-forward. */
-enum err source_matrix(struct source *s, enum role role, int layer, int expert,
-                       struct matrix_view *out);
+/* The role's matrix [rows][columns] as the table of roles says, whatever way it is stored. */
+enum err source_matrix(struct source *s, enum role role, int layer, struct matrix_view *out);
 /* The role's vector, or its bias, as F32 [n] into out. */
 enum err source_vector(struct source *s, enum role role, int layer, bool bias, int64_t n,
                        float *out);
@@ -41,6 +40,11 @@ void source_release(struct source *s);
 /* Takes the copy behind a view over, so that release does not free it. False when the view lies in
  * the file itself. */
 bool source_keep(struct source *s, const void *data, void **out_mem, size_t *out_bytes);
+/* The name of a role's tensor in this checkpoint, suffix included: ".weight" or ".bias". */
+void source_name(const struct source *s, enum role role, int layer, const char *suffix,
+                 char out[SOURCE_NAME_MAX]);
+/* Says that a tensor of the file was asked for; NULL is none. */
+void source_use(struct source *s, const struct st_tensor *t);
 /* Whether the checkpoint holds the role at all. */
 bool source_has(const struct source *s, enum role role);
 /* After all was read: a tensor that nobody asked for is an error inside a computed layer, a warning

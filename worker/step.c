@@ -59,7 +59,7 @@ static void row_scored(const struct slot *t, uint32_t index, struct sample_row *
 }
 
 /* n_before: known tokens that the row's token follows. */
-static bool row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, bool feeds,
+static void row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, bool feeds,
                         bool speaks, struct sample_row *out)
 {
     const struct sampling_params *p = &t->sampling;
@@ -91,7 +91,6 @@ static bool row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, 
         out->bias_tokens = p->bias_tokens, out->bias_values = p->bias_values,
         out->n_bias = p->n_bias;
     if (bans) out->banned_tokens = p->stop_ids, out->n_banned = p->n_stop_ids;
-    return penalized || p->n_bias || bans;
 }
 
 static struct step_row *row_add(struct step *s, uint32_t token, uint32_t run, const struct slot *t,
@@ -122,9 +121,9 @@ static void run_rows(struct step *s, uint32_t run, const struct slot *t, uint32_
         struct step_row *row =
             row_add(s, first_token + r->n_tokens - n_sampled + d, run, t, t->n_known + d);
         row->draft = d;
-        bool host = row_sampled(t, r->slot, t->n_known + d, !r->n_drafts, speaks,
-                                &s->sample_rows[s->n_rows - 1]);
-        s->needs_host = s->needs_host || host || r->n_drafts;
+        row_sampled(t, r->slot, t->n_known + d, !r->n_drafts, speaks,
+                    &s->sample_rows[s->n_rows - 1]);
+        s->needs_host = s->needs_host || r->n_drafts;
     }
 }
 
@@ -199,6 +198,28 @@ void step_fill(struct step *s, struct slots *slots, bool speaks)
     };
 }
 
+bool step_is_decode(const struct step *s)
+{
+    bool one_each = s->batch.n_tokens == s->batch.n_seqs && s->n_rows == s->n_runs;
+    for (uint32_t i = 0; i < s->n_rows && one_each; i++)
+        one_each = !s->rows[i].scored;
+    return one_each;
+}
+
+void step_pad(struct step *s, int n)
+{
+    size_t stride = (size_t)s->batch.blocks_per_seq_max;
+    for (int i = s->batch.n_tokens; i < n; i++) {
+        s->token_ids[i] = s->positions[i] = 0;
+        s->token_slot[i] = s->cache_slot[i] = -1;
+        s->rows_out[i] = s->seq_start[i] = i;
+        s->context_len[i] = 1;
+        memset(s->block_table + (size_t)i * stride, 0, stride * sizeof *s->block_table);
+    }
+    s->seq_start[n] = n;
+    s->batch.n_tokens = s->batch.n_seqs = s->batch.n_rows_out = n;
+}
+
 /* --- settling --- */
 
 static void token_out(struct step *s, uint32_t row)
@@ -251,17 +272,11 @@ void step_settle(struct step *s, struct slots *slots)
     }
 }
 
-bool step_blocks(const struct step *s, const struct slots *slots, const struct step_plan *next)
+bool step_blocks(const struct step *s, const struct step_plan *next)
 {
     if (!s->busy || s->settled) return false;
     if (s->needs_host || next->n_forks) return true;
     for (uint32_t i = 0; i < next->n_runs; i++)
         if (next->runs[i].n_drafts) return true;
-    for (uint32_t i = 0; i < s->n_rows; i++) {
-        const struct slot *t = &slots->all[s->rows[i].slot];
-        const struct sampling_params *p = &t->sampling;
-        if (p->repetition_penalty != 1 || p->presence_penalty != 0 || p->frequency_penalty != 0)
-            return true;
-    }
     return false;
 }

@@ -245,6 +245,7 @@ void group_tick(struct cluster *c, struct group *g, int64_t now_us)
         return;
     for (uint32_t i = 0; i < c->config.n_ranks; i++)
         if (g->ranks[i].stream && g->ranks[i].state == CLUSTER_RANK_WELCOMED) {
+            rank_suspect(c, g, i);
             rank_lose(c, g, i, false, "rank %u was not ready %u ms after its welcome", i,
                       c->config.form_timeout_ms);
             return; /* one at a time: the rest are JOINED again and get their next chance */

@@ -8,7 +8,7 @@
 
 #include <string.h>
 
-enum { SPARE_SHARE = 16 };
+enum { SPARE_SHARE = 16, RESERVED_TOKENS = 1 << 12 };
 /* Moving a block to the host and back, against computing it again. */
 enum { HOST_BYTES_PER_US = 8000 };
 
@@ -32,6 +32,12 @@ void admission_uncount(struct engine *e, struct sequence *s)
         if (t != s) uncount(e, t);
     }
     uncount(e, s);
+}
+
+/* Whether its blocks can be found by others. */
+static bool registers(const struct engine *e, const struct sequence *s)
+{
+    return e->config.prefix_cache && !s->job->private_blocks;
 }
 
 /* Blocks to leave to those who run: each will need one soon. */
@@ -185,19 +191,30 @@ bool admission_hogs(const struct engine *e, const struct group *g, const struct 
     return g->n_free_slots <= g->n_slots / SPARE_SHARE || n_need > kv_blocks_available(&g->kv);
 }
 
+/* Memory for what it grows to, so that no step of its decoding asks for any. Its table must have
+ * it; its tokens grow on if there is less, or if somebody writes novels. */
+static bool reserve_memory(struct engine *e, const struct group *g, struct sequence *s,
+                           uint32_t n_end)
+{
+    if (strip_reserve(&e->pool, &s->blocks, blocks_for(g, n_end) + 1, sizeof(uint32_t)))
+        return false;
+    uint32_t n = n_end < s->tokens.n ? s->tokens.n : n_end;
+    if (n > s->tokens.n + RESERVED_TOKENS) n = s->tokens.n + RESERVED_TOKENS;
+    (void)strip_reserve(&e->pool, &s->tokens, n, sizeof(int32_t));
+    return true;
+}
+
 bool admission_try(struct engine *e, struct group *g, struct sequence *s)
 {
-    uint32_t n_end_most = s->n_prompt + s->job->request->max_tokens;
+    uint64_t n_most = (uint64_t)s->n_prompt + s->job->request->max_tokens;
     uint32_t capacity = group_tokens_capacity(g, e->config.context_max);
-    if (strip_reserve(&e->pool, &s->blocks,
-                      blocks_for(g, n_end_most < capacity ? n_end_most : capacity) + 1,
-                      sizeof(uint32_t)))
-        return false;
+    uint32_t n_end = n_most < capacity ? (uint32_t)n_most : capacity;
+    if (!reserve_memory(e, g, s, n_end)) return false;
     struct offer o = make_offer(e, g, s);
     uint64_t n_need =
         o.n_table - o.n_shared + o.n_shared_cached + (g->running.n ? blocks_reserved(g) : 0);
     if (!g->n_free_slots || n_need > kv_blocks_available(&g->kv)) return false;
-    s->n_end = n_end_most < capacity ? n_end_most : capacity;
+    s->n_end = n_end;
     fair_unwait(&e->fair, s);
     admission_uncount(e, s);
     if (s->has_host && s->group != g->index) admission_drop_host(e, s);
@@ -241,16 +258,28 @@ bool admission_extend_decoding(struct group *g, struct sequence *s)
     return true;
 }
 
+void admission_prefetch_register(struct engine *e, struct group *g, struct sequence *s)
+{
+    struct hash128 key;
+    uint32_t n_full = (s->tokens.n - 1) / g->info.block_size;
+    if (n_full <= s->n_registered || !registers(e, s) ||
+        sequence_key(&e->pool, s, g->info.block_size, e->config.hash_salt, n_full - 1, &key))
+        return;
+    kv_blocks_prefetch(&g->kv, key);
+    __builtin_prefetch(&g->kv.blocks[sequence_blocks(s)[n_full - 1]], 1);
+}
+
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed)
 {
     uint32_t n_full = n_computed / g->info.block_size;
-    if (n_full <= s->n_registered || !e->config.prefix_cache || s->job->request->no_prefix_cache)
-        return;
-    if (sequence_hash(&e->pool, s, g->info.block_size, e->config.hash_salt, n_full)) return;
-    const struct hash128 *keys = s->keys.items;
+    if (n_full <= s->n_registered || !registers(e, s)) return;
     uint32_t first = s->n_registered > s->n_window_freed ? s->n_registered : s->n_window_freed;
-    for (uint32_t i = first; i < n_full; i++)
-        kv_blocks_register(&g->kv, sequence_blocks(s)[i], keys[i]);
+    for (uint32_t i = first; i < n_full; i++) {
+        struct hash128 key;
+        if (sequence_key(&e->pool, s, g->info.block_size, e->config.hash_salt, i, &key)) return;
+        kv_blocks_register(&g->kv, sequence_blocks(s)[i], key);
+        s->n_registered = i + 1;
+    }
     s->n_registered = n_full;
 }
 

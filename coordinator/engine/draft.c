@@ -24,7 +24,7 @@ static uint32_t find_ngram(const int32_t *tokens, uint32_t n_tokens, uint32_t n)
     return 0;
 }
 
-uint32_t draft_find(const struct sequence *s, uint32_t n_max, int32_t *out)
+uint32_t draft_find(struct sequence *s, uint32_t n_max, int32_t *out)
 {
     const int32_t *tokens = sequence_tokens(s);
     if (!n_max) return 0;

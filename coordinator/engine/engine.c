@@ -23,6 +23,8 @@ enum err engine_create(const struct engine_config *config, const struct engine_h
     e->limits.n_queued_limit = config->n_queued_max;
     e->limits.n_queued_tokens_limit = config->n_queued_tokens_max;
     buf_init(&e->bytes, 0);
+    slabs_init(&e->sequences, sizeof(struct sequence));
+    slabs_init(&e->job_slabs, sizeof(struct job));
     enum err err = fair_init(&e->fair);
     if (err) {
         engine_destroy(e);
@@ -60,7 +62,8 @@ void engine_destroy(struct engine *e)
     fair_fini(&e->fair);
     buf_fini(&e->bytes);
     pool_fini(&e->pool);
-    sequence_slabs_fini(&e->slabs);
+    slabs_fini(&e->sequences);
+    slabs_fini(&e->job_slabs);
     mem_free(e);
 }
 

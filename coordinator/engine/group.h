@@ -49,7 +49,7 @@ struct group {
     struct kv_limbo slot_limbo;
     struct wheel extend, end;
     struct due *due;     /* [n_slots] */
-    uint32_t *bucket;    /* [n_slots] scratch */
+    uint32_t *bucket, n_full; /* [n_slots] scratch; n_full of them filled a block in this result */
     uint32_t *extend_at; /* [n_slots] index + 1 in the plan's extends, where that names the slot */
     uint32_t n_decoding;
     struct sequence_list running; /* by LINK_PLACE: all that have a slot */

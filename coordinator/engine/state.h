@@ -25,7 +25,7 @@ struct engine {
     uint32_t n_groups;                       /* indexes in use */
     uint32_t n_up;
     struct pool pool;
-    struct sequence_slabs slabs;
+    struct slabs sequences, job_slabs;
     struct fair fair;
     struct job_map jobs;
     struct job **deadlines; /* jobs without a first token that have one */
@@ -88,6 +88,8 @@ void admission_make_room(struct engine *e, struct group *g);
 bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens);
 /* The next block of one in the decode set. */
 bool admission_extend_decoding(struct group *g, struct sequence *s);
+/* Asks for the memory that registering its last full block will need. */
+void admission_prefetch_register(struct engine *e, struct group *g, struct sequence *s);
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed);
 void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
 
@@ -121,6 +123,6 @@ void beam_learn(struct engine *e, struct group *g, struct sequence *s, const str
                 uint32_t n);
 
 /* draft.c */
-uint32_t draft_find(const struct sequence *s, uint32_t n_max, int32_t *out);
+uint32_t draft_find(struct sequence *s, uint32_t n_max, int32_t *out);
 void draft_learn(struct sequence *s, uint32_t n_tried, uint32_t n_accepted);
 bool draft_wanted(const struct engine *e, const struct group *g, struct sequence *s);
