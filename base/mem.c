@@ -60,13 +60,21 @@ enum err mem_alloc_aligned(size_t alignment, size_t bytes, void **out)
     return OK;
 }
 
+/* Whole huge pages: the system aligns only mappings of such a length to them. */
+static size_t huge_bytes(size_t bytes)
+{
+    const size_t page = (size_t)2 << 20;
+    return bytes < page || bytes > SIZE_MAX - page ? bytes + !bytes
+                                                   : (bytes + page - 1) / page * page;
+}
+
 enum err mem_alloc_huge(size_t bytes, void **out)
 {
-    void *p = count_one() ? mmap(NULL, bytes ? bytes : 1, PROT_READ | PROT_WRITE,
+    void *p = count_one() ? mmap(NULL, huge_bytes(bytes), PROT_READ | PROT_WRITE,
                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                           : MAP_FAILED;
     if (p == MAP_FAILED) return out_of_memory(bytes);
-    madvise(p, bytes, MADV_HUGEPAGE); /* a hint: without huge pages it is only slower */
+    madvise(p, huge_bytes(bytes), MADV_HUGEPAGE); /* a hint: without huge pages it is only slower */
     atomic_fetch_add_explicit(&live, 1, memory_order_relaxed);
     *out = p;
     return OK;
@@ -75,7 +83,7 @@ enum err mem_alloc_huge(size_t bytes, void **out)
 void mem_free_huge(void *ptr, size_t bytes)
 {
     if (!ptr) return;
-    munmap(ptr, bytes ? bytes : 1);
+    munmap(ptr, huge_bytes(bytes));
     atomic_fetch_sub_explicit(&live, 1, memory_order_relaxed);
 }
 

@@ -64,7 +64,8 @@ const struct conf_row option_rows[] = {
     {"enable-prefix-caching", NULL, CONF_BOOL, AT(prefix_caching), 0, 0, "true", NULL, ENGINE, "Scheduling", "share the KV of equal prefixes"},
     {"kv-offload", NULL, CONF_CHOICE, AT(kv_offload), 0, 0, "auto", "auto always", ENGINE, "Scheduling", "move KV blocks between tiers where that is cheaper than computing them, or always"},
     {"pipeline-depth", NULL, CONF_INT, AT(pipeline_depth), 1, 4, "2", NULL, ENGINE, "Scheduling", "plans in flight of a group"},
-    {"speculative-tokens", "num-speculative-tokens", CONF_INT, AT(speculative_tokens), 0, 16, "0", NULL, CLUSTER, "Scheduling", "draft tokens by prompt lookup, 0 = off"},
+    {"speculative-tokens", "num-speculative-tokens", CONF_INT, AT(speculative_tokens), 0, 16, "0", NULL, CLUSTER | VERB_PLAN, "Scheduling", "most drafts verified in a step, by prompt lookup or --draft-model; 0 = off, 4 with a draft model"},
+    {"draft-model", "speculative-model speculative-draft-model-path md model-draft", CONF_STRING, AT(draft_model), 0, 0, NULL, NULL, CLUSTER | VERB_PLAN, "Scheduling", "directory of a small model of the same vocabulary that guesses tokens ahead"},
     {"record", NULL, CONF_STRING, AT(record), 0, 0, NULL, NULL, ENGINE, "Scheduling", "write the engine's inputs here for heddle replay"},
 
     {"device", NULL, CONF_CHOICE, AT(device), 0, 0, "auto", "auto cpu cuda", DEVICE, "Device", "what computes"},
@@ -72,6 +73,7 @@ const struct conf_row option_rows[] = {
     {"dtype", NULL, CONF_CHOICE, AT(dtype), 0, 0, "auto", "auto float32 float16 bfloat16", DEVICE, "Device", "type of the weights"},
     {"quantization", "q format", CONF_CHOICE, AT(quantization), 0, 0, "none", "none auto int8 int4 fp8", DEVICE | VERB_QUANTIZE, "Device", "format of the weights on the device; auto = int8 or int4 where memory asks for it"},
     {"head-quantization", "head-format", CONF_CHOICE, AT(head_quantization), 0, 0, "auto", "auto int8 int4", DEVICE | VERB_QUANTIZE, "Device", "format of the output projection; auto = int8 beside quantized weights"},
+    {"draft-quantization", NULL, CONF_CHOICE, AT(draft_quantization), 0, 0, "same", "same none int8 int4 fp8", DEVICE, "Device", "format of the draft model's weights; same = as --quantization"},
     {"kv-cache-dtype", "ctk", CONF_CHOICE, AT(kv_cache_dtype), 0, 0, "auto", "auto float32 bfloat16 float16 int8 fp8", DEVICE, "Device", "type of the KV cache"},
     {"block-size", "page-size", CONF_INT, AT(block_size), 0, 1024, "0", NULL, DEVICE, "Device", "tokens of a KV block, 0 = the device's choice"},
     {"num-blocks-override", "num-gpu-blocks-override", CONF_INT, AT(blocks_override), 0, 1e9, "0", NULL, DEVICE, "Device", "fixed number of KV blocks"},
@@ -85,6 +87,7 @@ const struct conf_row option_rows[] = {
     {"isa", NULL, CONF_CHOICE, AT(isa), 0, 0, "auto", "auto reference avx2 avx512 vnni bf16 amx", DEVICE, "Device", "CPU instructions to use at most"},
     {"load-format", NULL, CONF_CHOICE, AT(load_format), 0, 0, "auto", "auto safetensors dummy", DEVICE | VERB_INSPECT | VERB_QUANTIZE, "Device", "dummy = random weights of the model's shape"},
     {"enable-deterministic-inference", "deterministic", CONF_BOOL, AT(deterministic), 0, 0, "false", NULL, DEVICE, "Device", "batch-invariant results on GPUs (CPUs always are)"},
+    {"enforce-eager", NULL, CONF_BOOL, AT(enforce_eager), 0, 0, "false", NULL, DEVICE, "Device", "CUDA: launch every operation by itself, record no graphs"},
     {"seed", "random-seed", CONF_INT, AT(seed), 0, BIG, "0", NULL, DEVICE | VERB_QUANTIZE, "Device", "seed of dummy weights"},
 
     {"url", NULL, CONF_STRING, AT(url), 0, 0, "http://127.0.0.1:8000", NULL, VERB_CHAT, "Tools", "server to talk to"},
@@ -114,7 +117,6 @@ const struct conf_refusal option_refusals[] = {
     {"otlp-traces-endpoint", "traces are not exported yet; see /metrics"},
     {"enable-chunked-prefill", "prompts are always computed in chunks that fit --max-num-batched-tokens"},
     {"disable-radix-cache", "use --no-enable-prefix-caching"},
-    {"enforce-eager", "there is nothing to compile"},
     {"trust-remote-code", "no code of a model is ever run"},
     {"enable-metrics", "metrics are always at /metrics"},
     {"scheduling-policy", "priority, fair share and deadlines always hold; see the request's fields"},

@@ -248,6 +248,12 @@ static enum err engine_open(struct coordinator *c)
     return engine_loop_create(&engine, &hooks, &c->engine);
 }
 
+static void rank_stuck(void *ctx, uint32_t group, uint32_t rank, const char *host, uint32_t pid)
+{
+    const struct coordinator_config *config = ((struct coordinator *)ctx)->config;
+    if (config->on_stuck) config->on_stuck(config->ctx, group, rank, host, pid);
+}
+
 static enum err cluster_open(struct coordinator *c)
 {
     const struct coordinator_config *config = c->config;
@@ -258,7 +264,12 @@ static enum err cluster_open(struct coordinator *c)
                                              .key_file = config->cluster_key},
                                      .n_groups = config->dp > 0 ? (uint32_t)config->dp : 1,
                                      .n_ranks = config->tp > 0 ? (uint32_t)config->tp : 1};
-    struct cluster_hooks hooks = {group_up, group_down, step_result, c, blocks_moved};
+    struct cluster_hooks hooks = {.group_up = group_up,
+                                  .group_down = group_down,
+                                  .result = step_result,
+                                  .moved = blocks_moved,
+                                  .rank_stuck = rank_stuck,
+                                  .ctx = c};
     TRY(cluster_create(&cluster, &hooks, &c->cluster));
     pthread_rwlock_wrlock(&c->door);
     c->door_open = true;

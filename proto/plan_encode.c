@@ -162,6 +162,16 @@ static void put_pairs(struct buf *b, int field_from, int field_to, size_t n,
     put_words(b, field_to, n, n ? &p->to : NULL, sizeof *p);
 }
 
+/* Wishes to the worker's draft model; left out where there is none. */
+static void put_own(struct buf *b, const struct step_plan *plan)
+{
+    uint32_t own = 0, ahead = 0;
+    for (uint32_t i = 0; i < plan->n_runs; i++)
+        own |= plan->runs[i].n_own, ahead |= plan->runs[i].n_ahead;
+    if (own) put_words(b, 21, plan->n_runs, &plan->runs->n_own, sizeof *plan->runs);
+    if (ahead) put_words(b, 22, plan->n_runs, &plan->runs->n_ahead, sizeof *plan->runs);
+}
+
 static void put_drafts(struct buf *b, const struct step_plan *plan)
 {
     uint64_t n = 0;
@@ -200,6 +210,7 @@ enum err plan_encode(const struct step_plan *plan, struct buf *out)
         put_drafts(out, plan);
     }
     put_uint(out, 20, plan->idle);
+    if (plan->n_runs) put_own(out, plan);
     put_pairs(out, 31, 32, plan->n_fetches, plan->fetches);
     put_pairs(out, 33, 34, plan->n_spills, plan->spills);
     close_length(out, at);
@@ -285,6 +296,11 @@ enum err step_result_encode(const struct step_result *result, bool ack_only, str
         put_uint(out, 10, result->compute_us);
         put_uint(out, 11, result->wait_us);
         put_uint(out, 12, result->collective_us);
+        put_pairs(out, 13, 14, result->n_drafted, result->drafted);
+        put_uint(out, 15, result->draft_us);
+        put_uint(out, 16, result->draft_passes);
+        put_uint(out, 17, result->draft_tokens);
+        put_uint(out, 18, result->draft_first_us);
     }
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;

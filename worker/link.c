@@ -35,7 +35,7 @@ struct plan {
 
 struct link {
     struct link_config config;
-    char *strings[6];
+    char *strings[7];
     Heddle__Cluster__Join join;
     struct rpc_channel *channel;
     pthread_t thread;
@@ -292,7 +292,10 @@ static void *link_run(void *ctx)
     while (!l->stop) {
         int64_t now_us = clock_monotonic_us(), next_us = now_us + (int64_t)l->heartbeat_ms * 1000;
         mark_found(l);
-        if (!l->call && !l->final && !l->leaving) {
+        if (!l->call && !l->final && !l->leaving && l->has_down) {
+            pthread_cond_wait(&l->work, &l->mutex); /* a worker that hangs must not look alive */
+            continue;
+        } else if (!l->call && !l->final && !l->leaving) {
             if (l->config.patience_ms && l->lost_us &&
                 now_us - l->lost_us > (int64_t)l->config.patience_ms * 1000)
                 end_set(l, LINK_LOST, "gave up: no coordinator within the time allowed");
@@ -332,6 +335,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
     TRY(string_take(l, 1, from->model_name, &j->model_name));
     TRY(string_take(l, 2, from->host, &j->host));
     TRY(string_take(l, 3, from->device, &j->device));
+    TRY(string_take(l, 4, from->draft_digest, &j->draft_digest));
     if (from->rank >= from->size || from->size > LINK_RANKS_MAX)
         FAIL(ERR_INVALID, "rank %u of %u; at most %d ranks", from->rank, from->size,
              LINK_RANKS_MAX);
@@ -364,8 +368,8 @@ static enum err link_init(struct link *l, const struct link_config *config)
     l->dial_ms = DIAL_MS_MIN;
     l->lost_us = clock_monotonic_us();
     TRY(join_take(l, &config->join));
-    TRY(string_take(l, 4, config->address, &address));
-    TRY(string_take(l, 5, config->token, &token));
+    TRY(string_take(l, 5, config->address, &address));
+    TRY(string_take(l, 6, config->token, &token));
     l->config.address = address;
     TRY(MEM_NEW_ARRAY(l->config.n_plans_max, &l->plans));
     struct rpc_channel_config channel = {
@@ -448,6 +452,7 @@ static bool event_take(struct link *l, bool plans, struct link_event *out)
         text_give(l, l->down_text, out);
         l->has_down = false;
         l->delivered_epoch = 0;
+        pthread_cond_signal(&l->work);
     } else if (l->has_welcome) {
         *out = l->welcome;
         l->has_welcome = false;

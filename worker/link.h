@@ -21,7 +21,7 @@
 
 /* What this rank tells of itself; the words of heddle.cluster.Join. Strings are copied. */
 struct link_join {
-    const char *model_digest, *model_name, *host, *device;
+    const char *model_digest, *model_name, *host, *device, *draft_digest;
     uint32_t replica, rank, size;
     uint32_t block_size, slots_max, step_tokens_max, step_rows_max, context_max, vocab_size, window;
     uint32_t draft_tokens_max;

@@ -110,7 +110,9 @@ static enum err step_answer(struct loop *l)
     TRY(worker_end(l->worker, &result));
     buf_clear(&l->result);
     TRY(step_result_encode(&result, l->worker->config.rank != 0, &l->result));
-    return link_send_result(l->link, l->result.data, l->result.n);
+    TRY(link_send_result(l->link, l->result.data, l->result.n));
+    /* The coordinator plans meanwhile. With a step under way it waits until that has ended. */
+    return l->worker->n_busy ? OK : worker_draft(l->worker);
 }
 
 static enum err plan_run(struct loop *l, const struct link_event *event)
@@ -220,6 +222,8 @@ static void join_words(const struct worker *w, struct link_join *out, char *host
         .fetch_ns = i->fetch_ns,
         .weight_bytes = i->weight_bytes,
         .block_bytes = i->block_bytes,
+        .has_draft_model = w->draft != NULL,
+        .draft_digest = i->draft_digest,
     };
 }
 
@@ -259,9 +263,17 @@ static enum err worker_serve(struct loop *l)
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : asked_to_stop ? "asked to stop" : "drained");
     link_leave(l->link, why, LEAVE_MS);
-    (void)group_leave(l);
+    if (e != ERR_DEVICE) (void)group_leave(l);
     link_close(l->link);
     return e ? err_set(e, "%s", why) : OK;
+}
+
+/* A device that cannot even be opened is no reason to try again. */
+static enum err err_declined(void)
+{
+    char why[512];
+    snprintf(why, sizeof why, "%s", err_detail());
+    return err_set(ERR_UNSUPPORTED, "%s", why);
 }
 
 enum err worker_run(const struct worker_config *config)
@@ -272,6 +284,7 @@ enum err worker_run(const struct worker_config *config)
     signals_take(old);
     buf_init(&l.result, 0);
     enum err e = worker_create(config, &l.worker);
+    if (e == ERR_DEVICE) e = err_declined();
     if (!e) {
         l.pipelined = l.worker->backend->stream != NULL;
         if (l.pipelined) prctl(PR_SET_TIMERSLACK, 1000ul); /* ns: glances are short */
@@ -280,7 +293,7 @@ enum err worker_run(const struct worker_config *config)
     }
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : "");
-    worker_destroy(l.worker);
+    if (e != ERR_DEVICE) worker_destroy(l.worker); /* a lost device may keep for ever who waits */
     buf_fini(&l.result);
     collective_shutdown(l.peers_alive && !e);
     sigaction(SIGTERM, &old[0], NULL);

@@ -19,6 +19,7 @@ static void uncount(struct engine *e, struct sequence *s)
 {
     if (!s->counted) return;
     s->counted = false;
+    e->n_left_queue++;
     e->limits.n_queued--;
     e->limits.n_queued_tokens -= s->n_prompt;
 }
@@ -223,7 +224,7 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
     bool may_wait = !s->has_fetched && !s->has_host && !s->job->beam;
     if (o.found.n_below && may_wait && tiers_fetch(e, g, s, &o.found)) return true;
     s->n_end = n_end;
-    fair_unwait(&e->fair, s);
+    s->elder |= fair_take(&e->fair, s, e->now_us);
     admission_uncount(e, s);
     if (s->has_host && s->group != g->index) admission_drop_host(e, s);
     bool seated = group_seat(g, s);
@@ -350,7 +351,10 @@ void admission_requeue(struct engine *e, struct group *g, struct sequence *s)
         return;
     }
     s->synced = false;
-    fair_wait(&e->fair, s, e->now_us);
+    if (s->elder)
+        fair_wait_urgent(&e->fair, s, e->now_us); /* it waited long enough once */
+    else
+        fair_wait(&e->fair, s, e->now_us);
 }
 
 void admission_preempt(struct engine *e, struct group *g, struct sequence *s)
@@ -388,12 +392,18 @@ void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s
     group_unseat_late(g, s);
 }
 
+/* Who starved once keeps its place: else every request of a higher class would take it again. */
+static int32_t class_of(const struct sequence *s)
+{
+    return s->elder ? INT32_MIN : s->lane->priority;
+}
+
 static struct sequence *newest_of_lowest_class(const struct group *g)
 {
     struct sequence *victim = NULL;
     for (struct sequence *s = g->running.first; s; s = s->links[LINK_PLACE].next)
-        if (!victim || s->lane->priority > victim->lane->priority ||
-            (s->lane->priority == victim->lane->priority && s->order > victim->order))
+        if (!victim || class_of(s) > class_of(victim) ||
+            (class_of(s) == class_of(victim) && s->order > victim->order))
             victim = s;
     return victim;
 }
@@ -421,7 +431,7 @@ static bool class_inversion(struct engine *e, struct group *g)
     struct sequence *next = fair_next(&e->fair, e->now_us);
     struct sequence *victim = next ? newest_of_lowest_class(g) : NULL;
     if (!victim || !victim->may_preempt || victim->job->beam) return false;
-    if (victim->lane->priority <= next->lane->priority) return false;
+    if (class_of(victim) <= next->lane->priority) return false;
     if (g->draining.n || g->kv.limbo.n) return false; /* room is on its way */
     return !g->n_free_slots ||
            blocks_for(g, next->tokens.n) + blocks_reserved(g) > kv_blocks_available(&g->kv);
@@ -438,7 +448,7 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
     if (next->lane->tenant->n_running >= n_share) return NULL;
     for (struct sequence *s = g->running.last; s; s = s->links[LINK_PLACE].previous)
         if (s->may_preempt && !s->job->beam && s->lane->tenant->n_running > n_share + 1 &&
-            s->lane->priority >= next->lane->priority && (!victim || s->order > victim->order))
+            class_of(s) >= next->lane->priority && (!victim || s->order > victim->order))
             victim = s;
     return victim;
 }

@@ -56,6 +56,8 @@ struct world {
     /* the character of this seed */
     uint32_t loss, duplicate, slow; /* chances, per 1024 messages */
     uint32_t block_size, window, drafts, n_host, context, vocabulary_blocks;
+    uint32_t token_share, pass_share; /* of a step's cost: a token's, of 40; a draft pass's */
+    bool has_draft_model;
     int64_t step_us, wire_us, io_us;
     uint32_t n_disk, io_loss, io_hang; /* chances, per 1024 transfers */
     bool calm, changes_size, small;
@@ -136,7 +138,9 @@ static enum err answer(struct world *w, struct sim_group *g, uint32_t group, str
     int64_t at_us =
         w->now_us + w->step_us / 2 + (int64_t)rand_below(&w->rand, (uint64_t)w->step_us + 1);
     if (chance(w, w->slow)) at_us += 20 * w->step_us;
-    r->compute_us = (uint32_t)(w->step_us * 40);
+    r->compute_us = (uint32_t)(w->step_us * (40 + w->token_share * r->n_tokens));
+    r->draft_first_us = (uint32_t)(w->step_us * w->pass_share);
+    r->draft_us = r->draft_first_us * r->draft_passes;
     if (at_us < g->last_up_us) at_us = g->last_up_us;
     g->last_up_us = at_us;
     if (chance(w, w->loss)) return OK;
@@ -251,6 +255,7 @@ static enum err raise_group(struct world *w, uint32_t group)
     g->worker.window = i->window;
     g->worker.step_tokens_max = i->step_tokens_max;
     g->worker.step_rows_max = i->step_rows_max;
+    g->worker.has_draft_model = i->has_draft_model;
     g->up = g->alive = true;
     uint32_t capacity =
         i->n_blocks * i->block_size < w->context ? i->n_blocks * i->block_size : w->context;
@@ -311,6 +316,7 @@ static void draw_group(struct world *w, uint32_t group)
                              .window = w->window,
                              .draft_tokens_max = w->drafts,
                              .block_bytes = 1024,
+                             .has_draft_model = w->has_draft_model,
                              .n_disk_blocks = w->n_disk,
                              .save_ns = (uint32_t)rand_below(&w->io_rand, 1000000),
                              .load_ns = (uint32_t)rand_below(&w->io_rand, 1000000),
@@ -338,10 +344,20 @@ static enum err draw_engine(struct world *w)
                                    .prefix_cache = rand_below(r, 5) != 0,
                                    .hash_salt = rand_next(r),
                                    .n_speculative_tokens = w->drafts,
-                                   .always_offload = rand_below(&w->io_rand, 4) != 0,
-                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us};
+                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us,
+                                   .starve_us = w->step_us % 4 ? 0 : 12 * w->step_us,
+                                   .always_offload = rand_below(&w->io_rand, 4) != 0};
     struct engine_hooks hooks = {carry_plan, group_failed, w};
     return engine_create(&config, &hooks, &w->engine);
+}
+
+/* From a stream of their own, so that a seed without drafts is the world it was before. */
+static void draw_drafts(struct world *w)
+{
+    struct rand r = rand_seeded(w->rand.key ^ 0xd4a7f5);
+    w->has_draft_model = w->drafts && rand_below(&r, 3);
+    w->token_share = w->drafts && rand_below(&r, 2) ? (uint32_t)rand_below(&r, 40) : 0;
+    w->pass_share = (uint32_t)rand_below(&r, 30);
 }
 
 static enum err draw_world(struct world *w)
@@ -353,6 +369,7 @@ static enum err draw_world(struct world *w)
     w->context = 24 + (uint32_t)rand_below(r, 60);
     w->window = rand_below(r, 5) ? 0 : 1 + (uint32_t)rand_below(r, 20);
     w->drafts = rand_below(r, 3) ? 0 : 1 + (uint32_t)rand_below(r, 6);
+    draw_drafts(w);
     w->n_host = rand_below(r, 3) ? 0 : (uint32_t)rand_below(r, 40);
     w->step_us = 100 + (int64_t)rand_below(r, 900);
     w->wire_us = (int64_t)rand_below(r, 300);
@@ -463,6 +480,7 @@ static enum err check_rest(struct world *w)
              s.n_waiting, (unsigned long long)s.blocks_held);
     w->report.n_preemptions = s.n_preemptions, w->report.n_swaps = s.n_swaps_in,
     w->report.n_forks = s.n_forks;
+    w->report.n_own = s.model_drafts_proposed, w->report.n_own_kept = s.model_drafts_accepted;
     w->report.n_drafts = s.drafts_proposed, w->report.n_drafts_kept = s.drafts_accepted;
     w->report.n_host_hits = s.n_hit_tokens_host, w->report.n_disk_hits = s.n_hit_tokens_disk;
     w->report.n_saves = s.n_saves, w->report.n_spills = s.n_spills;

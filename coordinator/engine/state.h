@@ -32,6 +32,8 @@ struct engine {
     uint32_t n_deadlines, deadlines_capacity;
     int64_t next_deadline_us;
     struct engine_limits limits;
+    uint32_t n_left_queue;  /* since last_left_us was looked at */
+    int64_t last_left_us;   /* when sequences left the queue last, 0 = it was empty then */
     uint32_t n_swapped; /* waiting with their KV in host blocks */
     uint64_t order;
     int64_t now_us;
@@ -150,6 +152,27 @@ void beam_learn(struct engine *e, struct group *g, struct sequence *s, const str
                 uint32_t n);
 
 /* draft.c */
-uint32_t draft_find(struct sequence *s, uint32_t n_max, int32_t *out);
-void draft_learn(struct sequence *s, uint32_t n_tried, uint32_t n_accepted);
-bool draft_wanted(const struct engine *e, const struct group *g, struct sequence *s);
+struct draft_choice { /* of one run */
+    uint32_t n_listed, n_own; /* one of them is 0 */
+    uint32_t n_ahead;         /* own ones to prepare for the run after */
+};
+/* Whether one in the decode set should leave it for drafts. */
+bool draft_wanted(const struct engine *e, struct group *g, struct sequence *s);
+/* Own drafts to prepare after the last tokens of a prompt. */
+uint32_t draft_after_prompt(const struct engine *e, const struct group *g, struct sequence *s);
+/* What one whose results are all in verifies next, at most n_most; list: room for n_most. */
+void draft_choose(const struct engine *e, struct group *g, struct sequence *s, uint32_t n_most,
+                  int32_t *list, struct draft_choice *out);
+/* A run found n of the own drafts that it asked for. */
+void draft_came(struct sequence *s, uint32_t n);
+void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tried,
+                 uint32_t n_kept);
+
+/* draft_cost.c: microseconds */
+/* Whether steps of that size were measured, or nothing can be. */
+bool draft_cost_is_known(const struct group *g, uint32_t n_tokens);
+float draft_cost_step(const struct group *g, uint32_t n_tokens);
+float draft_cost_pass(const struct group *g);
+float draft_cost_known(const struct group *g, uint32_t n_tokens); /* to catch up with so many */
+float draft_cost_wait(const struct group *g, enum draft_kind kind);
+void draft_cost_learn(struct group *g, const struct flight *f, const struct step_result *r);

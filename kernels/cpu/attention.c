@@ -34,15 +34,20 @@ static void head_norm(float *x, int n, const float *weight, float epsilon)
 }
 
 /* Su et al., "RoFormer", 2021, equation 34; pairs (2i, 2i+1) as there, or halves (i, i + n/2). */
-static void rope(float *x, const struct attention_args *a, int32_t position)
+static void rope(const struct row_kernels *rows, float *x, const struct attention_args *a,
+                 int32_t position)
 {
-    int half = a->rotary_dim / 2, step = a->rope_pairs ? 2 : 1, partner = a->rope_pairs ? 1 : half;
+    int half = a->rotary_dim / 2;
     const float *c = a->rope_cos + (int64_t)position * half,
                 *s = a->rope_sin + (int64_t)position * half;
+    if (!a->rope_pairs) {
+        rows->rotate_halves(x, c, s, half);
+        return;
+    }
     for (int i = 0; i < half; i++) {
-        float *p = x + i * step, low = p[0], high = p[partner];
+        float *p = x + 2 * i, low = p[0], high = p[1];
         p[0] = low * c[i] - high * s[i];
-        p[partner] = high * c[i] + low * s[i];
+        p[1] = high * c[i] + low * s[i];
     }
 }
 
@@ -59,7 +64,7 @@ static void prepare_token(const void *args, int token, void *scratch)
         float *x = q + (int64_t)h * a->head_dim;
         const float *norm = h < a->n_heads ? a->q_norm : a->k_norm;
         if (norm) head_norm(x, a->head_dim, norm, a->norm_epsilon);
-        if (a->rope_cos) rope(x, a, j->batch->positions[token]);
+        if (a->rope_cos) rope(j->rows, x, a, j->batch->positions[token]);
     }
     for (int h = 0; h < a->n_kv_heads; h++)
         kv_write(j->kv, a->layer, h, j->batch->cache_slot[token], k + (int64_t)h * a->head_dim,
@@ -69,7 +74,8 @@ static void prepare_token(const void *args, int token, void *scratch)
 void cpu_qkv_prepare(struct backend *b, struct tensor qkv, struct kv_cache *kv,
                      const struct attention_args *args, const struct batch *batch)
 {
-    struct attention_job j = {.args = args, .batch = batch, .kv = kv, .qkv = qkv};
+    struct attention_job j = {
+        .args = args, .batch = batch, .kv = kv, .qkv = qkv, .rows = cpu_of(b)->rows};
     ASSERT_CMP(qkv.cols, ==, (args->n_heads + 2 * args->n_kv_heads) * args->head_dim);
     ASSERT_CMP(args->head_dim, ==, kv->args.head_dim);
     pool_run(cpu_of(b)->pool,
@@ -122,7 +128,8 @@ static void attend_token(const void *args, int token, void *scratch)
 void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct kv_cache *kv,
                 const struct attention_args *args, const struct batch *batch)
 {
-    struct attention_job j = {.args = args, .batch = batch, .kv = kv, .qkv = qkv, .out = out};
+    struct attention_job j = {
+        .args = args, .batch = batch, .kv = kv, .rows = cpu_of(b)->rows, .qkv = qkv, .out = out};
     ASSERT_CMP(out.cols, ==, args->n_heads * args->head_dim);
     if (batch->n_tokens == 0) return;
     if (attend_tiles_can(cpu_of(b), &j)) {

@@ -35,6 +35,7 @@ struct attention_job {
     const struct attention_args *args;
     const struct batch *batch;
     struct kv_cache *kv;
+    const struct row_kernels *rows;
     struct tensor qkv, out;
 };
 

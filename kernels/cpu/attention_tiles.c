@@ -104,9 +104,10 @@ static void queries_load(const struct tiles_job *t, const struct unit *u, struct
             head = u->head0 + row % u->n_heads;
         const float *q = (const float *)t->j.qkv.data + token * t->j.qkv.stride + (int64_t)head * n;
         uint16_t *halves = (uint16_t *)(s->q + r * n);
-        for (int d = 0; pairs && d < n; d++)
-            halves[d] = bf16_from_float(q[d]);
-        if (!pairs) memcpy(s->q + r * n, q, (size_t)n * sizeof *q);
+        if (pairs)
+            t->j.rows->to_bf16(halves, q, n);
+        else
+            memcpy(s->q + r * n, q, (size_t)n * sizeof *q);
         s->total[r] = (struct row_state){-INFINITY, 0};
     }
 }

@@ -7,7 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SCRATCH_BYTES_MIN = 1 << 18 };
+enum { SCRATCH_BYTES_MIN = 1 << 18, ALLOC_HEADER = 64, ALLOC_HUGE = 1 << 20 };
 
 static const char *const isa_names[CPU_ISA_COUNT] = {"reference", "avx2", "avx512", "vnni", "bf16"};
 static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {
@@ -17,6 +17,9 @@ static const struct attention_kernels *const isa_attentions[CPU_ISA_COUNT] = {
     [CPU_ISA_AVX2] = &attention_avx2,
     [CPU_ISA_AVX512] = &attention_avx512,
     [CPU_ISA_BF16] = &attention_bf16};
+
+static const struct row_kernels *const isa_rows[CPU_ISA_COUNT] = {
+    &rows_plain, &rows_avx2, &rows_avx512, &rows_avx512, &rows_avx512};
 
 static bool isa_runs(enum cpu_isa isa)
 {
@@ -101,6 +104,7 @@ static void cpu_close(struct backend *b)
     mem_free_huge(cpu->attention_partial, ATTENTION_PARTIAL_BYTES);
     mem_free(cpu->unit_start);
     mem_free(cpu->feedback);
+    mem_free(cpu->moe_scratch);
     mem_free(cpu);
 }
 
@@ -128,6 +132,7 @@ static enum err cpu_open(const struct backend_options *options, struct backend *
     TRY_OUT(isa_choose(options->isa, &cpu->isa));
     matmul_choose(cpu);
     attention_choose(cpu);
+    cpu->rows = isa_rows[cpu->isa];
     cpu->n_seqs_max = options->n_tokens_max; /* each sequence of a step has a token */
     TRY_OUT(MEM_NEW_ARRAY(cpu->n_seqs_max + 1, &cpu->unit_start));
     TRY_OUT(mem_alloc_huge(ATTENTION_PARTIAL_BYTES, (void **)&cpu->attention_partial));
@@ -170,16 +175,31 @@ static enum err cpu_memory(struct backend *b, size_t *out_free, size_t *out_tota
     return OK;
 }
 
+/* Large tensors get huge pages; a line before each keeps its size. */
 static enum err cpu_alloc(struct backend *b, size_t bytes, void **out)
 {
+    size_t total;
+    unsigned char *p;
     (void)b;
-    return mem_alloc_aligned(64, bytes, out);
+    if (!size_add(bytes, ALLOC_HEADER, &total)) FAIL(ERR_NO_MEMORY, "a tensor of %zu bytes", bytes);
+    TRY(total < ALLOC_HUGE ? mem_alloc_aligned(64, total, (void **)&p)
+                           : mem_alloc_huge(total, (void **)&p));
+    memcpy(p, &total, sizeof total);
+    *out = p + ALLOC_HEADER;
+    return OK;
 }
 
 static void cpu_release(struct backend *b, void *mem)
 {
+    size_t total;
     pool_quiesce(cpu_of(b)->pool);
-    mem_free(mem);
+    if (!mem) return;
+    unsigned char *p = (unsigned char *)mem - ALLOC_HEADER;
+    memcpy(&total, p, sizeof total);
+    if (total < ALLOC_HUGE)
+        mem_free(p);
+    else
+        mem_free_huge(p, total);
 }
 
 static enum err cpu_upload(struct backend *b, void *dst, const void *src, size_t bytes)
@@ -263,6 +283,9 @@ const struct backend_ops backend_cpu = {
     .ticket_wait = cpu_ticket_wait,
     .sync = cpu_sync,
     .matmul_gated = cpu_matmul_gated,
+    .moe_create = cpu_moe_create,
+    .moe_destroy = cpu_moe_destroy,
+    .moe_forward = cpu_moe_forward,
     .packed_layout = CPU_PACKED_LAYOUT,
     .weight_export = cpu_weight_export,
     .packed_sizes = cpu_packed_sizes,

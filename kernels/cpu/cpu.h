@@ -7,6 +7,7 @@
 #pragma once
 #include "kernels/backend.h"
 #include "kernels/cpu/pool.h"
+#include "kernels/cpu/slab.h"
 
 /* Sanitizers check the kernels of one and two rows; the taller ones repeat their pattern of
  * addresses many times over, unrolled, and would take minutes to compile with checks. */
@@ -43,7 +44,8 @@ struct weight {
     enum weight_format format;
     int64_t n_out, n_in, n_panels, n_steps;
     size_t panel_bytes, packed_bytes;
-    uint8_t *panels;          /* huge pages, 64-byte aligned */
+    uint8_t *panels; /* in slab */
+    struct slab *slab;
     float *scale;             /* INT8: [n_panels * 32], else NULL */
     float *bias;              /* [n_panels * 32] or NULL */
     struct matrix_view table; /* of table_create; then nothing above is set */
@@ -82,7 +84,7 @@ struct panel_call {
     int64_t out_stride;
     const uint8_t
         *prefetch; /* weights that are needed next: one line a step, `prefetch_bytes` apart */
-    int64_t prefetch_bytes;
+    int64_t prefetch_bytes, prefetch_second; /* a second line that far from the first */
 };
 typedef void panel_kernel(const struct panel_call *call, int rows);
 typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
@@ -107,20 +109,39 @@ struct attention_kernels {
 };
 extern const struct attention_kernels attention_avx2, attention_avx512, attention_bf16;
 
+/* Loops over one row, of one ISA; all of them give the same bits. See rows_kernels.h. */
+struct row_kernels {
+    void (*add)(float *x, const float *y, int64_t n); /* x += y */
+    /* x += delta unless NULL, out = norm(x) */
+    void (*norm)(float *x, const float *delta, const struct norm_args *args, float *out, int64_t n);
+    void (*scale)(float *x, int64_t n, float by, float softcap);
+    /* out[i] = act(gate[i]) * up[i], or act(gate[i]) when up is NULL; out may be gate */
+    void (*activate)(float *out, const float *gate, const float *up, int64_t n,
+                     enum activation kind);
+    void (*to_bf16)(uint16_t *out, const float *x, int64_t n);
+    /* rotates the pairs (x[i], x[i + half]) by the angles of cosines c and sines s */
+    void (*rotate_halves)(float *x, const float *c, const float *s, int64_t half);
+};
+extern const struct row_kernels rows_plain, rows_avx2, rows_avx512;
+
 struct cpu_backend {
     struct backend head;
     struct backend_options options;
     enum cpu_isa isa;
     struct pool *pool;
+    struct slabs slabs;           /* of packed weights */
     struct matmul_kernels matmul; /* as chosen, no NULL among the formats it can do */
     struct activations activations;
     size_t words_bytes, correction_bytes;
     struct attention_kernels attention_kernels;
+    const struct row_kernels *rows;
     const struct attention_kernels *attention; /* the above, or NULL: the reference */
     float *attention_partial;                  /* ATTENTION_PARTIAL_BYTES */
     int32_t *unit_start;                       /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
+    void *moe_scratch; /* of the widest layer of experts */
+    size_t moe_scratch_bytes;
     uint64_t ticket;
 };
 
@@ -138,6 +159,7 @@ struct kv_cache {
     size_t v_offset, scale_offset, head_bytes, block_bytes, layer_bytes;
     uint8_t *data;
     size_t bytes;
+    const struct row_kernels *rows;
 };
 
 /* The piece of one head of one block. */
@@ -153,11 +175,12 @@ enum err cpu_weight_create(struct backend *b, const struct matrix_view *parts, i
 enum err cpu_table_create(struct backend *b, struct matrix_view table, struct weight **out);
 void cpu_weight_destroy(struct backend *b, struct weight *w);
 size_t cpu_weight_bytes(const struct weight *w);
+/* Memory for the panels, scales and bias of a weight whose shape is set. */
+enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias);
 /* Packs output `row` of the weight from n_in floats. */
 void pack_row(struct weight *w, int64_t row, const float *inputs);
 /* From format, n_out and n_in: everything else that says how large the weight is. */
 enum err weight_sizes(struct weight *w);
-enum err weight_alloc(struct weight *w, bool with_bias);
 
 /* packed.c: struct weight as bytes of files. The name changes with the bytes. */
 #define CPU_PACKED_LAYOUT "cpu-panels-1"
@@ -186,8 +209,6 @@ void cpu_scale(struct backend *b, struct tensor x, float by, float softcap);
 void cpu_activate(struct backend *b, struct tensor out, struct tensor in, enum activation kind,
                   bool gated);
 void cpu_gather(struct backend *b, struct tensor out, struct tensor x, const struct batch *batch);
-/* out[i] = act(gate[i]) * up[i], or act(gate[i]) when up is NULL. */
-void activate_row(float *out, const float *gate, const float *up, int64_t n, enum activation kind);
 
 /* kv.c */
 size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args);
@@ -209,6 +230,12 @@ void cpu_qkv_prepare(struct backend *b, struct tensor qkv, struct kv_cache *kv,
                      const struct attention_args *args, const struct batch *batch);
 void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct kv_cache *kv,
                 const struct attention_args *args, const struct batch *batch);
+
+/* moe.c */
+enum err cpu_moe_create(struct backend *b, const struct moe_args *args, struct moe **out);
+void cpu_moe_destroy(struct backend *b, struct moe *m);
+void cpu_moe_forward(struct backend *b, struct tensor out, struct tensor x, struct tensor scores,
+                     struct moe *m);
 
 /* sample.c */
 size_t sample_scratch_bytes(int vocab_size);

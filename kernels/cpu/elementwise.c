@@ -1,15 +1,13 @@
 /* Operations that look at one row at a time: embedding, norms, activations, sums.
  *
  * Rows are independent, so chunks of rows go to the pool when there is enough to do. Sums of a row
- * run in one fixed order (eight lanes, then pairwise), whatever the batch. */
+ * run in one fixed order, whatever the batch and the ISA: the loops are in rows_kernels.h. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/half.h"
-#include "kernels/cpu/vector_math.h"
 
-#include <math.h>
 #include <string.h>
 
-enum { CHUNK_ELEMENTS = 16384, LANES = 8 };
+enum { CHUNK_ELEMENTS = 16384 };
 
 struct row_args {
     struct tensor x, y, out;
@@ -17,6 +15,7 @@ struct row_args {
     const struct batch *batch;
     const int32_t *feedback;
     const struct norm_args *norm;
+    const struct row_kernels *kernels;
     float by, softcap;
     enum activation kind;
     bool gated;
@@ -46,6 +45,7 @@ static void rows_run(struct backend *b, struct row_args *a)
     a->rows_per_chunk = CHUNK_ELEMENTS / cols > 0 ? CHUNK_ELEMENTS / cols : 1;
     int64_t n = (a->out.rows + a->rows_per_chunk - 1) / a->rows_per_chunk;
     ASSERT_CMP(a->out.dtype, ==, DTYPE_F32);
+    a->kernels = cpu_of(b)->rows;
     pool_run(cpu_of(b)->pool, &(struct pool_job){rows_chunk, NULL, a, sizeof *a, (int)n});
 }
 
@@ -96,47 +96,10 @@ void cpu_add_positions(struct backend *b, struct tensor x, const struct weight *
     rows_run(b, &a);
 }
 
-static float lanes_sum(const float *lane)
-{
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
-           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
-
-/* Sum of (x - shift)^2, or of x when squares is false. */
-static float row_sum(const float *x, int64_t n, float shift, bool squares)
-{
-    float lane[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) {
-            float v = x[i + j] - shift;
-            lane[j] += squares ? v * v : v;
-        }
-    for (int j = 0; i < n; i++, j++) {
-        float v = x[i] - shift;
-        lane[j] += squares ? v * v : v;
-    }
-    return lanes_sum(lane);
-}
-
-/* RMS norm: Zhang, Sennrich, "Root mean square layer normalization", 2019, equation 4. Layer norm:
- * Ba, Kiros, Hinton, "Layer normalization", 2016, equation 4. */
 static void norm_row(const struct row_args *a, int64_t r)
 {
-    const struct norm_args *args = a->norm;
-    float *x = row_at(a->x, r), *out = row_at(a->out, r);
-    int64_t n = a->out.cols;
-    if (a->y.data) {
-        const float *delta = row_at(a->y, r);
-        for (int64_t i = 0; i < n; i++)
-            x[i] += delta[i];
-    }
-    float mean = args->kind == NORM_LAYER ? row_sum(x, n, 0, false) / (float)n : 0.0f;
-    float scale = 1.0f / sqrtf(row_sum(x, n, mean, true) / (float)n + args->epsilon);
-    for (int64_t i = 0; i < n; i++) {
-        float v = (x[i] - mean) * scale * args->weight[i];
-        out[i] = args->bias ? v + args->bias[i] : v;
-    }
+    a->kernels->norm(row_at(a->x, r), a->y.data ? row_at(a->y, r) : NULL, a->norm,
+                     row_at(a->out, r), a->out.cols);
 }
 
 void cpu_add_norm(struct backend *b, struct tensor x, struct tensor delta,
@@ -149,10 +112,7 @@ void cpu_add_norm(struct backend *b, struct tensor x, struct tensor delta,
 
 static void add_row(const struct row_args *a, int64_t r)
 {
-    float *x = row_at(a->out, r);
-    const float *y = row_at(a->y, r);
-    for (int64_t i = 0; i < a->out.cols; i++)
-        x[i] += y[i];
+    a->kernels->add(row_at(a->out, r), row_at(a->y, r), a->out.cols);
 }
 
 void cpu_add(struct backend *b, struct tensor x, struct tensor y)
@@ -163,13 +123,7 @@ void cpu_add(struct backend *b, struct tensor x, struct tensor y)
 
 static void scale_row(const struct row_args *a, int64_t r)
 {
-    float *x = row_at(a->out, r);
-    for (int64_t i = 0; i < a->out.cols; i++)
-        x[i] *= a->by;
-    if (a->softcap <= 0.0f) return;
-    float inverse = 1.0f / a->softcap;
-    for (int64_t i = 0; i < a->out.cols; i++)
-        x[i] = a->softcap * tanh_approx(x[i] * inverse);
+    a->kernels->scale(row_at(a->out, r), a->out.cols, a->by, a->softcap);
 }
 
 void cpu_scale(struct backend *b, struct tensor x, float by, float softcap)
@@ -178,39 +132,11 @@ void cpu_scale(struct backend *b, struct tensor x, float by, float softcap)
     rows_run(b, &a);
 }
 
-/* GELU: Hendrycks, Gimpel, 2016, section 2: x Phi(x), and its tanh form. */
-void activate_row(float *out, const float *gate, const float *up, int64_t n, enum activation kind)
-{
-    switch (kind) {
-    case ACTIVATION_SILU:
-        for (int64_t i = 0; i < n; i++)
-            out[i] = gate[i] / (1.0f + exp_approx(-gate[i]));
-        break;
-    case ACTIVATION_GELU_TANH:
-        for (int64_t i = 0; i < n; i++) {
-            float x = gate[i];
-            out[i] = 0.5f * x * (1.0f + tanh_approx(0.7978845608f * (x + 0.044715f * x * x * x)));
-        }
-        break;
-    case ACTIVATION_GELU_ERF:
-        for (int64_t i = 0; i < n; i++)
-            out[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.7071067812f));
-        break;
-    case ACTIVATION_RELU:
-        for (int64_t i = 0; i < n; i++)
-            out[i] = gate[i] > 0.0f ? gate[i] : 0.0f * gate[i];
-        break;
-    }
-    if (!up) return;
-    for (int64_t i = 0; i < n; i++)
-        out[i] *= up[i];
-}
-
 static void activate_one(const struct row_args *a, int64_t r)
 {
     const float *gate = row_at(a->x, r);
-    activate_row(row_at(a->out, r), gate, a->gated ? gate + a->out.cols : NULL, a->out.cols,
-                 a->kind);
+    a->kernels->activate(row_at(a->out, r), gate, a->gated ? gate + a->out.cols : NULL, a->out.cols,
+                         a->kind);
 }
 
 void cpu_activate(struct backend *b, struct tensor out, struct tensor in, enum activation kind,

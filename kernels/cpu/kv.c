@@ -58,10 +58,10 @@ size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args)
 enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, struct kv_cache **out)
 {
     struct kv_cache shape, *kv;
-    (void)b;
     TRY(kv_shape(args, &shape));
     TRY(MEM_NEW(&kv));
     *kv = shape;
+    kv->rows = cpu_of(b)->rows;
     enum err e = mem_alloc_huge(kv->bytes, (void **)&kv->data);
     if (e) {
         mem_free(kv);
@@ -125,18 +125,46 @@ static float token_scale(const float *x, int n, float *out_inverse)
     return quantize_scale(max_bits, out_inverse);
 }
 
-/* Later tokens of the tile are read with weight 0; what an earlier owner of the block left there
- * must not be a NaN, for 0 * NaN is NaN. */
+/* Later tokens of the tile are read with weight 0; what an earlier owner of the block left in their
+ * V must not be a NaN, for 0 * NaN is NaN. Scores of such tokens are replaced, so K may be
+ * anything; of I8 only the scales can be a NaN. */
 static void tile_clear_after(const struct kv_cache *kv, uint8_t *piece, int offset)
 {
-    float *scales = (float *)(piece + kv->scale_offset);
-    for (int o = offset + 1; o % kv->tile; o++) {
-        for (int d = 0; d < kv->width; d++) {
-            element_write(kv, piece, k_index(kv, o, d), 0, 0);
-            element_write(kv, piece + kv->v_offset, v_index(kv, o, d), 0, 0);
-        }
-        if (kv->args.dtype == DTYPE_I8) scales[o] = scales[kv->args.block_size + o] = 0;
+    int in_tile = offset % kv->tile, after = kv->tile - 1 - in_tile;
+    if (kv->args.dtype == DTYPE_I8) {
+        float *scales = (float *)(piece + kv->scale_offset) + kv->args.block_size;
+        memset(scales + offset + 1, 0, (size_t)after * sizeof *scales);
+        return;
     }
+    if (kv->v_pair == 2 && in_tile % 2 == 0) {
+        uint16_t *odd = (uint16_t *)(piece + kv->v_offset) + v_index(kv, offset, 0) + 1;
+        for (int d = 0; d < kv->width; d++)
+            odd[2 * d] = 0;
+        after--;
+    }
+    size_t bytes = (size_t)after * (size_t)(kv->width * kv->element_bytes);
+    size_t end = (size_t)(offset / kv->tile + 1) * (size_t)(kv->tile * kv->width);
+    if (after > 0) memset(piece + kv->v_offset + end * (size_t)kv->element_bytes - bytes, 0, bytes);
+}
+
+/* BF16: a word of K is two dimensions of a token, V interleaves two tokens. */
+static void write_bf16(const struct kv_cache *kv, uint8_t *piece, int offset, const float *k,
+                       const float *v)
+{
+    _Alignas(64) uint16_t halves[HEAD_DIM_MAX + 2];
+    uint32_t *k_words = (uint32_t *)(void *)piece + k_index(kv, offset, 0) / 2, word;
+    uint16_t *to = (uint16_t *)(void *)(piece + kv->v_offset) + v_index(kv, offset, 0);
+    int n = kv->args.head_dim;
+    kv->rows->to_bf16(halves, k, n);
+    halves[n] = 0;
+    for (int d = 0; d < kv->width; d += 2, k_words += kv->tile) {
+        memcpy(&word, halves + d, 4);
+        *k_words = word;
+    }
+    kv->rows->to_bf16(halves, v, n);
+    halves[n] = 0;
+    for (int d = 0; d < kv->width; d++)
+        to[d * kv->v_pair] = halves[d];
 }
 
 void kv_write(struct kv_cache *kv, int layer, int head, int32_t cache_slot, const float *k,
@@ -147,6 +175,11 @@ void kv_write(struct kv_cache *kv, int layer, int head, int32_t cache_slot, cons
     ASSERT_CMP(cache_slot / size, <, kv->args.n_blocks);
     uint8_t *piece = kv_head(kv, layer, cache_slot / size, head);
     float k_inverse = 0, v_inverse = 0;
+    if (kv->args.dtype == DTYPE_BF16) {
+        write_bf16(kv, piece, offset, k, v);
+        if (last) tile_clear_after(kv, piece, offset);
+        return;
+    }
     if (kv->args.dtype == DTYPE_I8) {
         float *scales = (float *)(piece + kv->scale_offset);
         scales[offset] = token_scale(k, n, &k_inverse);

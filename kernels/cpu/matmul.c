@@ -11,11 +11,12 @@
 
 enum {
     CHUNK_ROWS = 144,  /* rows of a chunk at most: their words stay in L2 */
-    BLOCK_STEPS = 256, /* of K: 32 KiB of weights; a multiple of GROUP_STEPS */
+    BLOCK_STEPS = 512, /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
     CHUNK_PANELS = 2,
-    FEW_ROW_PANELS = 4,     /* up to here fetching weights takes as long as computing */
-    PREFETCH_AHEAD = 8192,  /* bytes */
-    PARALLEL_PACK_ROWS = 8, /* fewer rows are packed by the caller alone */
+    PREFETCH_ROWS = 5,         /* with fewer rows the hardware fetches better alone */
+    PREFETCH_AHEAD = 8192,     /* bytes */
+    WORDS_BYTES_MIN = 2 << 20, /* a huge page */
+    PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
 };
 
 /* All by value but the operands themselves: a thread that comes back late from an old matmul still
@@ -29,6 +30,7 @@ struct matmul_args {
     int n_panel_chunks, panels_per_chunk, row_panels_per_chunk;
     bool gated;
     enum activation activation;
+    const struct row_kernels *rows;
 };
 
 static int row_panel_first(const struct activations *a, int i)
@@ -43,6 +45,7 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
     size_t words = (size_t)w->n_steps * ACTIVATION_ROWS * 4;
     size_t corrections = ((size_t)w->n_steps / GROUP_STEPS + 1) * ACTIVATION_ROWS * 4;
     void *bigger;
+    if (words < WORDS_BYTES_MIN) words = WORDS_BYTES_MIN;
     if (words > cpu->words_bytes) {
         TRY(mem_alloc_huge(words, &bigger));
         pool_quiesce(cpu->pool);
@@ -96,38 +99,60 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
                  &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
 }
 
-/* Where the weights of the next K block begin to be fetched into L2 while this one is computed. One
- * row panel runs through a whole weight panel and looks a fixed distance ahead; of a few row panels
- * the first two share the next block; with many the time to fetch it is short beside the rest. */
-static void prefetch_plan(const struct format_info *f, int n_row_panels, int i,
+/* Which weights are fetched into L2 meanwhile. One row panel streams through the weights once: with
+ * few rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
+ * fixed distance ahead helps. Of several row panels the first two fetch one half each of the block
+ * that comes next. INT4 has half the bytes to the same arithmetic: one row panel needs no help. */
+static void prefetch_plan(const struct format_info *f, int n_row_panels, int i, int rows,
                           struct panel_call *call)
 {
-    int64_t stride =
-        f->header_bytes ? 2 * f->step_bytes : f->step_bytes; /* INT4 takes two steps at once */
     call->prefetch = call->weights;
-    call->prefetch_bytes = 0;
-    if (n_row_panels == 1) {
+    call->prefetch_bytes = call->prefetch_second = 0;
+    if (n_row_panels == 1 && rows >= PREFETCH_ROWS && !f->header_bytes) {
         call->prefetch = call->weights + PREFETCH_AHEAD;
-        call->prefetch_bytes = stride;
-    } else if (n_row_panels <= FEW_ROW_PANELS && i < 2) {
+        call->prefetch_bytes = f->step_bytes;
+        call->prefetch_second = f->step_bytes / 2;
+    } else if (n_row_panels > 1 && i < 2) {
         int64_t block = call->n_steps * f->step_bytes;
         call->prefetch = call->weights + block + i * block / 2;
-        call->prefetch_bytes = stride / 2;
+        call->prefetch_bytes = 64; /* a call of the kernel looks at 128 bytes between fetches */
     }
 }
 
-/* One weight panel by row panels [i0, i1): out is [rows][out_stride]. */
+/* Steps of a K block: equal blocks, so that fetching the next one takes as long as computing this.
+ */
+static int64_t block_steps(const struct activations *a, int n_row_panels)
+{
+    if (n_row_panels == 1) return a->n_steps;
+    int64_t n_blocks = (a->n_steps + BLOCK_STEPS - 1) / BLOCK_STEPS;
+    int64_t steps = (a->n_steps + n_blocks - 1) / n_blocks;
+    return (steps + GROUP_STEPS - 1) / GROUP_STEPS * GROUP_STEPS;
+}
+
+/* Asks for the lines that a row panel's results will be copied to, to be written: a store that
+ * misses the cache holds up all stores behind it. */
+static void destination_fetch(const struct matmul_args *m, int first, int rows, int64_t column)
+{
+    int64_t n = m->n_columns - column < PANEL_OUTPUTS ? m->n_columns - column : PANEL_OUTPUTS;
+    for (int r = 0; r < rows; r++) {
+        const float *to = m->out + (first + r) * m->out_stride + column;
+        __asm__ volatile("prefetchw %0" ::"m"(*to));
+        __asm__ volatile("prefetchw %0" ::"m"(to[n - 1]));
+        if (n == PANEL_OUTPUTS) __asm__ volatile("prefetchw %0" ::"m"(to[n / 2]));
+    }
+}
+
+/* One weight panel by row panels [i0, i1): out is [rows][out_stride]. The results will be copied to
+ * the column `to` of the matmul's output, unless it is negative. */
 static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, int i1, float *parked,
-                          float *out, int64_t out_stride)
+                          float *out, int64_t out_stride, int64_t to)
 {
     const struct weight *w = m->w;
     const struct activations *a = &m->a;
     const struct format_info *f = &format_infos[w->format];
     int row0 = row_panel_first(a, i0);
     int n_row_panels = i1 - i0;
-    int64_t block = n_row_panels == 1                ? a->n_steps
-                    : n_row_panels <= FEW_ROW_PANELS ? BLOCK_STEPS / 2
-                                                     : BLOCK_STEPS;
+    int64_t block = block_steps(a, n_row_panels);
     for (int64_t s = 0; s < a->n_steps; s += block) {
         int64_t n = a->n_steps - s < block ? a->n_steps - s : block;
         size_t header = (size_t)(f->header_bytes ? s / GROUP_STEPS * f->header_bytes : 0);
@@ -151,7 +176,8 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
                 .out = out + (first - row0) * out_stride,
                 .out_stride = out_stride,
             };
-            prefetch_plan(f, n_row_panels, i - i0, &call);
+            prefetch_plan(f, n_row_panels, i - i0, rows, &call);
+            if (call.last && to >= 0) destination_fetch(m, first, rows, to);
             m->kernel(&call, rows);
         }
     }
@@ -185,7 +211,7 @@ static void matmul_compute(const void *args, int chunk, void *scratch)
     float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
     for (int64_t p = 0; p < c.n_panels; p++)
         panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked, result + p * CHUNK_ROWS * PANEL_OUTPUTS,
-                      PANEL_OUTPUTS);
+                      PANEL_OUTPUTS, (c.panel0 + p) * PANEL_OUTPUTS);
 }
 
 /* The gate's panel, then the panel or two that hold the same columns of up. When the number of
@@ -198,13 +224,14 @@ static void gated_compute(const void *args, int chunk, void *scratch)
     int64_t shift = (m->n_columns + c.panel0 * PANEL_OUTPUTS) % PANEL_OUTPUTS;
     float *parked = scratch, *gate = parked + CHUNK_ROWS * PANEL_OUTPUTS;
     float *up = gate + CHUNK_ROWS * PANEL_OUTPUTS;
-    panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS);
-    panel_by_rows(m, up0, c.i0, c.i1, parked, up, 2 * PANEL_OUTPUTS);
+    panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS, c.panel0 * PANEL_OUTPUTS);
+    panel_by_rows(m, up0, c.i0, c.i1, parked, up, 2 * PANEL_OUTPUTS, -1);
     if (shift && up0 + 1 < m->w->n_panels)
-        panel_by_rows(m, up0 + 1, c.i0, c.i1, parked, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS);
+        panel_by_rows(m, up0 + 1, c.i0, c.i1, parked, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS, -1);
     for (int r = 0; r < c.n_rows; r++) {
         float *row = gate + r * PANEL_OUTPUTS;
-        activate_row(row, row, up + r * 2 * PANEL_OUTPUTS + shift, PANEL_OUTPUTS, m->activation);
+        m->rows->activate(row, row, up + r * 2 * PANEL_OUTPUTS + shift, PANEL_OUTPUTS,
+                          m->activation);
     }
 }
 
@@ -266,6 +293,7 @@ static void matmul_run(struct backend *b, struct tensor out, struct tensor x,
             .n_columns = out.cols,
             .gated = gated,
             .activation = kind,
+            .rows = cpu->rows,
         };
         activations_pack(cpu, w, (const float *)x.data + row * x.stride, x.stride, n);
         matmul_slice(cpu, &m);

@@ -26,7 +26,9 @@ ALWAYS_INLINE void result_store(const struct panel_call *c, int r, int half, __m
 }
 
 /* Into L2: a block just ahead would push the current one out of L1. */
-#define PREFETCH(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
+#define PREFETCH(c, at)                                                                            \
+    (_mm_prefetch((const char *)(at), _MM_HINT_T1),                                                \
+     _mm_prefetch((const char *)(at) + (c)->prefetch_second, _MM_HINT_T1))
 
 ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
 {
@@ -48,9 +50,9 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
             sum[r][1] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32 + 16);    \
         }                                                                                          \
         for (int64_t s = 0; s < c->n_steps; s += 2) {                                              \
-            PREFETCH(ahead);                                                                       \
+            PREFETCH(c, ahead);                                                                    \
             STEP(weights, words);                                                                  \
-            PREFETCH(ahead + c->prefetch_bytes);                                                   \
+            PREFETCH(c, ahead + c->prefetch_bytes);                                                \
             STEP(weights + (STEP_BYTES), words + rows);                                            \
             weights += 2 * (STEP_BYTES);                                                           \
             words += 2 * rows;                                                                     \

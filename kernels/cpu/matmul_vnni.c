@@ -2,13 +2,11 @@
  *
  * Weights are the unsigned one, stored with an offset (128, or 8 for nibbles) that the accumulators
  * cancel from the start: they begin at -offset * sum(x). INT4 unpacks nibbles in registers at every
- * height, and adds a group's exact sum times its scale to float accumulators, which stay in
- * registers up to 6 rows and lie in the parked tile above. */
+ * height, and adds a group's exact sum times its scale to float accumulators; with 6 rows both
+ * kinds of sums stay in registers, which is faster than 12 rows with the float sums in memory. */
 #include "kernels/cpu/matmul_avx512.h"
 
-#include <string.h>
-
-enum { GROUP_BYTES = 64 + GROUP_STEPS * 64, ROWS_IN_REGISTERS = 6 };
+enum { GROUP_BYTES = 64 + GROUP_STEPS * 64, INT4_ROWS_MAX = 6 };
 
 ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
 {
@@ -30,7 +28,7 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
         UNROLL for (int u = 0; u < 2; u++)
         {
             __m512i w0 = _mm512_loadu_si512(weights), w1 = _mm512_loadu_si512(weights + 64);
-            PREFETCH(ahead);
+            PREFETCH(c, ahead);
             UNROLL for (int r = 0; r < rows; r++)
             {
                 __m512i x = broadcast_word(words, r);
@@ -63,7 +61,7 @@ ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, con
     const __m512i low = _mm512_set1_epi8(15);
     for (int s = 0; s < GROUP_STEPS; s += 2) {
         __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
-        PREFETCH(ahead);
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
         ahead += prefetch_bytes;
         __m512i w0 = _mm512_and_si512(v0, low), w1 = _mm512_and_si512(v1, low);
         UNROLL for (int r = 0; r < rows; r++)
@@ -90,10 +88,9 @@ ALWAYS_INLINE __m512 group_scale(const uint8_t *group, int half)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(group + 32 * half)));
 }
 
-/* Few rows: the float sums stay in registers over all groups. */
-ALWAYS_INLINE void panel_int4_few(const struct panel_call *c, const int rows)
+ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
 {
-    __m512 total[ROWS_IN_REGISTERS][2];
+    __m512 total[INT4_ROWS_MAX][2];
     float *parked = c->scratch;
     UNROLL for (int r = 0; r < rows; r++)
     {
@@ -109,7 +106,7 @@ ALWAYS_INLINE void panel_int4_few(const struct panel_call *c, const int rows)
             sum[r][1] = sum[r][0];
         }
         group_sums(group + 64, c->words + g * GROUP_STEPS * rows, rows,
-                   c->prefetch + g * 16 * c->prefetch_bytes, c->prefetch_bytes, sum);
+                   c->prefetch + g * GROUP_STEPS / 2 * c->prefetch_bytes, c->prefetch_bytes, sum);
         __m512 scale0 = group_scale(group, 0), scale1 = group_scale(group, 1);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -129,90 +126,26 @@ ALWAYS_INLINE void panel_int4_few(const struct panel_call *c, const int rows)
     }
 }
 
-/* One group of many rows is a function of its own: within a loop over groups, compilers spill. */
-struct group_call {
-    const uint8_t *group;
-    const uint32_t *words;
-    const int32_t *correction;
-    int64_t correction_stride;
-    float *total; /* [rows][32]; no branch on the first group: it would cost the registers */
-    const uint8_t *prefetch;
-    int64_t prefetch_bytes;
-};
-
-ALWAYS_INLINE void total_add(const struct group_call *c, int r, int half, __m512i sum, __m512 scale)
-{
-    float *at = c->total + r * 32 + 16 * half;
-    _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(at)));
-}
-
-ALWAYS_INLINE void group_many(const struct group_call *c, const int rows)
-{
-    __m512i sum[PANEL_ROWS_MAX][2];
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        sum[r][0] = sum[r][1] = _mm512_set1_epi32(c->correction[r * c->correction_stride]);
-    }
-    group_sums(c->group + 64, c->words, rows, c->prefetch, c->prefetch_bytes, sum);
-    __m512 scale0 = group_scale(c->group, 0), scale1 = group_scale(c->group, 1);
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        total_add(c, r, 0, sum[r][0], scale0);
-        total_add(c, r, 1, sum[r][1], scale1);
-    }
-}
-
-ALWAYS_INLINE void panel_int4_many(const struct panel_call *c, int rows,
-                                   void (*one)(const struct group_call *))
-{
-    struct group_call call = {c->weights, c->words,    c->correction,    c->correction_stride,
-                              c->scratch, c->prefetch, c->prefetch_bytes};
-    if (c->first) memset(call.total, 0, (size_t)rows * 32 * sizeof *call.total);
-    for (int64_t s = 0; s < c->n_steps; s += GROUP_STEPS) {
-        one(&call);
-        call.group += GROUP_BYTES;
-        call.words += GROUP_STEPS * rows;
-        call.correction++;
-        call.prefetch += 16 * call.prefetch_bytes;
-    }
-    if (!c->last) return;
-    for (int r = 0; r < rows; r++) {
-        result_store(c, r, 0, _mm512_loadu_ps(call.total + r * 32));
-        result_store(c, r, 1, _mm512_loadu_ps(call.total + r * 32 + 16));
-    }
-}
-
-#define FEW(ROWS, ATTRIBUTES)                                                                      \
+#define INT4_HEIGHT(ROWS, ATTRIBUTES)                                                              \
     static __attribute__((noinline)) ATTRIBUTES void panel_int4_##ROWS(const struct panel_call *c) \
     {                                                                                              \
-        panel_int4_few(c, ROWS);                                                                   \
+        panel_int4(c, ROWS);                                                                       \
     }
-#define MANY(ROWS)                                                                                 \
-    static __attribute__((noinline, noclone))                                                      \
-    KERNEL_UNCHECKED void group_int4_##ROWS(const struct group_call *c)                            \
-    {                                                                                              \
-        group_many(c, ROWS);                                                                       \
-    }                                                                                              \
-    static __attribute__((noinline))                                                               \
-    KERNEL_UNCHECKED void panel_int4_##ROWS(const struct panel_call *c)                            \
-    {                                                                                              \
-        panel_int4_many(c, ROWS, group_int4_##ROWS);                                               \
-    }
-FEW(1, )
-FEW(2, )
-FEW(3, KERNEL_UNCHECKED)
-FEW(4, KERNEL_UNCHECKED)
-FEW(5, KERNEL_UNCHECKED)
-FEW(6, KERNEL_UNCHECKED)
-MANY(7)
-MANY(8)
-MANY(9)
-MANY(10)
-MANY(11)
-MANY(12)
-HEIGHT_SWITCH(panel_int4)
+INT4_HEIGHT(1, )
+INT4_HEIGHT(2, )
+INT4_HEIGHT(3, KERNEL_UNCHECKED)
+INT4_HEIGHT(4, KERNEL_UNCHECKED)
+INT4_HEIGHT(5, KERNEL_UNCHECKED)
+INT4_HEIGHT(6, KERNEL_UNCHECKED)
+
+static void panel_int4_any(const struct panel_call *c, int rows)
+{
+    static void (*const heights[INT4_ROWS_MAX])(const struct panel_call *) = {
+        panel_int4_1, panel_int4_2, panel_int4_3, panel_int4_4, panel_int4_5, panel_int4_6};
+    heights[rows - 1](c);
+}
 
 const struct matmul_kernels matmul_vnni = {
     .panel = {[WEIGHT_INT8] = panel_int8_any, [WEIGHT_INT4] = panel_int4_any},
-    .rows_max = {[WEIGHT_INT8] = PANEL_ROWS_MAX, [WEIGHT_INT4] = PANEL_ROWS_MAX},
+    .rows_max = {[WEIGHT_INT8] = PANEL_ROWS_MAX, [WEIGHT_INT4] = INT4_ROWS_MAX},
 };

@@ -197,10 +197,10 @@ static enum err weight_shape(struct weight *w, const struct matrix_view *parts, 
     return weight_sizes(w);
 }
 
-enum err weight_alloc(struct weight *w, bool with_bias)
+enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias)
 {
     size_t lanes = (size_t)w->n_panels * PANEL_OUTPUTS;
-    TRY(mem_alloc_huge(w->packed_bytes, (void **)&w->panels));
+    TRY(slab_take(&cpu_of(b)->slabs, w->packed_bytes, &w->panels, &w->slab));
     if (w->format == WEIGHT_INT8) TRY(mem_alloc_aligned(64, lanes * 4, (void **)&w->scale));
     if (with_bias) TRY(mem_alloc_aligned(64, lanes * 4, (void **)&w->bias));
     return OK;
@@ -252,7 +252,7 @@ enum err cpu_weight_create(struct backend *b, const struct matrix_view *parts, i
         FAIL_OUT(ERR_UNSUPPORTED, "weight format %s is not supported on the CPU",
                  (unsigned)w->format < FORMATS ? format_names[w->format] : "?");
     TRY_OUT(weight_shape(w, parts, n_parts));
-    TRY_OUT(weight_alloc(w, bias != NULL));
+    TRY_OUT(weight_alloc(b, w, bias != NULL));
     TRY_OUT(activations_reserve(cpu_of(b), w));
     int n_chunks = pool_n_threads(cpu_of(b)->pool);
     TRY_OUT(MEM_NEW_ARRAY(w->n_in * n_chunks, &inputs));
@@ -284,7 +284,7 @@ void cpu_weight_destroy(struct backend *b, struct weight *w)
 {
     if (!w) return;
     pool_quiesce(cpu_of(b)->pool);
-    mem_free_huge(w->panels, w->packed_bytes);
+    slab_give(&cpu_of(b)->slabs, w->slab);
     mem_free(w->scale);
     mem_free(w->bias);
     mem_free(w);

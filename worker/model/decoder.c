@@ -20,7 +20,10 @@ static struct widths widths_of(const struct model_config *c, struct group g,
     w.qkv = w.att + 2 * shard_count(heads.kv) * c->head_dim;
     w.ffn = shard_count(shard_rounded(c->ffn, 128, g.rank, g.size));
     int64_t before = c->gated ? w.fused ? 0 : 2 * w.ffn : w.ffn;
-    w.scratch = w.qkv + w.att > before + w.ffn ? w.qkv + w.att : before + w.ffn;
+    int64_t feed =
+        before + w.ffn; /* experts have their scratch in the backend, but for the scores */
+    if (c->n_experts) feed = (c->n_experts * 4 + 1) / (int64_t)dtype_bytes(b->activation_dtype);
+    w.scratch = w.qkv + w.att > feed ? w.qkv + w.att : feed;
     return w;
 }
 
@@ -91,34 +94,69 @@ static void swap(struct tensor *a, struct tensor *b)
     *b = t;
 }
 
-/* delta = x w^T summed over the ranks: the one place with an all-reduce in it. Where the collective
- * has memory of its own, the partial sums are written straight into it. */
-static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w,
-                          struct tensor *out_delta)
+/* Where partial sums go: straight into the collective's memory where it has some of its own. */
+static struct tensor partial_of(struct decoder *d, struct tensor delta)
 {
-    struct backend *b = d->model->backend;
     struct collective *c = d->collective;
-    struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden), partial = delta;
     if (d->model->group.size > 1 && c->ops->reduce_buffer) {
         void *direct =
             c->ops->reduce_buffer(c, (size_t)(delta.rows * delta.cols) * dtype_bytes(delta.dtype));
-        if (direct) partial.data = direct;
+        if (direct) delta.data = direct;
     }
+    return delta;
+}
+
+/* delta = partial summed over the ranks: the one place with an all-reduce in it. The sum may stay
+ * in the collective's memory unless it has to outlive the collective that follows (last). */
+static enum err ranks_sum(struct decoder *d, struct tensor *delta, struct tensor partial, bool last)
+{
+    struct collective *c = d->collective;
+    if (d->model->group.size == 1) return OK;
+    int64_t begin = clock_monotonic_ns();
+    if (c->ops->all_reduce_near && !last)
+        TRY(c->ops->all_reduce_near(c, delta, partial));
+    else
+        TRY(c->ops->all_reduce_sum(c, *delta, partial));
+    d->collective_ns += clock_monotonic_ns() - begin;
+    return OK;
+}
+
+/* delta = x w^T, summed. */
+static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w, bool last,
+                          struct tensor *out_delta)
+{
+    struct backend *b = d->model->backend;
+    struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden);
+    struct tensor partial = partial_of(d, delta);
     b->ops->matmul(b, partial, x, w);
-    if (d->model->group.size > 1) {
-        int64_t begin = clock_monotonic_ns();
-        TRY(c->ops->all_reduce_sum(c, delta, partial));
-        d->collective_ns += clock_monotonic_ns() - begin;
-    }
+    TRY(ranks_sum(d, &delta, partial, last));
+    *out_delta = delta;
+    return OK;
+}
+
+/* Each rank holds a slice of every expert and routes alike, so the sums of slices are summed as
+ * those of a dense layer are. */
+static enum err experts(struct decoder *d, const struct layer *layer, struct tensor in, bool last,
+                        struct tensor *out_delta)
+{
+    struct backend *b = d->model->backend;
+    int n = d->model->config.n_experts;
+    struct tensor scores = {d->scratch, DTYPE_F32, in.rows, n, n};
+    struct tensor delta = view(d, d->delta, in.rows, d->model->config.hidden);
+    struct tensor partial = partial_of(d, delta);
+    b->ops->matmul(b, scores, in, layer->router);
+    b->ops->moe_forward(b, partial, in, scores, layer->moe);
+    TRY(ranks_sum(d, &delta, partial, last));
     *out_delta = delta;
     return OK;
 }
 
 static enum err feed_forward(struct decoder *d, const struct layer *layer, struct tensor in,
-                             struct tensor *out_delta)
+                             bool last, struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
     const struct model_config *c = &d->model->config;
+    if (layer->moe) return experts(d, layer, in, last, out_delta);
     int64_t ffn = shard_count(d->model->ffn);
     struct tensor act = view(d, d->scratch, in.rows, ffn);
     if (c->gated && b->ops->matmul_gated) {
@@ -130,7 +168,7 @@ static enum err feed_forward(struct decoder *d, const struct layer *layer, struc
         b->ops->matmul(b, before, in, layer->up);
         b->ops->activate(b, act, before, c->activation, c->gated);
     }
-    return linear_in(d, act, layer->down, out_delta);
+    return linear_in(d, act, layer->down, last, out_delta);
 }
 
 static struct tensor embed(struct decoder *d, const struct batch *batch)
@@ -187,10 +225,10 @@ enum err decoder_forward(struct decoder *d, const struct batch *batch)
         if (i == c->n_layers - 1 && !batch->n_rows_out) return OK;
         b->ops->attend(b, att, qkv, d->kv, &layer->attention, batch);
         if (i == c->n_layers - 1) keep_rows_out(d, batch, &x, &h, &att);
-        TRY(linear_in(d, att, layer->out, &delta));
+        TRY(linear_in(d, att, layer->out, false, &delta));
         b->ops->add_norm(b, x, delta, pre ? &layer->ffn_norm : &layer->attention_norm, h);
         if (!pre) swap(&x, &h);
-        TRY(feed_forward(d, layer, pre ? h : x, &delta));
+        TRY(feed_forward(d, layer, pre ? h : x, i == c->n_layers - 1, &delta));
         if (!pre) {
             b->ops->add_norm(b, x, delta, &layer->ffn_norm, h);
             swap(&x, &h);

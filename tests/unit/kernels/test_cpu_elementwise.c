@@ -1,6 +1,7 @@
 /* Goal: the row operations equal their formulas in double precision for odd widths, strided tensors
  * and empty batches; any number of threads gives the same bits.
  * Method: random rows, formulas written down again here; exp and tanh over their whole range. */
+#include "kernels/cpu/cpu.h"
 #include "kernels/cpu/vector_math.h"
 #include "unit/kernels/cpu_test.h"
 
@@ -180,6 +181,48 @@ static void halves_round_to_nearest(void **state)
     assert_int_equal(bf16_from_float(1.0f + 0x1.8p-8f), 0x3f81);
 }
 
+/* Every loop over a row at every ISA against the plain one: widths around the vectors, the range
+ * of exp, infinities and NaN. */
+static void isas_give_the_same_bits(void **state)
+{
+    enum { N = 131 };
+    struct rand r = rand_seeded(5);
+    float *x = test_floats(&r, N, 20), *y = test_floats(&r, N, 2), *w = test_floats(&r, N, 1);
+    float want[N], got[N], moved[N];
+    uint16_t want_half[N], got_half[N];
+    (void)state;
+    x[0] = INFINITY, x[1] = -INFINITY, x[2] = NAN, x[3] = 0, x[4] = 1e-40f;
+    for (int isa = 1; isa < 3; isa++) {
+        struct backend *b = test_open(test_isas[isa]);
+        if (!b) continue;
+        const struct row_kernels *k = cpu_of(b)->rows, *plain = &rows_plain;
+        assert_ptr_not_equal(k, plain);
+        for (int n = 5; n <= N; n += 7) {
+            for (int kind = 0; kind < 8; kind++) {
+                plain->activate(want, x, kind & 4 ? y : NULL, n, (enum activation)(kind & 3));
+                memcpy(got, x, sizeof got);
+                k->activate(got, got, kind & 4 ? y : NULL, n, (enum activation)(kind & 3));
+                test_same_bits("activate", got, want, n);
+                struct norm_args args = {kind & 1 ? NORM_LAYER : NORM_RMS, 1e-5f, w,
+                                         kind & 2 ? y : NULL};
+                memcpy(moved, y, sizeof moved);
+                plain->norm(moved, kind & 4 ? w : NULL, &args, want, n);
+                memcpy(moved, y, sizeof moved);
+                k->norm(moved, kind & 4 ? w : NULL, &args, got, n);
+                test_same_bits("norm", got, want, n);
+            }
+            memcpy(want, x, sizeof want), memcpy(got, x, sizeof got);
+            plain->scale(want, n, 0.7f, 30), k->scale(got, n, 0.7f, 30);
+            plain->rotate_halves(want, y, w, n / 2), k->rotate_halves(got, y, w, n / 2);
+            test_same_bits("scale and rotate", got, want, n);
+            plain->to_bf16(want_half, x, n), k->to_bf16(got_half, x, n);
+            assert_memory_equal(got_half, want_half, (size_t)n * 2);
+        }
+        b->ops->close(b);
+    }
+    mem_free(x), mem_free(y), mem_free(w);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -188,6 +231,7 @@ int main(void)
         cmocka_unit_test(tables),
         cmocka_unit_test(sums_scales_and_gathers),
         cmocka_unit_test(functions_over_their_range),
+        cmocka_unit_test(isas_give_the_same_bits),
         cmocka_unit_test(halves_round_to_nearest),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

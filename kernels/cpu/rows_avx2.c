@@ -1,0 +1,4 @@
+/* The loops over rows in 256-bit vectors. See rows_kernels.h. */
+#include "kernels/cpu/rows_kernels.h"
+
+ROW_KERNELS(rows_avx2)

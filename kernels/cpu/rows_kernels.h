@@ -1,0 +1,136 @@
+/* Loops over one row: activations, norms, sums, conversions. Written once in plain C; the files
+ * that include this one are compiled for different instruction sets.
+ *
+ * Every operation is the same in all of them and none is fused (-ffp-contract=off), sums have a
+ * fixed number of lanes: so the bits are equal whatever the ISA. Knows nothing of tensors. */
+#pragma once
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/vector_math.h"
+
+#include <math.h>
+
+enum { SUM_LANES = 32 };
+
+/* Pairwise over the lanes. */
+static float lanes_total(float *lane)
+{
+    for (int n = SUM_LANES / 2; n > 0; n /= 2)
+        for (int j = 0; j < n; j++)
+            lane[j] += lane[j + n];
+    return lane[0];
+}
+
+static float row_sum(const float *x, int64_t n)
+{
+    float lane[SUM_LANES] = {0};
+    int64_t i = 0;
+    for (; i + SUM_LANES <= n; i += SUM_LANES)
+        for (int j = 0; j < SUM_LANES; j++)
+            lane[j] += x[i + j];
+    for (int j = 0; i < n; i++, j++)
+        lane[j] += x[i];
+    return lanes_total(lane);
+}
+
+/* Sum of (x - shift)^2. */
+static float row_squares(const float *x, int64_t n, float shift)
+{
+    float lane[SUM_LANES] = {0};
+    int64_t i = 0;
+    for (; i + SUM_LANES <= n; i += SUM_LANES)
+        for (int j = 0; j < SUM_LANES; j++) {
+            float v = x[i + j] - shift;
+            lane[j] += v * v;
+        }
+    for (int j = 0; i < n; i++, j++) {
+        float v = x[i] - shift;
+        lane[j] += v * v;
+    }
+    return lanes_total(lane);
+}
+
+static void add(float *restrict x, const float *restrict y, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] += y[i];
+}
+
+/* RMS norm: Zhang, Sennrich, "Root mean square layer normalization", 2019, equation 4. Layer norm:
+ * Ba, Kiros, Hinton, "Layer normalization", 2016, equation 4. */
+static void norm(float *restrict x, const float *delta, const struct norm_args *args,
+                 float *restrict out, int64_t n)
+{
+    const float *restrict weight = args->weight, *restrict bias = args->bias;
+    if (delta) add(x, delta, n);
+    float mean = args->kind == NORM_LAYER ? row_sum(x, n) / (float)n : 0.0f;
+    float scale = 1.0f / sqrtf(row_squares(x, n, mean) / (float)n + args->epsilon);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (x[i] - mean) * scale * weight[i];
+    if (!bias) return;
+    for (int64_t i = 0; i < n; i++)
+        out[i] += bias[i];
+}
+
+static void scale(float *restrict x, int64_t n, float by, float softcap)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] *= by;
+    if (softcap <= 0.0f) return;
+    float inverse = 1.0f / softcap;
+    for (int64_t i = 0; i < n; i++)
+        x[i] = softcap * tanh_approx(x[i] * inverse);
+}
+
+/* GELU: Hendrycks, Gimpel, 2016, section 2: x Phi(x), and its tanh form. out may be gate. */
+static void activate(float *out, const float *gate, const float *restrict up, int64_t n,
+                     enum activation kind)
+{
+    switch (kind) {
+    case ACTIVATION_SILU:
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; i++)
+            out[i] = gate[i] / (1.0f + exp_approx(-gate[i]));
+        break;
+    case ACTIVATION_GELU_TANH:
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; i++) {
+            float x = gate[i];
+            out[i] = 0.5f * x * (1.0f + tanh_approx(0.7978845608f * (x + 0.044715f * x * x * x)));
+        }
+        break;
+    case ACTIVATION_GELU_ERF:
+        for (int64_t i = 0; i < n; i++)
+            out[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.7071067812f));
+        break;
+    case ACTIVATION_RELU:
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; i++)
+            out[i] = gate[i] > 0.0f ? gate[i] : 0.0f * gate[i];
+        break;
+    }
+    if (!up) return;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++)
+        out[i] *= up[i];
+}
+
+static void to_bf16(uint16_t *restrict out, const float *restrict x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = bf16_from_float(x[i]);
+}
+
+/* Su et al., "RoFormer", 2021, equation 34, of the pairs (i, i + half). */
+static void rotate_halves(float *restrict x, const float *restrict c, const float *restrict s,
+                          int64_t half)
+{
+    float *restrict y = x + half;
+    for (int64_t i = 0; i < half; i++) {
+        float low = x[i], high = y[i];
+        x[i] = low * c[i] - high * s[i];
+        y[i] = high * c[i] + low * s[i];
+    }
+}
+
+#define ROW_KERNELS(NAME)                                                                          \
+    const struct row_kernels NAME = {add, norm, scale, activate, to_bf16, rotate_halves};
