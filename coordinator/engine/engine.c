@@ -162,8 +162,10 @@ void engine_group_down(struct engine *e, uint32_t group, uint64_t epoch)
     struct group *g = group < e->n_groups ? e->groups[group] : NULL;
     if (!g || !g->up || g->info.epoch != epoch) return;
     e->stats.n_group_losses++;
-    for (struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
+    for (struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next) {
         if (s->has_host && s->group == group) admission_drop_host(e, s);
+        if (s->placed == group + 1) place_forget(e, s);
+    }
     for (struct sequence *s; (s = g->draining.first);) {
         admission_drop_host(e, s);
         admission_requeue(e, g, s);
@@ -291,12 +293,21 @@ static void check_running(const struct group *g, uint32_t *refs)
     }
 }
 
+static void check_placed(const struct engine *e, const struct group *g)
+{
+    uint64_t n = 0;
+    for (const struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
+        n += s->placed == g->index + 1 ? s->n_placed : 0;
+    ASSERT_CMP(n, ==, g->n_placed_tokens);
+}
+
 void engine_check(const struct engine *e)
 {
     for (uint32_t i = 0; i < e->n_groups; i++) {
         const struct group *g = e->groups[i];
         uint32_t *refs;
         if (!g || !g->up) continue;
+        check_placed(e, g);
         kv_blocks_check(&g->kv);
         if (MEM_NEW_ARRAY(g->kv.n_total, &refs)) return;
         check_running(g, refs);

@@ -369,6 +369,7 @@ void sequence_withdraw(struct engine *e, struct sequence *s)
 {
     if (s->state == SEQUENCE_WAITING) {
         fair_unwait(&e->fair, s);
+        place_forget(e, s);
         admission_drop_host(e, s);
     } else if (s->state == SEQUENCE_RUNNING) {
         admission_unseat(e, e->groups[s->group], s);
