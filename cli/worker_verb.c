@@ -44,9 +44,15 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->kv_cache_bytes = (uint64_t)o->kv_cache_bytes;
     out->memory_share = o->memory_utilization;
     out->host_swap_bytes = (uint64_t)o->swap_bytes;
+    out->n_blocks = (uint64_t)o->blocks_override;
+    out->kv_disk_dir = wish(o->kv_disk);
+    out->kv_disk_bytes = (uint64_t)o->kv_disk_space;
     out->n_sequences_max = (int)o->max_num_seqs;
     out->step_tokens_max = (int)o->max_num_batched_tokens;
-    out->draft_tokens_max = (int)o->speculative_tokens;
+    out->draft_tokens_max = (int)options_speculative_tokens(o);
+    out->draft_model_dir = o->draft_model;
+    /* "none" is a wish here: the draft model as it is stored, though the model is not */
+    out->draft_quantization = !strcmp(o->draft_quantization, "same") ? NULL : o->draft_quantization;
     out->context_max = (int)o->max_model_len;
     out->load_format = o->load_format;
     out->dummy_seed = (uint64_t)o->seed;

@@ -21,14 +21,17 @@ static uint64_t load(const struct group *g, const struct sequence *s)
            (uint64_t)RUNNING_COST * g->running.n;
 }
 
-static uint32_t tokens_found(struct engine *e, const struct group *g, struct sequence *s)
+static uint32_t tokens_found(struct engine *e, struct group *g, struct sequence *s)
 {
-    uint32_t block_size = g->info.block_size, n_keys = (s->tokens.n - 1) / block_size, n_cached;
+    uint32_t block_size = g->info.block_size, n_keys = (s->tokens.n - 1) / block_size;
+    struct tiers_found f = {0};
     if (s->has_host && s->group == g->index) return s->n_host_computed;
     if (s->job->no_match ||
         sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys))
         return 0;
-    return block_size * kv_blocks_match(&g->kv, s->keys.items, n_keys, &n_cached, NULL);
+    f.n_here = kv_blocks_match(&g->kv, s->keys.items, n_keys, &f.n_cached, NULL);
+    if (g->store.host.n_total) tiers_look(e, g, s->keys.items, n_keys, NULL, &f);
+    return block_size * (f.n_here + f.n_below);
 }
 
 static uint64_t cost(const struct group *g, const struct sequence *s, uint32_t n_found)
@@ -114,7 +117,7 @@ static void decide(struct engine *e, struct sequence *s)
 /* Whether g, which looks for work, should have what was given to another. */
 static bool take_over(struct engine *e, struct group *g, struct sequence *s)
 {
-    const struct group *other = e->groups[s->placed - 1];
+    struct group *other = e->groups[s->placed - 1];
     if (load(g, s) + MARGIN_TOKENS >= load(other, s) + BUSY_STEPS * (uint64_t)g->n_budget ||
         g->n_moves_tried >= MOVES_MAX)
         return false; /* far from it, or enough was looked at */
