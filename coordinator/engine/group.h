@@ -83,6 +83,8 @@ struct group {
     int64_t fetch_alarm_us;        /* when the first of them gives up waiting; 0 = none */
     uint32_t *late_slots, n_late_slots; /* [n_slots] to close with the next plan */
     uint64_t n_pending_tokens;          /* prompt tokens admitted and not planned */
+    uint64_t n_placed_tokens;           /* of those that wait and were given to this group */
+    uint32_t n_moves_tried;             /* in this plan: others' looked at closely */
     struct step_plan plan;
     uint32_t n_extends_max, n_drafts_max, n_drafts;
     int32_t *drafts; /* [n_drafts_max] of all runs of the plan */

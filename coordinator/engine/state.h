@@ -136,6 +136,10 @@ bool scheduler_plan(struct engine *e, struct group *g);
 /* Whether it could ever run there. */
 bool place_can_hold(const struct engine *e, const struct group *g, const struct sequence *s);
 bool place_accepts(struct engine *e, struct group *g, struct sequence *s);
+/* Whether it was given to no other group. */
+bool place_is_for(const struct group *g, const struct sequence *s);
+/* It waits no more, or its group is gone. */
+void place_forget(struct engine *e, struct sequence *s);
 
 /* beam.c */
 enum err beam_create(struct engine *e, struct job *job);
