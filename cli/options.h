@@ -34,7 +34,8 @@ struct options {
     const char *record;
     /* device */
     const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *head_quantization;
-    int64_t device_index, threads, numa, block_size, blocks_override, kv_cache_bytes, swap_bytes;
+    const char *numa;
+    int64_t device_index, threads, block_size, blocks_override, kv_cache_bytes, swap_bytes;
     double memory_utilization;
     int64_t seed;
     bool deterministic, enforce_eager;
