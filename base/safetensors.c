@@ -29,10 +29,16 @@ struct file {
     bool mapped;
 };
 
+struct word {
+    char *key, *value;
+    struct word *next;
+};
+
 struct safetensors {
     struct file *files; /* [n_files] */
     int n_files;
-    struct st_tensor *tensors; /* [n_tensors] ascending names */
+    struct word *words, **words_end; /* of every '__metadata__', in the order read */
+    struct st_tensor *tensors;       /* [n_tensors] ascending names */
     size_t n_tensors, tensors_capacity;
     struct arena arena; /* names and shapes */
 };
@@ -84,6 +90,13 @@ const struct st_tensor *safetensors_find(const struct safetensors *s, const char
 {
     struct st_tensor key = {.name = name};
     return bsearch(&key, s->tensors, s->n_tensors, sizeof key, name_compare);
+}
+
+const char *safetensors_metadata(const struct safetensors *s, const char *key)
+{
+    for (const struct word *w = s->words; w; w = w->next)
+        if (!strcmp(w->key, key)) return w->value;
+    return NULL;
 }
 
 void safetensors_drop(const struct safetensors *s, const struct st_tensor *t)
@@ -192,7 +205,7 @@ static enum err tensor_read(struct safetensors *s, int file_index, const char *n
 
 /* --- one file --- */
 
-static enum err metadata_check(const struct file *f, const json_t *metadata)
+static enum err metadata_read(struct safetensors *s, const struct file *f, const json_t *metadata)
 {
     const char *key;
     json_t *value;
@@ -201,6 +214,13 @@ static enum err metadata_check(const struct file *f, const json_t *metadata)
     {
         if (!json_is_string(value))
             FAIL(ERR_FORMAT, "%s: '__metadata__' value of '%.64s' is no string", f->path, key);
+        struct word *w;
+        TRY(arena_alloc(&s->arena, sizeof *w, (void **)&w));
+        TRY(arena_copy_string(&s->arena, key, strlen(key), &w->key));
+        TRY(arena_copy_string(&s->arena, json_string_value(value), json_string_length(value),
+                              &w->value));
+        *s->words_end = w;
+        s->words_end = &w->next;
     }
     return OK;
 }
@@ -253,7 +273,7 @@ static enum err header_walk(struct safetensors *s, int file_index, const json_t 
     json_object_foreach((json_t *)root, key, value)
     {
         if (!strcmp(key, "__metadata__")) {
-            TRY(metadata_check(f, value));
+            TRY(metadata_read(s, f, value));
             continue;
         }
         TRY(tensor_read(s, file_index, key, value, data, data_bytes, &s->tensors[s->n_tensors]));
@@ -452,6 +472,7 @@ static enum err bytes_open(struct safetensors *s, const char *name, const void *
 static enum err safetensors_new(struct safetensors **out)
 {
     TRY(MEM_NEW(out));
+    (*out)->words_end = &(*out)->words;
     arena_init(&(*out)->arena, 1 << 16, 0);
     return OK;
 }

@@ -14,9 +14,10 @@
 /*    value               name in the file, bits of an element */
 #define ST_DTYPE_TABLE(X)                                                                          \
     X(ST_F32, "F32", 32)                                                                           \
-    X(ST_F16, "F16", 16) X(ST_BF16, "BF16", 16) X(ST_F64, "F64", 64) X(ST_I8, "I8", 8)             \
-        X(ST_U8, "U8", 8) X(ST_I16, "I16", 16) X(ST_U16, "U16", 16) X(ST_I32, "I32", 32)           \
-            X(ST_U32, "U32", 32) X(ST_I64, "I64", 64) X(ST_U64, "U64", 64) X(ST_BOOL, "BOOL", 8)   \
+    X(ST_F16, "F16", 16)                                                                           \
+    X(ST_BF16, "BF16", 16) X(ST_F64, "F64", 64) X(ST_I8, "I8", 8) X(ST_U8, "U8", 8)                \
+        X(ST_I16, "I16", 16) X(ST_U16, "U16", 16) X(ST_I32, "I32", 32) X(ST_U32, "U32", 32)        \
+            X(ST_I64, "I64", 64) X(ST_U64, "U64", 64) X(ST_BOOL, "BOOL", 8)                        \
                 X(ST_F8_E4M3, "F8_E4M3", 8) X(ST_F8_E5M2, "F8_E5M2", 8)                            \
                     X(ST_F8_E8M0, "F8_E8M0", 8) X(ST_F4, "F4", 4) X(ST_F6_E2M3, "F6_E2M3", 6)      \
                         X(ST_F6_E3M2, "F6_E3M2", 6) X(ST_C64, "C64", 64)
@@ -51,5 +52,7 @@ const struct st_tensor *safetensors_at(const struct safetensors *s, size_t i); /
 const struct st_tensor *safetensors_find(const struct safetensors *s,
                                          const char *name); /* or NULL */
 const char *safetensors_file(const struct safetensors *s, int file_index);
+/* A word of the first file's '__metadata__' that has the key; NULL where none does. */
+const char *safetensors_metadata(const struct safetensors *s, const char *key);
 /* Tells the system that a tensor's pages will not be read again soon. */
 void safetensors_drop(const struct safetensors *s, const struct st_tensor *t);

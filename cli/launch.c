@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 enum { ARGS_MAX = 192, RANKS_MAX = 64, PAUSE_MS_MIN = 100, PAUSE_MS_MAX = 10000, POLL_MS = 20 };
-static const int64_t STEADY_US = 60 * 1000000ll, HOUR_US = 3600 * 1000000ll;
+static const int64_t STEADY_US = 60 * 1000000ll, HOUR_US = 3600 * 1000000ll, WORKED_US = 10 * 1000000ll;
 
 /* One child: the mpirun of a replica, or one rank of it. */
 struct child {
@@ -25,6 +25,7 @@ struct child {
     int replica, rank;
     int64_t started_us, start_at_us;
     int pause_ms;
+    bool worked; /* once for a while: what fails now may pass */
 };
 
 struct launcher {
@@ -132,7 +133,8 @@ static void ended(struct launcher *l, struct child *child, int status)
         give_up(l, l->config.use_mpirun ? "mpirun cannot be run; install Open MPI or use --launcher fork" : "the worker cannot be run");
         return;
     }
-    if (code == 1) {
+    if (now - child->started_us > WORKED_US && code != 1) child->worked = true;
+    if (code == 1 && !child->worked) {
         give_up(l, "a worker rank cannot work (its reason is above); stopping");
         return;
     }
@@ -222,6 +224,34 @@ void launcher_destroy(struct launcher *l, int grace_ms)
     mem_free(l->children);
     arena_fini(&l->arena);
     mem_free(l);
+}
+
+/* The parent of a process, 0 = unknown. */
+static pid_t parent_of(pid_t pid)
+{
+    char path[64], text[512] = "";
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+    FILE *f = fopen(path, "re");
+    if (!f) return 0;
+    size_t n = fread(text, 1, sizeof text - 1, f);
+    fclose(f);
+    text[n] = 0;
+    const char *after = strrchr(text, ')'); /* the name may hold anything */
+    int parent = 0;
+    return after && sscanf(after, ") %*c %d", &parent) == 1 ? parent : 0;
+}
+
+void launcher_kill(struct launcher *l, const char *host, uint32_t pid)
+{
+    enum { DEPTH = 4 }; /* this process, mpirun, a daemon of it, the rank */
+    char here[64] = "";
+    pid_t at = (pid_t)pid;
+    gethostname(here, sizeof here - 1);
+    if (pid < 2 || strcmp(here, host)) return;
+    for (int i = 0; i < DEPTH && at > 1 && at != getpid(); i++) at = parent_of(at);
+    if (at != getpid() || atomic_load(&l->stopping)) return;
+    log_warn("killing pid %u, which hangs", pid);
+    kill((pid_t)pid, SIGKILL);
 }
 
 bool launcher_failed(const struct launcher *l) { return atomic_load(&l->failed); }

@@ -2,11 +2,12 @@
  *
  * One mpirun (or one plain process) a replica, each in its own process group, each killed with this
  * process. A group that dies of a signal is started again, with a growing pause; a rank that leaves
- * with exit code 1 has said why it never can work, and everything stops. */
+ * with exit code 1 before it ever worked has said why it never can, and everything stops. */
 #pragma once
 #include "base/arena.h"
 #include "base/err.h"
 #include <stdbool.h>
+#include <stdint.h>
 
 struct launcher;
 struct launch_config {
@@ -21,5 +22,8 @@ struct launch_config {
 enum err launcher_create(const struct launch_config *config, struct launcher **out);
 /* Stops every rank: SIGTERM, and SIGKILL after grace_ms. */
 void launcher_destroy(struct launcher *l, int grace_ms);
+/* Kills a process with SIGKILL if it is one of this launcher's ranks on this host; it is started
+ * again like any that dies. Any thread. */
+void launcher_kill(struct launcher *l, const char *host, uint32_t pid);
 /* True when a rank refused to work: the supervisor has sent SIGTERM to this process. */
 bool launcher_failed(const struct launcher *l);

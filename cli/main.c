@@ -25,6 +25,7 @@ static const struct verb_row verbs[] = {
     {"inspect", VERB_INSPECT, verb_inspect, "MODEL", "what a model directory holds"},
     {"tokenize", VERB_TOKENIZE, verb_tokenize, "MODEL [TEXT]", "text to token ids (standard input without TEXT)"},
     {"plan", VERB_PLAN, verb_plan, "MODEL [options]", "the memory of a rank, without loading the model"},
+    {"quantize", VERB_QUANTIZE, verb_quantize, "MODEL --format int8|int4 --out DIR", "write a model with packed 8 or 4-bit weights"},
     {"doctor", VERB_DOCTOR, verb_doctor, "", "what this machine has and lacks"},
 };
 /* Tools with arguments of their own. */

@@ -33,11 +33,11 @@ struct options {
     bool prefix_caching;
     const char *record;
     /* device */
-    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model;
+    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *head_quantization;
     int64_t device_index, threads, numa, block_size, blocks_override, kv_cache_bytes, swap_bytes;
     double memory_utilization;
     int64_t seed;
-    bool deterministic;
+    bool deterministic, enforce_eager;
     /* tools */
     const char *url, *system, *prompt;
     double temperature;
@@ -45,6 +45,12 @@ struct options {
     bool special_tokens, json, stats;
     const char *output;
 };
+
+/* Drafts of a run: with a draft model 4 where nobody said a number. */
+static inline int64_t options_speculative_tokens(const struct options *o)
+{
+    return o->draft_model && !o->speculative_tokens ? 4 : o->speculative_tokens;
+}
 
 extern const struct conf_row option_rows[];
 extern const int n_option_rows;

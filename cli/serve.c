@@ -8,10 +8,12 @@
 #include "coordinator/coordinator.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { WORKER_ARGS_MAX = 2 * CONF_ROWS_MAX + 16, STOP_GRACE_MS = 5000 };
@@ -51,7 +53,7 @@ static void coordinator_config_from_options(const struct options *o, const char 
         .n_queued_max = (uint32_t)o->max_num_queued_reqs,
         .n_queued_tokens_max = (uint64_t)o->max_num_queued_tokens,
         .pipeline_depth = (uint32_t)o->pipeline_depth,
-        .n_speculative_tokens = (uint32_t)o->speculative_tokens,
+        .n_speculative_tokens = (uint32_t)options_speculative_tokens(o),
         .prefix_cache = o->prefix_caching,
         .record_path = o->record,
     };
@@ -68,9 +70,10 @@ struct serving {
     struct options *options;
     const char *model;
     char dir[64], address[96], token[65];
+    const char *device_argument; /* NULL = as the options say */
     const char *worker_args[WORKER_ARGS_MAX];
     struct launch_config launch;
-    struct launcher *launcher;
+    struct launcher *_Atomic launcher;
 };
 
 /* The worker's socket lies in a folder that only this user can enter; the token is random. */
@@ -106,19 +109,63 @@ static enum err build_worker_args(struct serving *s)
         TRY(arena_copy_string(&s->conf->arena, text, strlen(text), &copy));
         s->worker_args[n++] = copy;
     }
+    if (s->device_argument) s->worker_args[n++] = s->device_argument; /* the last one counts */
     s->worker_args[n] = NULL;
     return OK;
 }
 
-/* Everything about the model that would make a rank fail is found here first. */
-static enum err check_model(const struct serving *s)
+/* A GPU once opened stays open, with memory of it, to the end of the process: a child asks it. */
+static enum err plan_in_child(const struct worker_config *config)
+{
+    struct answer {
+        enum err e;
+        char why[1024];
+    } answer = {.e = ERR_DEVICE, .why = "the check of the GPU ended without an answer"};
+    struct worker_info info;
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC)) FAIL(ERR_IO, "no pipe: %s", strerror(errno));
+    pid_t pid = fork();
+    if (pid == 0) {
+        answer.e = worker_plan_memory(config, &info);
+        snprintf(answer.why, sizeof answer.why, "%s", answer.e ? err_detail() : "");
+        _exit(write(ends[1], &answer, sizeof answer) != sizeof answer);
+    }
+    close(ends[1]);
+    ssize_t n = pid < 0 ? -1 : read(ends[0], &answer, sizeof answer);
+    close(ends[0]);
+    if (pid > 0) waitpid(pid, NULL, 0);
+    if (n >= 0 && n != sizeof answer) answer.e = ERR_DEVICE;
+    if (pid < 0) FAIL(ERR_IO, "no process: %s", strerror(errno));
+    return answer.e ? err_set(answer.e, "%s", answer.why) : OK;
+}
+
+static enum err plan_on_gpus(const struct serving *s, struct worker_config config)
+{
+    int n_local = config.size * (int)s->options->dp;
+    config.device = "cuda";
+    TRY(plan_in_child(&config));
+    if (s->options->hostfile || n_local == 1 || config.device_index >= 0) return OK;
+    config.device_index = n_local - 1; /* there may be fewer GPUs than ranks */
+    config.rank = config.size - 1;
+    return plan_in_child(&config);
+}
+
+/* Everything about the model that would make a rank fail is found here first. Where the device is
+ * left to us, all ranks of this host get the same one. */
+static enum err check_model(struct serving *s)
 {
     struct worker_config config;
     struct worker_info info;
+    bool automatic = !strcmp(s->options->device, "auto");
     worker_config_from_options(s->options, s->model, &config);
     config.rank = 0;
     config.size = (int)s->options->tp;
-    if (!strcmp(s->options->device, "auto")) config.device = "cpu"; /* files and shapes, not the device */
+    if (!strcmp(s->options->device, "cpu")) return worker_plan_memory(&config, &info);
+    enum err e = plan_on_gpus(s, config);
+    if (e != ERR_DEVICE || !automatic) return e;
+    log_info("device cpu: %s", err_detail());
+    if (!s->options->hostfile) s->device_argument = "--device=cpu";
+    config.device = "cpu";
     return worker_plan_memory(&config, &info);
 }
 
@@ -146,7 +193,17 @@ static enum err start_ranks(void *ctx)
         .token = s->token,
         .restarts_max = (int)o->restarts_max,
     };
-    return launcher_create(&s->launch, &s->launcher);
+    struct launcher *l;
+    TRY(launcher_create(&s->launch, &l));
+    s->launcher = l;
+    return OK;
+}
+
+static void rank_stuck(void *ctx, uint32_t replica, uint32_t rank, const char *host, uint32_t pid)
+{
+    struct serving *s = ctx;
+    (void)replica, (void)rank;
+    if (s->launcher) launcher_kill(s->launcher, host, pid);
 }
 
 static enum err serve(struct serving *s)
@@ -161,6 +218,7 @@ static enum err serve(struct serving *s)
     config.worker_address = s->address;
     config.cluster_token = s->token;
     config.on_listening = start_ranks;
+    config.on_stuck = rank_stuck;
     config.ctx = s;
     return coordinator_run(&config);
 }

@@ -10,6 +10,7 @@ int verb_inspect(struct conf *c, struct options *o);
 int verb_tokenize(struct conf *c, struct options *o);
 int verb_plan(struct conf *c, struct options *o);
 int verb_doctor(struct conf *c, struct options *o);
+int verb_quantize(struct conf *c, struct options *o);
 
 /* Ends a verb that cannot go on: one line with the cause, exit code 1. */
 int verb_fail(const char *verb);

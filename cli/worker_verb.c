@@ -35,8 +35,10 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->n_threads = (int)o->threads;
     out->isa = wish(o->isa);
     out->deterministic = o->deterministic;
+    out->eager = o->enforce_eager;
     out->dtype = short_dtype(o->dtype);
-    out->quantization = wish(o->quantization);
+    out->quantization = o->quantization; /* "auto" is a wish here: the least that fits the memory */
+    out->head_quantization = wish(o->head_quantization);
     out->kv_dtype = short_dtype(o->kv_cache_dtype);
     out->block_size = (int)o->block_size;
     out->kv_cache_bytes = (uint64_t)o->kv_cache_bytes;
@@ -44,7 +46,10 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->host_swap_bytes = (uint64_t)o->swap_bytes;
     out->n_sequences_max = (int)o->max_num_seqs;
     out->step_tokens_max = (int)o->max_num_batched_tokens;
-    out->draft_tokens_max = (int)o->speculative_tokens;
+    out->draft_tokens_max = (int)options_speculative_tokens(o);
+    out->draft_model_dir = o->draft_model;
+    /* "none" is a wish here: the draft model as it is stored, though the model is not */
+    out->draft_quantization = !strcmp(o->draft_quantization, "same") ? NULL : o->draft_quantization;
     out->context_max = (int)o->max_model_len;
     out->load_format = o->load_format;
     out->dummy_seed = (uint64_t)o->seed;
@@ -96,10 +101,16 @@ int verb_worker(struct conf *c, struct options *o)
         if (config.size != o->tp)
             e = err_set(ERR_INVALID, "%d ranks were started, but --tensor-parallel-size is %d", config.size, (int)o->tp);
     }
+    if (o->device_index < 0 && getenv("HEDDLE_LOCAL_RANKS")) /* all replicas are on this host */
+        config.device_index = config.replica * config.size + config.rank;
     snprintf(who, sizeof who, "worker %d.%d", config.replica, config.rank);
     log_set_who(who);
     if (!e) e = worker_run(&config);
     if (!e) return 0;
     verb_fail(who);
+    if (e == ERR_DEVICE) { /* its driver may never return from tidying up */
+        fflush(NULL);
+        _exit(3);
+    }
     return e == ERR_PEER || e == ERR_DEVICE || e == ERR_TIMEOUT ? 3 : 1; /* 3: worth starting again */
 }

@@ -240,6 +240,12 @@ static enum err engine_open(struct coordinator *c)
     return engine_loop_create(&engine, &hooks, &c->engine);
 }
 
+static void rank_stuck(void *ctx, uint32_t group, uint32_t rank, const char *host, uint32_t pid)
+{
+    const struct coordinator_config *config = ((struct coordinator *)ctx)->config;
+    if (config->on_stuck) config->on_stuck(config->ctx, group, rank, host, pid);
+}
+
 static enum err cluster_open(struct coordinator *c)
 {
     const struct coordinator_config *config = c->config;
@@ -250,7 +256,7 @@ static enum err cluster_open(struct coordinator *c)
                                              .key_file = config->cluster_key},
                                      .n_groups = config->dp > 0 ? (uint32_t)config->dp : 1,
                                      .n_ranks = config->tp > 0 ? (uint32_t)config->tp : 1};
-    struct cluster_hooks hooks = {group_up, group_down, step_result, c};
+    struct cluster_hooks hooks = {group_up, group_down, step_result, c, rank_stuck};
     TRY(cluster_create(&cluster, &hooks, &c->cluster));
     pthread_rwlock_wrlock(&c->door);
     c->door_open = true;
@@ -368,12 +374,12 @@ enum err coordinator_run(const struct coordinator_config *config)
     pthread_rwlock_init(&c->door, NULL);
     files_raise();
     TRY_OUT(signals_open(old));
-    TRY_OUT(model_open(c));
     TRY_OUT(engine_open(c));
     TRY_OUT(cluster_open(c));
+    if (config->on_listening) TRY_OUT(config->on_listening(config->ctx));
+    TRY_OUT(model_open(c)); /* while the ranks load their weights */
     TRY_OUT(front_open(c));
     say_where(c);
-    if (config->on_listening) TRY_OUT(config->on_listening(config->ctx));
     signal_wait(-1);
     drain(c);
 out:

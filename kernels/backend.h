@@ -11,10 +11,11 @@
  * The backend knows tensors and one device; never ranks, requests, files or architectures. */
 #pragma once
 #include "base/err.h"
+#include "base/hash.h"
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
-enum { BACKEND_ABI = 1 };
+enum { BACKEND_ABI = 2 };
 
 /* How weights are stored on the device. AUTO keeps the checkpoint's own type where it can. */
 enum weight_format {
@@ -99,7 +100,8 @@ struct sample_row {
     float repetition_penalty, presence_penalty, frequency_penalty; /* 1, 0, 0 = off */
     uint64_t seed, position; /* the draw is rand_at(seed, position of the token to be, 0) */
     int32_t n_logprobs;      /* top logprobs wanted, -1 = none, 0 = the chosen token's only */
-    /* Tokens for penalties: prompt tokens count for repetition only, output tokens for all three. */
+    /* Tokens for penalties: prompt tokens count for repetition only, output tokens for all three.
+     * The last output token may be -1 on a backend with a stream: the one last sampled for slot. */
     const int32_t *prompt_tokens, *output_tokens; /* host [n] */
     int32_t n_prompt_tokens, n_output_tokens;
     const int32_t *bias_tokens; /* host [n_bias] */
@@ -117,6 +119,15 @@ struct sample_result {
     int32_t n_top;
     int32_t top_tokens[SAMPLE_LOGPROBS_MAX]; /* descending logprob, ties by lower id */
     float top_logprobs[SAMPLE_LOGPROBS_MAX];
+};
+
+/* A packed weight as bytes: what a file of packed weights holds. Views only. */
+struct packed_weight {
+    enum weight_format format; /* INT8 or INT4 */
+    int64_t n_out, n_in;
+    const void *panels;
+    const float *scale, *bias; /* [n_lanes]; NULL where the format or the weight has none */
+    size_t panels_bytes, n_lanes;
 };
 
 struct backend;
@@ -163,8 +174,9 @@ struct backend_ops {
     /* Causal attention of every token over its sequence's cache. out: [n_tokens][n_heads * head_dim]. */
     void (*attend)(struct backend *b, struct tensor out, struct tensor qkv, struct kv_cache *kv, const struct attention_args *args, const struct batch *batch);
     void (*gather)(struct backend *b, struct tensor out, struct tensor x, const struct batch *batch); /* rows_out */
-    /* Samples every row of logits [n_rows][vocab] F32 (changed in place). results: host memory,
-     * filled when the step's ticket was waited for. Writes the feedback table. */
+    /* Samples every row of logits [n_rows][vocab] F32 (changed in place). rows and what they point to
+     * are read before it returns. results: host memory, filled when the step's ticket was waited for.
+     * Writes the feedback table. */
     void (*sample)(struct backend *b, struct tensor logits, const struct sample_row *rows, int n_rows, struct sample_result *results);
     /* Sets a slot's feedback token from the host (a sequence that continues after a fault). */
     void (*feed)(struct backend *b, int32_t slot, int32_t token);
@@ -176,6 +188,9 @@ struct backend_ops {
     /* Ends the step: ticket_wait(ticket) returns when its results are in host memory. */
     uint64_t (*step_end)(struct backend *b);
     enum err (*ticket_wait)(struct backend *b, uint64_t ticket);
+    /* Whether ticket_wait would return at once: the step has ended, or has failed, or is overdue.
+     * Never waits. NULL: every step has ended when step_end returns. */
+    bool (*ticket_ready)(struct backend *b, uint64_t ticket);
     enum err (*sync)(struct backend *b); /* everything queued has run; the device's error, if any */
 
     /* --- optional: NULL means the caller composes it from the above --- */
@@ -188,6 +203,17 @@ struct backend_ops {
     void (*graph_destroy)(struct backend *b, void *graph);
     /* Mixture of experts: top_k of softmax or sigmoid scores, then per-expert gated feed-forward. */
     void (*moe_route)(struct backend *b, struct tensor weights, struct tensor experts, struct tensor scores, int top_k, bool renormalize);
+
+    /* Packed weights in files. NULL: this device has no layout that files hold. */
+    const char *packed_layout; /* names the bytes of a packed weight; changes whenever they do */
+    void (*weight_export)(const struct weight *w, struct packed_weight *out); /* views of w */
+    /* Fills panels_bytes and n_lanes from format, n_out and n_in. */
+    enum err (*packed_sizes)(struct packed_weight *p);
+    /* Copies the bytes to where they are used; out_digest: packed_digest of them. */
+    enum err (*weight_import)(struct backend *b, const struct packed_weight *p, struct hash128 *out_digest, struct weight **out);
+    struct hash128 (*packed_digest)(const struct packed_weight *p);
+    /* Output `row` as n_in floats: exactly what the quantized weight stands for. */
+    void (*packed_row)(const struct packed_weight *p, int64_t row, float *out);
 };
 
 /* Common head of every backend; an implementation embeds it first. */

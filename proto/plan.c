@@ -129,6 +129,8 @@ static enum err take_runs(const Heddle__Cluster__StepPlan *w, struct arena *aren
     TRY(same_length("run_tokens", n, w->n_run_tokens));
     TRY(same_length("run_flags", n, w->n_run_flags));
     if (w->n_run_drafts) TRY(same_length("run_drafts", n, w->n_run_drafts));
+    if (w->n_run_own) TRY(same_length("run_own", n, w->n_run_own));
+    if (w->n_run_ahead) TRY(same_length("run_ahead", n, w->n_run_ahead));
     TRY(arena_alloc_array(arena, n, sizeof *out->runs, (void **)&out->runs));
     for (size_t i = 0; i < n; i++) {
         uint32_t n_drafts = w->n_run_drafts ? w->run_drafts[i] : 0;
@@ -140,7 +142,9 @@ static enum err take_runs(const Heddle__Cluster__StepPlan *w, struct arena *aren
                               .n_tokens = w->run_tokens[i],
                               .flags = w->run_flags[i],
                               .n_drafts = n_drafts,
-                              .drafts = n_drafts ? (const int32_t *)w->drafts + used : NULL};
+                              .drafts = n_drafts ? (const int32_t *)w->drafts + used : NULL,
+                              .n_own = w->n_run_own ? w->run_own[i] : 0,
+                              .n_ahead = w->n_run_ahead ? w->run_ahead[i] : 0};
         used += n_drafts;
     }
     if (used != w->n_drafts)
@@ -248,8 +252,16 @@ enum err step_result_decode(const void *bytes, size_t n, struct arena *arena,
     }
     if (n_used != w->n_logprobs || n_top_used != w->n_top_tokens)
         FAIL(ERR_FORMAT, "result: logprobs that belong to no token");
+    struct plan_pair *drafted;
+    TRY(take_pairs(arena, "drafted", (size_t[]){w->n_drafted_slots, w->n_drafted},
+                   (uint32_t *[]){w->drafted_slots, w->drafted}, &drafted));
     *out = (struct step_result){.epoch = w->epoch,
                                 .step = w->step,
+                                .n_drafted = (uint32_t)w->n_drafted,
+                                .drafted = drafted,
+                                .draft_us = w->draft_us,
+                                .draft_passes = w->draft_passes,
+                                .draft_tokens = w->draft_tokens,
                                 .n_tokens = (uint32_t)w->n_slots,
                                 .tokens = tokens,
                                 .compute_us = w->compute_us,

@@ -48,10 +48,15 @@ struct plan_fork {
 enum { PLAN_RUN_STAY = 1, PLAN_RUN_SAMPLE = 2 };
 /* The slot computes its next n_tokens tokens: known ones, then the drafts (which come after its last
  * known token). With SAMPLE the token after the last is sampled. With drafts, each is kept while it
- * equals the sample at its place, so a run gives 1 to n_drafts + 1 tokens. */
+ * equals the sample at its place, so a run gives 1 to n_drafts + 1 tokens.
+ *
+ * A worker with a draft model guesses by itself: n_ahead > 0 asks it to have so many drafts of its
+ * own after this run, n_own > 0 to verify up to so many of those it has, beyond n_tokens. Both are
+ * wishes: a run without them, or with fewer, gives the same tokens in more steps. */
 struct plan_run {
     uint32_t slot, n_tokens, flags, n_drafts;
     const int32_t *drafts; /* [n_drafts] */
+    uint32_t n_own, n_ahead; /* n_own only without n_drafts */
 };
 struct plan_pair { /* blocks moved, or a slot and its new block */
     uint32_t from, to;
@@ -88,6 +93,10 @@ struct step_result {
     uint32_t n_tokens;
     struct step_token *tokens; /* [n_tokens], grouped by slot in the order they follow each other */
     uint32_t compute_us, wait_us, collective_us;
+    uint32_t n_drafted;
+    struct plan_pair *drafted; /* [n_drafted] slot of a run with n_own, how many it verified */
+    /* What the draft model did since the result before: time, forward passes, tokens. */
+    uint32_t draft_us, draft_passes, draft_tokens;
 };
 
 /* Appends the bytes of a heddle.cluster.ToWorker with this plan. Allocates only in the buffer. */

@@ -13,6 +13,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
 enum { WIRE_VARINT = 0, WIRE_FIXED64 = 1, WIRE_BYTES = 2, WIRE_FIXED32 = 5 };
 enum { LENGTH_ROOM = 5 }; /* bytes of the longest 32-bit varint */
 enum { VARINT_MAX = 10, ENTRY_MAX = 5 };
+enum { SMALL_END = 1 << 28 };
 
 static char *varint(char *p, uint64_t v)
 {
@@ -20,6 +21,18 @@ static char *varint(char *p, uint64_t v)
         *p++ = (char)(v | 0x80);
     *p++ = (char)v;
     return p;
+}
+
+/* The same without a branch, for most numbers there are; writes four bytes and keeps one to four.
+ */
+static inline char *small_varint(char *p, uint32_t v)
+{
+    uint32_t n = 1 + (v >= 1u << 7) + (v >= 1u << 14) + (v >= 1u << 21);
+    uint32_t bytes =
+        (v & 0x7f) | (v & 0x3f80) << 1 | (v & 0x1fc000) << 2 | (v & 0xfe00000) << 3;
+    bytes |= 0x00808080u & ((1u << 8 * (n - 1)) - 1);
+    memcpy(p, &bytes, sizeof bytes);
+    return p + n;
 }
 
 static uint64_t zigzag(int32_t v)
@@ -83,7 +96,7 @@ static void put_words(struct buf *b, int field, size_t n, const void *first, siz
     for (size_t i = 0; i < n; i++, from += stride) {
         uint32_t v;
         memcpy(&v, from, sizeof v);
-        p = varint(p, v);
+        p = v < SMALL_END ? small_varint(p, v) : varint(p, v);
     }
     b->n = (size_t)(p - b->data);
     close_length(b, at);
@@ -149,6 +162,16 @@ static void put_pairs(struct buf *b, int field_from, int field_to, size_t n,
     put_words(b, field_to, n, n ? &p->to : NULL, sizeof *p);
 }
 
+/* Wishes to the worker's draft model; left out where there is none. */
+static void put_own(struct buf *b, const struct step_plan *plan)
+{
+    uint32_t own = 0, ahead = 0;
+    for (uint32_t i = 0; i < plan->n_runs; i++)
+        own |= plan->runs[i].n_own, ahead |= plan->runs[i].n_ahead;
+    if (own) put_words(b, 21, plan->n_runs, &plan->runs->n_own, sizeof *plan->runs);
+    if (ahead) put_words(b, 22, plan->n_runs, &plan->runs->n_ahead, sizeof *plan->runs);
+}
+
 static void put_drafts(struct buf *b, const struct step_plan *plan)
 {
     uint64_t n = 0;
@@ -187,6 +210,7 @@ enum err plan_encode(const struct step_plan *plan, struct buf *out)
         put_drafts(out, plan);
     }
     put_uint(out, 20, plan->idle);
+    if (plan->n_runs) put_own(out, plan);
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;
     return buf_err(out);
@@ -270,6 +294,10 @@ enum err step_result_encode(const struct step_result *result, bool ack_only, str
         put_uint(out, 10, result->compute_us);
         put_uint(out, 11, result->wait_us);
         put_uint(out, 12, result->collective_us);
+        put_pairs(out, 13, 14, result->n_drafted, result->drafted);
+        put_uint(out, 15, result->draft_us);
+        put_uint(out, 16, result->draft_passes);
+        put_uint(out, 17, result->draft_tokens);
     }
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;

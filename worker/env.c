@@ -37,7 +37,8 @@ static enum err number_read(const char *name, int *out)
 /* The device of a rank that was given none: its place among the ranks of its host. */
 static enum err device_index_find(struct worker_config *c)
 {
-    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "PMIX_LOCAL_RANK"};
+    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
+                                        "SLURM_LOCALID", "PMIX_LOCAL_RANK"};
     for (size_t i = 0; i < sizeof names / sizeof *names && c->device_index < 0; i++)
         TRY(number_read(names[i], &c->device_index));
     if (c->device_index < 0) c->device_index = c->rank;

@@ -292,7 +292,10 @@ static void *link_run(void *ctx)
     while (!l->stop) {
         int64_t now_us = clock_monotonic_us(), next_us = now_us + (int64_t)l->heartbeat_ms * 1000;
         mark_found(l);
-        if (!l->call && !l->final && !l->leaving) {
+        if (!l->call && !l->final && !l->leaving && l->has_down) {
+            pthread_cond_wait(&l->work, &l->mutex); /* a worker that hangs must not look alive */
+            continue;
+        } else if (!l->call && !l->final && !l->leaving) {
             if (l->config.patience_ms && l->lost_us &&
                 now_us - l->lost_us > (int64_t)l->config.patience_ms * 1000)
                 end_set(l, LINK_LOST, "gave up: no coordinator within the time allowed");
@@ -332,6 +335,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
     TRY(string_take(l, 1, from->model_name, &j->model_name));
     TRY(string_take(l, 2, from->host, &j->host));
     TRY(string_take(l, 3, from->device, &j->device));
+    TRY(string_take(l, 4, from->draft_digest, &j->draft_digest));
     if (from->rank >= from->size || from->size > LINK_RANKS_MAX)
         FAIL(ERR_INVALID, "rank %u of %u; at most %d ranks", from->rank, from->size,
              LINK_RANKS_MAX);
@@ -435,7 +439,7 @@ static void text_give(struct link *l, const char *text, struct link_event *out)
     out->text = l->text;
 }
 
-static bool event_take(struct link *l, struct link_event *out)
+static bool event_take(struct link *l, bool plans, struct link_event *out)
 {
     if (l->has_end) {
         *out = l->end;
@@ -446,10 +450,13 @@ static bool event_take(struct link *l, struct link_event *out)
         text_give(l, l->down_text, out);
         l->has_down = false;
         l->delivered_epoch = 0;
+        pthread_cond_signal(&l->work);
     } else if (l->has_welcome) {
         *out = l->welcome;
         l->has_welcome = false;
         l->delivered_epoch = out->epoch;
+    } else if (!plans) {
+        return false;
     } else if (l->n_plans) {
         struct plan *p = &l->plans[l->plan_head];
         l->plan_head = (l->plan_head + 1) % l->config.n_plans_max;
@@ -468,17 +475,28 @@ static bool event_take(struct link *l, struct link_event *out)
     return true;
 }
 
-enum err link_next(struct link *l, int64_t timeout_us, struct link_event *out)
+static void event_next(struct link *l, bool plans, int64_t timeout_us, struct link_event *out)
 {
     int64_t until_us = until_of(timeout_us);
     pthread_mutex_lock(&l->mutex);
     rpc_bytes_release(l->delivered_plan);
     l->delivered_plan = NULL;
     bool taken;
-    while (!(taken = event_take(l, out)) && news_wait(l, until_us))
+    while (!(taken = event_take(l, plans, out)) && news_wait(l, until_us))
         continue;
-    if (!taken && !event_take(l, out)) *out = (struct link_event){.kind = LINK_NONE};
+    if (!taken && !event_take(l, plans, out)) *out = (struct link_event){.kind = LINK_NONE};
     pthread_mutex_unlock(&l->mutex);
+}
+
+enum err link_next(struct link *l, int64_t timeout_us, struct link_event *out)
+{
+    event_next(l, true, timeout_us, out);
+    return OK;
+}
+
+enum err link_next_but_plans(struct link *l, int64_t timeout_us, struct link_event *out)
+{
+    event_next(l, false, timeout_us, out);
     return OK;
 }
 

@@ -21,7 +21,7 @@
 
 /* What this rank tells of itself; the words of heddle.cluster.Join. Strings are copied. */
 struct link_join {
-    const char *model_digest, *model_name, *host, *device;
+    const char *model_digest, *model_name, *host, *device, *draft_digest;
     uint32_t replica, rank, size;
     uint32_t block_size, slots_max, step_tokens_max, step_rows_max, context_max, vocab_size, window;
     uint32_t draft_tokens_max;
@@ -68,6 +68,9 @@ void link_close(struct link *l); /* accepts NULL */
 /* Waits up to timeout_us (-1 = for ever) for the next event. Plans of an ended epoch never come:
  * after a halt or loss what waited is dropped. */
 enum err link_next(struct link *l, int64_t timeout_us, struct link_event *out);
+/* The same, but plans stay where they are (a drain too, which comes after them): for a worker whose
+ * hands are full. */
+enum err link_next_but_plans(struct link *l, int64_t timeout_us, struct link_event *out);
 
 /* All-gather by key among the group's ranks: out_all[rank] points into *arena-like* memory of the
  * link, valid until the next link_exchange or link_next. Bytes <= LINK_EXCHANGE_BYTES_MAX.

@@ -61,10 +61,29 @@ static enum err backend_start(const struct worker_config *c, const struct model_
     return backend_open(c->device ? c->device : "auto", &o, out);
 }
 
+struct models { /* as their config.json say; large, so never on the stack */
+    struct model_config target, draft;
+};
+
+static enum err draft_config_read(const struct worker_config *c, const struct model_config *model,
+                                  struct model_config *out)
+{
+    TRY(config_read(c->draft_model_dir, out));
+    if (out->vocab_size != model->vocab_size)
+        FAIL(ERR_INVALID,
+             "the draft model %s has a vocabulary of %d tokens, the model %s one of %d: they must "
+             "be the same",
+             c->draft_model_dir, out->vocab_size, c->model_dir, model->vocab_size);
+    if (!c->draft_tokens_max)
+        FAIL(ERR_INVALID, "--draft-model %s without --speculative-tokens", c->draft_model_dir);
+    return OK;
+}
+
 /* Reads headers and plans the memory with a backend opened for measuring only. */
-static enum err plan_make(const struct worker_config *c, struct model_config *model,
+static enum err plan_make(const struct worker_config *c, struct models *models,
                           struct memory_plan *out)
 {
+    struct model_config *model = &models->target;
     struct safetensors *file = NULL;
     struct backend *b = NULL;
     struct worker_config probe = *c;
@@ -72,23 +91,41 @@ static enum err plan_make(const struct worker_config *c, struct model_config *mo
     TRY(sizes_check(c));
     TRY(config_read(c->model_dir, model));
     TRY(shard_check(model->n_heads, model->n_kv_heads, model->ffn, model->vocab_size, c->size));
+    if (c->draft_model_dir) TRY(draft_config_read(c, model, &models->draft));
     if (!is_dummy(c)) TRY_OUT(safetensors_open(c->model_dir, &file));
     probe.n_threads = 1;
     TRY_OUT(backend_start(&probe, model, NULL, &b));
-    TRY_OUT(memory_plan(c, model, file, (struct group){c->rank, c->size}, b, out));
+    TRY_OUT(memory_plan(c, model, c->draft_model_dir ? &models->draft : NULL, file,
+                        (struct group){c->rank, c->size}, b, out));
 out:
     safetensors_close(file);
     if (b) b->ops->close(b);
     return e;
 }
 
+static void folder_name(const char *dir, char *out, size_t size)
+{
+    const char *slash = strrchr(dir, '/');
+    snprintf(out, size, "%s", slash && slash[1] ? slash + 1 : dir);
+}
+
+static void info_fill_draft(const struct worker_config *c, const struct memory_plan *p,
+                            struct worker_info *out)
+{
+    struct memory_plan formats = {.format = p->draft.format, .head_format = p->draft.head_format};
+    folder_name(c->draft_model_dir, out->draft_name, sizeof out->draft_name);
+    formats.file_dtype = p->draft.file_dtype;
+    memory_format_words(&formats, out->draft_format, sizeof out->draft_format);
+    out->draft_weight_bytes = p->draft.weight_bytes, out->draft_table_bytes = p->draft.table_bytes;
+    out->draft_work_bytes = p->draft.work_bytes, out->draft_block_bytes = p->draft.block_bytes;
+    out->window = 0; /* the draft model may look back further: blocks are kept */
+}
+
 static void info_fill(const struct worker_config *c, const struct model_config *m,
                       const struct memory_plan *p, struct worker_info *out)
 {
-    const char *slash = strrchr(c->model_dir, '/');
     memset(out, 0, sizeof *out);
-    snprintf(out->model_name, sizeof out->model_name, "%s",
-             slash && slash[1] ? slash + 1 : c->model_dir);
+    folder_name(c->model_dir, out->model_name, sizeof out->model_name);
     snprintf(out->arch_name, sizeof out->arch_name, "%s", m->arch->hf_name);
     snprintf(out->kv_format, sizeof out->kv_format, "%s", dtype_name(p->kv_dtype));
     memory_format_words(p, out->weight_format, sizeof out->weight_format);
@@ -106,16 +143,20 @@ static void info_fill(const struct worker_config *c, const struct model_config *
     out->block_bytes = p->block_bytes, out->n_blocks = (uint64_t)p->kv.n_blocks;
     out->n_host_blocks = p->n_host_blocks;
     out->memory_total = p->memory_total, out->memory_free = p->memory_free;
+    if (p->draft.group.size) info_fill_draft(c, p, out);
 }
 
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out)
 {
     struct worker_config c = *config;
-    struct model_config model;
+    struct models *models;
     struct memory_plan plan;
     TRY(worker_rank_find(&c));
-    TRY(plan_make(&c, &model, &plan));
-    info_fill(&c, &model, &plan, out);
+    TRY(MEM_NEW(&models));
+    enum err e = plan_make(&c, models, &plan);
+    if (!e) info_fill(&c, &models->target, &plan, out);
+    mem_free(models);
+    if (e) return e;
     snprintf(out->device, sizeof out->device, "%s", config->device ? config->device : "auto");
     return OK;
 }
@@ -150,6 +191,7 @@ static enum err weights_start(struct worker *w, const struct model_config *model
         .format = w->plan.format,
         .head_format = w->plan.head_format,
         .context_max = w->plan.context_max,
+        .n_threads = w->config.n_threads,
         .progress = progress_line,
         .ctx = w,
     };
@@ -183,6 +225,7 @@ static enum err state_start(struct worker *w)
     size_t host_bytes;
     TRY(decoder_init(&w->decoder, w->model, p->step_tokens_max, p->logits_rows_max));
     TRY(w->backend->ops->kv_create(w->backend, &p->kv, &w->decoder.kv));
+    graphs_init(&w->graphs, p->graph_rows_max);
     TRY(slots_init(&w->slots, &limits));
     for (int i = 0; i < STEPS_IN_FLIGHT; i++)
         TRY(step_init(&w->steps[i], &w->slots));
@@ -201,38 +244,68 @@ static enum err state_start(struct worker *w)
     return OK;
 }
 
+/* Somebody else took memory since it was planned: says what was. */
+static enum err memory_words_add(const struct worker *w, enum err e)
+{
+    char why[256], plan[256];
+    if (e != ERR_NO_MEMORY || !w->plan.block_bytes) return e;
+    snprintf(why, sizeof why, "%s", err_detail());
+    memory_plan_words(&w->plan, plan, sizeof plan);
+    return err_set(e,
+                   "rank %d: %s; planned were %s: lower --memory-utilization, --max-model-len or "
+                   "--max-num-seqs, or use --kv-cache-dtype int8, --quantization int8 or int4, or "
+                   "more ranks (--tp)",
+                   w->config.rank, why, plan);
+}
+
+static enum err draft_start(struct worker *w, const struct model_config *model)
+{
+    TRY(draft_create(&w->config, &w->plan, model, w->backend, &w->slots, &w->draft));
+    w->info.draft_weight_bytes = w->draft->model->weight_bytes;
+    w->info.draft_table_bytes = w->draft->model->table_bytes;
+    snprintf(w->info.draft_digest, sizeof w->info.draft_digest, "%s", w->draft->model->digest);
+    return OK;
+}
+
 enum err worker_create(const struct worker_config *config, struct worker **out)
 {
     struct worker *w;
-    struct model_config *model = NULL;
+    struct models *models = NULL;
     enum err e = OK;
     TRY(MEM_NEW(&w));
     w->config = *config;
     TRY_OUT(worker_rank_find(&w->config));
-    TRY_OUT(MEM_NEW(&model));
-    TRY_OUT(plan_make(&w->config, model, &w->plan));
-    info_fill(&w->config, model, &w->plan, &w->info);
-    TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
+    TRY_OUT(MEM_NEW(&models));
+    TRY_OUT(plan_make(&w->config, models, &w->plan));
+    info_fill(&w->config, &models->target, &w->plan, &w->info);
+    TRY_OUT(backend_start(&w->config, &models->target, &w->plan, &w->backend));
     if (w->backend->stream)
-        snprintf(w->info.device, sizeof w->info.device, "%s", w->backend->ops->name);
+        snprintf(w->info.device, sizeof w->info.device, "%s, GPU %d", w->backend->ops->name,
+                 w->config.device_index);
     else
         device_words(w, w->info.device, sizeof w->info.device);
-    TRY_OUT(weights_start(w, model));
+    TRY_OUT(weights_start(w, &models->target));
     TRY_OUT(state_start(w));
+    if (w->plan.draft.group.size) TRY_OUT(draft_start(w, &models->draft));
     *out = w;
     w = NULL;
 out:
-    mem_free(model);
+    mem_free(models);
+    if (e) e = memory_words_add(w, e);
+    char why[1024];
+    snprintf(why, sizeof why, "%s", e ? err_detail() : "");
     worker_destroy(w);
-    return e;
+    return e ? err_set(e, "%s", why) : OK;
 }
 
 void worker_destroy(struct worker *w)
 {
     if (!w) return;
+    if (w->backend) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     if (w->decoder.kv) w->backend->ops->kv_destroy(w->backend, w->decoder.kv);
     if (w->decoder.model) decoder_fini(&w->decoder);
+    draft_destroy(w->draft);
     slots_fini(&w->slots);
     for (int i = 0; i < STEPS_IN_FLIGHT; i++)
         step_fini(&w->steps[i]);
@@ -256,7 +329,7 @@ enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
                            uint64_t n_host_blocks, const struct bootstrap *boot)
 {
     struct collective_options o = {.timeout_ms = w->config.collective_timeout_ms};
-    worker_close_group(w);
+    TRY(worker_close_group(w));
     if (n_blocks > w->info.n_blocks || n_host_blocks > w->info.n_host_blocks)
         FAIL(ERR_FORMAT,
              "welcome: %llu blocks and %llu host blocks, but this rank holds %llu and %llu",
@@ -271,18 +344,45 @@ enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
                         w->model->group, boot, &o, &c));
     atomic_store(&w->abortable, c);
     w->decoder.collective = c;
+    if (w->draft) draft_open_group(w->draft, c);
+    if (boot) w->ended = boot->ended, w->ended_ctx = boot->ctx;
     return OK;
 }
 
-void worker_close_group(struct worker *w)
+static bool ticket_ready(const struct worker *w, uint64_t ticket)
 {
+    const struct backend_ops *ops = w->backend->ops;
+    return !ops->ticket_ready || ops->ticket_ready(w->backend, ticket);
+}
+
+/* The steps that were launched end, worthless or not: their arrays are then read no more. */
+static enum err steps_drop(struct worker *w)
+{
+    int64_t begun = clock_monotonic_us();
+    if (w->n_busy) worker_abort(w);
+    for (; w->n_busy; w->n_busy--) {
+        struct step *s = &w->steps[w->first_busy];
+        while (!ticket_ready(w, s->ticket)) {
+            if (clock_monotonic_us() - begun > CLOSE_MS * 1000ll)
+                FAIL(ERR_DEVICE, "a step had not ended %d ms after its group", CLOSE_MS);
+            clock_sleep_us(50);
+        }
+        TRY(w->backend->ops->ticket_wait(w->backend, s->ticket));
+        s->busy = false;
+        w->first_busy = (w->first_busy + 1) % STEPS_IN_FLIGHT;
+    }
+    return OK;
+}
+
+enum err worker_close_group(struct worker *w)
+{
+    TRY(steps_drop(w));
     atomic_store(&w->abortable, NULL);
-    for (int i = 0; i < STEPS_IN_FLIGHT; i++)
-        w->steps[i].busy = false;
+    if (w->model->group.size > 1) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     w->decoder.collective = NULL;
-    if (w->n_busy) (void)w->backend->ops->sync(w->backend); /* the steps' arrays are read no more */
-    w->n_busy = 0;
+    if (w->draft) draft_open_group(w->draft, NULL);
+    return OK;
 }
 
 void worker_abort(struct worker *w)
@@ -315,10 +415,22 @@ static void blocks_move(struct worker *w, const struct step_plan *p)
     }
 }
 
+static enum err step_replay(struct worker *w, struct step *s, struct graph *graph)
+{
+    const struct backend_ops *ops = w->backend->ops;
+    struct tensor logits;
+    ops->batch_begin(w->backend, &s->batch);
+    TRY(graph_forward(&w->graphs, graph, &w->decoder, &s->batch, &logits));
+    ops->sample(w->backend, logits, s->sample_rows, (int)s->n_rows, s->results);
+    return OK;
+}
+
 static enum err step_compute(struct worker *w, struct step *s)
 {
     const struct backend_ops *ops = w->backend->ops;
     if (s->batch.n_tokens == 0) return OK;
+    struct graph *graph = graphs_prepare(&w->graphs, s);
+    if (graph) return step_replay(w, s, graph);
     ops->batch_begin(w->backend, &s->batch);
     TRY(decoder_forward(&w->decoder, &s->batch));
     for (uint32_t row = 0; row < s->n_rows;) {
@@ -332,12 +444,33 @@ static enum err step_compute(struct worker *w, struct step *s)
     return OK;
 }
 
+/* On a device of its own a collective only queues: whether the sums were worth anything is asked
+ * after the step. */
+static enum err peers_check(const struct worker *w)
+{
+    struct collective *c = w->decoder.collective;
+    struct tensor none = {w->decoder.delta, w->backend->activation_dtype, 0, 1, 1};
+    if (!w->backend->stream || w->model->group.size == 1 || !c) return OK;
+    return c->ops->all_reduce_sum(c, none, none);
+}
+
 static enum err step_wait(struct worker *w, struct step *s)
 {
     if (s->settled) return OK;
+    while (!ticket_ready(w, s->ticket)) {
+        if (w->ended && w->ended(w->ended_ctx)) FAIL(ERR_PEER, "the group has ended during a step");
+        clock_sleep_us(20);
+    }
     TRY(w->backend->ops->ticket_wait(w->backend, s->ticket));
+    TRY(peers_check(w));
     step_settle(s, &w->slots);
     return OK;
+}
+
+bool worker_ready(const struct worker *w)
+{
+    const struct step *s = &w->steps[w->first_busy];
+    return w->n_busy > 0 && (s->settled || ticket_ready(w, s->ticket));
 }
 
 static enum err epoch_check(const struct worker *w, const struct step_plan *p)
@@ -351,29 +484,51 @@ static enum err epoch_check(const struct worker *w, const struct step_plan *p)
     return OK;
 }
 
+enum err worker_draft(struct worker *w)
+{
+    if (!w->draft || !w->draft->pending) return OK;
+    for (int i = 0; i < w->n_busy; i++)
+        TRY(step_wait(w, &w->steps[(w->first_busy + i) % STEPS_IN_FLIGHT]));
+    TRY(draft_ahead(w->draft, &w->slots));
+    if (!w->n_busy) w->ended_us = clock_monotonic_us(); /* what follows is waiting for a plan */
+    return OK;
+}
+
 enum err worker_begin(struct worker *w, const struct step_plan *plan)
 {
-    int64_t begun = clock_monotonic_us();
     struct step *oldest = &w->steps[w->first_busy], *s;
     ASSERT_CMP(w->n_busy, <, STEPS_IN_FLIGHT);
     TRY(epoch_check(w, plan));
-    if (w->n_busy && step_blocks(oldest, &w->slots, plan)) TRY(step_wait(w, oldest));
+    TRY(worker_draft(w));
+    int64_t begun = clock_monotonic_us();
+    if (w->n_busy && (!w->backend->stream || step_blocks(oldest, plan))) TRY(step_wait(w, oldest));
     TRY(slots_apply(&w->slots, plan));
     s = &w->steps[(w->first_busy + w->n_busy) % STEPS_IN_FLIGHT];
     s->epoch = plan->epoch;
     s->number = plan->step;
     s->begun_us = begun;
-    s->wait_us = w->ended_us ? begun - w->ended_us : 0;
+    s->wait_us = w->ended_us && !w->n_busy ? begun - w->ended_us : 0;
     blocks_move(w, plan);
+    if (w->draft) draft_move(w->draft, &w->slots, plan, w->host_blocks);
     step_fill(s, &w->slots, w->config.rank == 0);
+    if (w->draft) w->draft->pending = w->slots.n_ahead > 0;
     w->next_step = plan->step + 1;
     w->decoder.collective_ns = 0;
-    TRY(step_compute(w, s));
+    enum err e = step_compute(w, s);
     s->collective_us = w->decoder.collective_ns / 1000;
-    s->ticket = w->backend->ops->step_end(w->backend);
+    s->ticket =
+        w->backend->ops->step_end(w->backend); /* also of half a step: its arrays are read */
     s->busy = true;
     w->n_busy++;
-    return OK;
+    return e;
+}
+
+static void draft_report(struct draft *d, struct step_result *out)
+{
+    out->draft_us = (uint32_t)d->us;
+    out->draft_passes = d->passes;
+    out->draft_tokens = d->tokens_fed;
+    d->us = d->passes = d->tokens_fed = 0;
 }
 
 enum err worker_end(struct worker *w, struct step_result *out)
@@ -387,10 +542,13 @@ enum err worker_end(struct worker *w, struct step_result *out)
         .step = s->number,
         .n_tokens = s->n_tokens_out,
         .tokens = s->tokens,
-        .compute_us = (uint32_t)(now - s->begun_us),
+        .compute_us = (uint32_t)(now - (s->begun_us > w->ended_us ? s->begun_us : w->ended_us)),
         .wait_us = (uint32_t)s->wait_us,
         .collective_us = (uint32_t)s->collective_us,
+        .n_drafted = s->n_drafted,
+        .drafted = s->drafted,
     };
+    if (w->draft) draft_report(w->draft, out);
     s->busy = false;
     w->first_busy = (w->first_busy + 1) % STEPS_IN_FLIGHT;
     w->n_busy--;

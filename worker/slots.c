@@ -38,6 +38,7 @@ void slots_fini(struct slots *s)
 {
     for (int i = 0; i < 5; i++)
         mem_free(s->pieces[i]);
+    mem_free(s->draft_valid);
     mem_free(s->all);
     mem_free(s->runs);
     mem_free(s->named);
@@ -52,7 +53,8 @@ void slots_reset(struct slots *s, uint32_t n_blocks, uint32_t n_host_blocks)
         s->all[i].open = s->all[i].decoding = false;
         s->all[i].generation++;
     }
-    s->n_runs = s->n_run_tokens = 0;
+    if (s->draft_valid) memset(s->draft_valid, 0, n_blocks * sizeof *s->draft_valid);
+    s->n_runs = s->n_run_tokens = s->n_ahead = 0;
 }
 
 /* --- small checks --- */
@@ -198,6 +200,13 @@ static enum err empty_slot_get(struct slots *s, uint32_t index, struct slot **ou
     return OK;
 }
 
+static void slot_born(struct slot *t)
+{
+    t->open = true;
+    t->generation++;
+    t->n_drafts = t->n_ahead = t->n_draft_computed = t->n_draft_marked = 0;
+}
+
 static enum err open_one(struct slots *s, const struct plan_open *o)
 {
     struct slot *t;
@@ -211,8 +220,7 @@ static enum err open_one(struct slots *s, const struct plan_open *o)
     TRY(tokens_copy(s, o->tokens, o->n_tokens, t->tokens));
     TRY(blocks_copy(s, o->blocks, o->n_blocks, t));
     TRY(sampling_copy(s, &o->sampling, t));
-    t->open = true;
-    t->generation++;
+    slot_born(t);
     return OK;
 }
 
@@ -234,8 +242,7 @@ static enum err fork_one(struct slots *s, const struct plan_fork *f)
     TRY(tokens_copy(s, f->append, f->n_append, t->tokens + f->n_tokens));
     TRY(blocks_copy(s, f->blocks, f->n_blocks, t));
     TRY(sampling_copy(s, &from->sampling, t));
-    t->open = true;
-    t->generation++;
+    slot_born(t);
     return OK;
 }
 
@@ -260,7 +267,8 @@ static enum err run_check(const struct slots *s, const struct slot_run *r)
     if (!r->n_tokens || after > known)
         FAIL(ERR_FORMAT, "plan: slot %u runs %u tokens, but only %llu are known and not computed",
              r->slot, r->n_tokens, (unsigned long long)(known - t->n_computed));
-    if (r->n_drafts > s->limits.draft_max || (r->n_drafts && (after != known || !r->sample || t->n_computed == t->n_known)))
+    if (r->n_drafts > s->limits.draft_max ||
+        (r->n_drafts && (after != known || !r->sample || t->n_computed == t->n_known)))
         FAIL(ERR_FORMAT, "plan: slot %u runs %u drafts (at most %u, at the end of a sampling run)",
              r->slot, r->n_drafts, s->limits.draft_max);
     if (r->sample && after != known)
@@ -278,6 +286,28 @@ static enum err run_check(const struct slots *s, const struct slot_run *r)
     return OK;
 }
 
+static uint32_t least(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* As many of the slot's own drafts as were asked for, are there and have room. */
+static enum err own_take(const struct slots *s, const struct plan_run *asked, struct slot_run *r)
+{
+    const struct slot *t = &s->all[r->slot];
+    if (asked->n_own > s->limits.draft_max || asked->n_ahead > s->limits.draft_max ||
+        ((asked->n_own || asked->n_ahead) && !r->sample) || (asked->n_own && r->n_drafts))
+        FAIL(ERR_FORMAT, "plan: slot %u runs %u own drafts and prepares %u (at most %u, sampling)",
+             r->slot, asked->n_own, asked->n_ahead, s->limits.draft_max);
+    r->own = asked->n_own;
+    if (!asked->n_own) return OK;
+    uint32_t n_room =
+        least(t->n_tokens_max - t->n_known - 1, t->n_blocks * s->limits.block_size - t->n_known);
+    r->n_drafts = least(least(asked->n_own, t->n_drafts), n_room);
+    r->n_tokens += r->n_drafts;
+    return OK;
+}
+
 static int run_compare(const void *a, const void *b)
 {
     uint32_t x = ((const struct slot_run *)a)->slot, y = ((const struct slot_run *)b)->slot;
@@ -288,16 +318,22 @@ static int run_compare(const void *a, const void *b)
 static enum err runs_list(struct slots *s, const struct step_plan *p)
 {
     memset(s->named, 0, s->limits.n_slots * sizeof *s->named);
-    s->n_runs = 0;
+    s->n_runs = s->n_ahead = 0;
     for (uint32_t i = 0; i < p->n_runs; i++) {
         const struct plan_run *r = &p->runs[i];
         struct slot *t;
         TRY(slot_get(s, r->slot, "runs", &t));
         if (s->named[r->slot]) FAIL(ERR_FORMAT, "plan: runs slot %u twice", r->slot);
         s->named[r->slot] = true;
-        s->runs[s->n_runs++] = (struct slot_run){r->slot, r->n_tokens, r->n_drafts,
-                                                 (r->flags & PLAN_RUN_SAMPLE) != 0, r->drafts};
+        s->runs[s->n_runs++] = (struct slot_run){.slot = r->slot,
+                                                 .n_tokens = r->n_tokens,
+                                                 .n_drafts = r->n_drafts,
+                                                 .sample = (r->flags & PLAN_RUN_SAMPLE) != 0,
+                                                 .drafts = r->drafts};
         TRY(run_check(s, &s->runs[s->n_runs - 1]));
+        TRY(own_take(s, r, &s->runs[s->n_runs - 1]));
+        t->n_ahead = r->n_ahead;
+        s->n_ahead += r->n_ahead > 0;
     }
     for (uint32_t i = 0; !p->idle && i < s->limits.n_slots; i++) {
         if (!s->all[i].open || !s->all[i].decoding || s->named[i]) continue;

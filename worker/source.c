@@ -39,8 +39,8 @@ static float element_read(const void *data, enum dtype dtype, int64_t i)
     return u.value;
 }
 
-static void name_make(const struct source *s, enum role role, int layer, const char *suffix,
-                      char out[SOURCE_NAME_MAX])
+void source_name(const struct source *s, enum role role, int layer, const char *suffix,
+                 char out[SOURCE_NAME_MAX])
 {
     char stem[SOURCE_NAME_MAX - 32];
     const char *pattern = s->config->arch->names[role], *mark = strstr(pattern, "%d");
@@ -57,11 +57,18 @@ static const char *place(const struct source *s)
     return s->file && safetensors_count(s->file) ? safetensors_file(s->file, 0) : s->config->path;
 }
 
+void source_use(struct source *s, const struct st_tensor *t)
+{
+    if (!t) return;
+    s->used[t - safetensors_at(s->file, 0)] = true;
+    if (s->n_taken < SOURCE_TEMPS_MAX) s->taken[s->n_taken++] = t;
+}
+
 bool source_has(const struct source *s, enum role role)
 {
     char name[SOURCE_NAME_MAX];
     if (!s->file) return role != ROLE_LM_HEAD || !s->config->tied;
-    name_make(s, role, 0, ".weight", name);
+    source_name(s, role, 0, ".weight", name);
     return safetensors_find(s->file, name) != NULL;
 }
 
@@ -267,7 +274,7 @@ enum err source_matrix(struct source *s, enum role role, int layer, struct matri
     enum dtype dtype;
     int64_t rows = config_dim(s->config, roles[role].rows),
             columns = config_dim(s->config, roles[role].columns);
-    name_make(s, role, layer, ".weight", name);
+    source_name(s, role, layer, ".weight", name);
     if (!s->file) return dummy_matrix(s, name, rows, columns, out);
     bool flip = stored_in_out(s, role);
     int64_t shape[2] = {flip ? columns : rows, flip ? rows : columns};
@@ -284,7 +291,7 @@ enum err source_vector(struct source *s, enum role role, int layer, bool bias, i
     char name[SOURCE_NAME_MAX];
     const struct st_tensor *t;
     enum dtype dtype;
-    name_make(s, role, layer, bias ? ".bias" : ".weight", name);
+    source_name(s, role, layer, bias ? ".bias" : ".weight", name);
     if (!s->file) {
         dummy_vector(s, name, !bias, n, out);
         return OK;

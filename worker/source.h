@@ -39,6 +39,11 @@ void source_release(struct source *s);
 /* Takes the copy behind a view over, so that release does not free it. False when the view lies in
  * the file itself. */
 bool source_keep(struct source *s, const void *data, void **out_mem, size_t *out_bytes);
+/* The name of a role's tensor in this checkpoint, suffix included: ".weight" or ".bias". */
+void source_name(const struct source *s, enum role role, int layer, const char *suffix,
+                 char out[SOURCE_NAME_MAX]);
+/* Says that a tensor of the file was asked for; NULL is none. */
+void source_use(struct source *s, const struct st_tensor *t);
 /* Whether the checkpoint holds the role at all. */
 bool source_has(const struct source *s, enum role role);
 /* After all was read: a tensor that nobody asked for is an error inside a computed layer, a warning

@@ -17,8 +17,7 @@ struct step_row {
 struct step {
     uint64_t epoch, number, ticket;
     bool busy, settled;
-    bool needs_host; /* its rows read host arrays of slots, or its samples decide lengths: settle
-                        before the slots change again */
+    bool needs_host; /* its samples decide lengths: settle before the slots change again */
     struct batch batch;
     int32_t *token_ids, *token_slot, *positions, *cache_slot, *rows_out; /* [step_tokens_max] */
     int32_t *seq_start, *context_len; /* [n_slots + 1], [n_slots] */
@@ -29,17 +28,27 @@ struct step {
     struct sample_row *sample_rows;   /* [step_tokens_max] */
     struct sample_result *results;    /* [step_tokens_max] */
     struct step_token *tokens;        /* [step_tokens_max] of the result */
-    uint32_t n_runs, n_rows, n_tokens_out;
-    void *pieces[14];
+    struct plan_pair *drafted;        /* [n_slots] of the result */
+    uint32_t n_runs, n_rows, n_tokens_out, n_drafted;
+    void *pieces[15];
     int64_t begun_us, wait_us, collective_us;
 };
 
 enum err step_init(struct step *s, const struct slots *slots);
 void step_fini(struct step *s); /* accepts zeroed memory */
+/* The row that decides the token after n_before known ones (and drafts) of a slot. feeds: the token
+ * goes to the device's feedback table; speaks: with the logprobs asked for. */
+void step_row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, bool feeds,
+                      bool speaks, struct sample_row *out);
 /* Fills everything from the runs that slots_apply listed, and moves the slots on: computed counts,
  * and a pending token where one is sampled. speaks: this rank answers with logprobs. */
 void step_fill(struct step *s, struct slots *slots, bool speaks);
+/* Whether every sequence has one token and samples after it: such steps repeat. */
+bool step_is_decode(const struct step *s);
+/* Makes the batch n sequences long. The rows beyond its own read token 0 of block 0, write nowhere
+ * and are not sampled. n: at most n_slots; only where step_is_decode. */
+void step_pad(struct step *s, int n);
 /* After the ticket was waited for: samples become tokens of their slots and of the result. */
 void step_settle(struct step *s, struct slots *slots);
 /* Whether the plan's application needs the tokens of this unsettled step on the host. */
-bool step_blocks(const struct step *s, const struct slots *slots, const struct step_plan *next);
+bool step_blocks(const struct step *s, const struct step_plan *next);

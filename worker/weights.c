@@ -5,8 +5,10 @@
 #include "base/hash.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "worker/packed.h"
 #include "worker/source.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -20,6 +22,8 @@ struct loader {
     float *bias;                  /* [bias_max] stacked biases of one fused weight */
     int64_t bias_max;
     uint64_t done, total;
+    bool is_packed; /* the file holds packed weights */
+    struct packed_file packed;
 };
 
 /* --- slices --- */
@@ -111,6 +115,106 @@ static enum err bias_add(struct loader *l, enum role role, int layer, int segmen
     return OK;
 }
 
+/* --- packed weights --- */
+
+void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX])
+{
+    static const struct {
+        const char *name;
+        bool of_layer;
+    } stems[ROLE_COUNT] = {
+        [ROLE_WQ] = {"qkv", true},
+        [ROLE_WQKV] = {"qkv", true},
+        [ROLE_WO] = {"out", true},
+        [ROLE_W_GATE] = {"up", true},
+        [ROLE_W_UP] = {"up", true},
+        [ROLE_W_DOWN] = {"down", true},
+        [ROLE_LM_HEAD] = {"lm_head", false},
+        [ROLE_PROJECT_IN] = {"project_in", false},
+        [ROLE_PROJECT_OUT] = {"project_out", false},
+    };
+    ASSERT(stems[first].name);
+    packed_stem(stems[first].name, stems[first].of_layer ? layer : -1, out);
+}
+
+/* This rank's slices of a whole fused weight that was unpacked to floats. */
+static void packed_slices(const struct loader *l, const enum role *of, int n_of, const float *whole,
+                          int64_t n_in, const float *bias, struct matrix_view *parts, int *n_parts)
+{
+    int64_t first = 0, bias_at = 0;
+    bool drops_bias = is_shard_in(of[0]) && l->m->group.rank != 0;
+    for (int i = 0; i < n_of; i++) {
+        int64_t rows = config_dim(&l->m->config, roles[of[i]].rows);
+        struct matrix_view view = {whole + first * n_in, DTYPE_F32, rows, n_in, n_in, 1};
+        for (int s = 0; s < segments_of(of[i]); s++) {
+            struct shard_range r = slice_of(l->m, of[i], s), all = {0, rows};
+            struct shard_range b = is_shard_in(of[i]) ? all : r;
+            parts[(*n_parts)++] = is_shard_in(of[i]) ? columns_of(view, r) : rows_of(view, r);
+            ASSERT_CMP(bias_at + shard_count(b), <=, l->bias_max);
+            for (int64_t k = 0; bias && k < shard_count(b); k++)
+                l->bias[bias_at + k] = drops_bias ? 0 : bias[first + b.begin + k];
+            bias_at += shard_count(b);
+        }
+        first += rows;
+    }
+}
+
+/* Unpacks, slices and packs for this rank and device. */
+static enum err packed_again(struct loader *l, const enum role *of, int n_of,
+                             const struct packed_weight *p, enum weight_format format,
+                             struct weight **out)
+{
+    struct matrix_view parts[4];
+    int n_parts = 0;
+    size_t bytes;
+    float *whole;
+    if (!size_mul((size_t)p->n_out, (size_t)p->n_in, &bytes) || !size_mul(bytes, 4, &bytes))
+        FAIL(ERR_NO_MEMORY, "a weight of %lld x %lld", (long long)p->n_out, (long long)p->n_in);
+    TRY(mem_alloc_huge(bytes, (void **)&whole));
+    for (int64_t r = 0; r < p->n_out; r++)
+        backend_cpu.packed_row(p, r, whole + r * p->n_in);
+    packed_slices(l, of, n_of, whole, p->n_in, p->bias, parts, &n_parts);
+    bool biased = p->bias && !(is_shard_in(of[0]) && l->m->group.rank != 0);
+    enum err e =
+        l->ops->weight_create(l->backend, parts, n_parts, biased ? l->bias : NULL, format, out);
+    mem_free_huge(whole, bytes);
+    return e;
+}
+
+/* A weight of a packed file: its bytes as they are where one rank has this device's layout. */
+static enum err packed_load(struct loader *l, const enum role *of, int n_of, int layer,
+                            enum weight_format format, struct weight **out)
+{
+    struct packed_weight p = {.format = format,
+                              .n_in = config_dim(&l->m->config, roles[of[0]].columns)};
+    struct packed_parts parts;
+    struct hash128 want, have;
+    char stem[PACKED_STEM_MAX];
+    bool biased = false;
+    const char *layout = l->ops->packed_layout;
+    for (int i = 0; i < n_of; i++) {
+        p.n_out += config_dim(&l->m->config, roles[of[i]].rows);
+        biased = biased || config_has_bias(&l->m->config, of[i]);
+    }
+    weights_stem(of[0], layer, stem);
+    TRY(packed_find(l->m->file, stem, biased, &p, &parts, &want));
+    source_use(&l->source, parts.panels);
+    source_use(&l->source, parts.scale);
+    source_use(&l->source, parts.bias);
+    if (l->m->group.size == 1 && layout && !strcmp(layout, l->packed.layout)) {
+        TRY(l->ops->weight_import(l->backend, &p, &have, out));
+    } else {
+        have = backend_cpu.packed_digest(&p);
+        TRY(packed_again(l, of, n_of, &p, format, out));
+    }
+    source_release(&l->source);
+    l->m->weight_bytes += l->ops->weight_bytes(*out);
+    advance(l, l->ops->weight_bytes(*out));
+    return packed_verify(l->m->file, &parts, want, have);
+}
+
+/* --- weights --- */
+
 /* One packed weight of the given roles, stacked by rows. */
 static enum err weight_load(struct loader *l, const enum role *of, int n_of, int layer,
                             enum weight_format format, struct weight **out)
@@ -119,6 +223,7 @@ static enum err weight_load(struct loader *l, const enum role *of, int n_of, int
     int n_parts = 0;
     int64_t bias_at = 0;
     bool biased = false;
+    if (l->is_packed) return packed_load(l, of, n_of, layer, format, out);
     for (int i = 0; i < n_of; i++) {
         struct matrix_view whole;
         TRY(source_matrix(&l->source, of[i], layer, &whole));
@@ -161,7 +266,7 @@ static enum err head_load(struct loader *l)
 {
     struct model *m = l->m;
     enum role role = ROLE_LM_HEAD;
-    if (m->config.tied) {
+    if (m->config.tied && !l->is_packed) {
         struct matrix_view view = rows_of(l->embedding, m->vocab);
         TRY(l->ops->weight_create(l->backend, &view, 1, NULL, l->options->head_format,
                                   &m->lm_head));
@@ -205,12 +310,55 @@ static enum err norm_load(struct loader *l, enum role role, int layer, struct no
     return OK;
 }
 
+/* --- rotary tables --- */
+
+enum { ROPE_THREADS_MAX = 16, ROPE_PART_MIN = 4096 }; /* positions that are worth a thread */
+
+struct rope_part {
+    const struct model_config *config;
+    float *cos, *sin;
+    int first, end;
+    pthread_t thread;
+    bool started;
+};
+
+static void *rope_fill(void *arg)
+{
+    struct rope_part *p = arg;
+    config_rope_tables(p->config, p->first, p->end, p->cos, p->sin);
+    return NULL;
+}
+
+/* Long contexts have millions of cosines: every thread of the rank makes some. */
+static void rope_tables(const struct loader *l, float *cos, float *sin)
+{
+    struct rope_part parts[ROPE_THREADS_MAX];
+    int n_positions = l->m->context_max, n = l->options->n_threads;
+    n = n > ROPE_THREADS_MAX ? ROPE_THREADS_MAX : n;
+    n = n > n_positions / ROPE_PART_MIN ? n_positions / ROPE_PART_MIN : n;
+    n = n < 1 ? 1 : n;
+    for (int i = 0; i < n; i++) {
+        parts[i] = (struct rope_part){.config = &l->m->config,
+                                      .cos = cos,
+                                      .sin = sin,
+                                      .first = (int)((int64_t)n_positions * i / n),
+                                      .end = (int)((int64_t)n_positions * (i + 1) / n)};
+        parts[i].started = i && !pthread_create(&parts[i].thread, NULL, rope_fill, &parts[i]);
+    }
+    for (int i = 0; i < n; i++) {
+        if (parts[i].started)
+            pthread_join(parts[i].thread, NULL);
+        else
+            rope_fill(&parts[i]);
+    }
+}
+
 static enum err rope_load(struct loader *l, const float **out_cos, const float **out_sin)
 {
     size_t n = (size_t)l->m->context_max * (size_t)(l->m->config.rope.rotary_dim / 2);
     float *cos_sin;
     TRY(MEM_NEW_ARRAY(2 * n, &cos_sin));
-    config_rope_tables(&l->m->config, l->m->context_max, cos_sin, cos_sin + n);
+    rope_tables(l, cos_sin, cos_sin + n);
     enum err e = vector_upload(l, cos_sin, n, out_cos);
     if (!e) e = vector_upload(l, cos_sin + n, n, out_sin);
     mem_free(cos_sin);
@@ -321,8 +469,9 @@ static enum err file_open(struct model *m, const struct weights_options *options
     return OK;
 }
 
-static enum dtype file_dtype(const struct model *m)
+static enum dtype file_dtype(const struct model *m, const struct loader *l)
 {
+    if (l->is_packed) return l->packed.dtype;
     if (!m->file || !safetensors_count(m->file)) return m->config.dtype;
     enum st_dtype t = safetensors_at(m->file, 0)->dtype;
     return t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
@@ -336,6 +485,15 @@ static enum err model_fill(struct model *m, const struct weights_options *option
     TRY(shard_check(m->config.n_heads, m->config.n_kv_heads, m->config.ffn, m->config.vocab_size,
                     m->group.size));
     if (!options->dummy) TRY(file_open(m, options));
+    if (m->file) TRY(packed_read(m->file, &l.is_packed, &l.packed));
+    if (l.is_packed &&
+        (options->format != l.packed.format || options->head_format != l.packed.head_format))
+        FAIL(ERR_INVALID, "%s: holds weights of another format than asked for", options->model_dir);
+    if (l.is_packed && (m->group.size > 1 || !l.ops->packed_layout ||
+                        strcmp(l.ops->packed_layout, l.packed.layout)))
+        log_info(
+            "%s: packed for one rank on a CPU (%s), so it is packed again for rank %d of %d on %s",
+            options->model_dir, l.packed.layout, m->group.rank, m->group.size, l.ops->name);
     slices_set(m);
     m->context_max = options->context_max;
     m->vectors_max = m->config.n_layers * 6 + 4;
@@ -344,7 +502,7 @@ static enum err model_fill(struct model *m, const struct weights_options *option
     TRY(model_digest(options, &m->config, m->file, m->digest));
     l.bias_max = 3 * widest(&m->config);
     TRY(MEM_NEW_ARRAY(l.bias_max, &l.bias));
-    model_bytes_estimate(&m->config, m->group, options, file_dtype(m), &l.total, &tables);
+    model_bytes_estimate(&m->config, m->group, options, file_dtype(m, &l), &l.total, &tables);
     l.total += tables;
     TRY_OUT(source_init(&l.source, &m->config, m->file, options->seed));
     TRY_OUT(shares_load(&l));

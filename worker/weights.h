@@ -4,6 +4,7 @@
  * Knows files and roles; never steps or plans. */
 #pragma once
 #include "worker/model/model.h"
+#include "worker/packed.h"
 
 struct weights_options {
     const char *model_dir;
@@ -12,6 +13,7 @@ struct weights_options {
     enum weight_format format;      /* of matrices in the layers */
     enum weight_format head_format; /* of the output projection and of OPT's projections */
     int context_max;
+    int n_threads; /* that may help to prepare what no backend packs; 0 = one */
     void (*progress)(void *ctx, uint64_t bytes_done, uint64_t bytes_total); /* or NULL */
     void *ctx;
 };
@@ -22,6 +24,8 @@ enum err model_load(const struct weights_options *options, const struct model_co
                     struct group group, struct backend *backend, struct model **out);
 void model_unload(struct model *m); /* accepts NULL */
 
+/* What the fused weight whose first role this is is called in a packed file. */
+void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX]);
 /* Digest of config.json, all tensors' headers and the formats: equal means same tokens. */
 enum err model_digest(const struct weights_options *options, const struct model_config *config,
                       const struct safetensors *file, char out[33]);

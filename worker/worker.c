@@ -11,9 +11,15 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
-enum { POLL_US = 200000, LEAVE_MS = 2000, EXCHANGE_MS = 120000 };
+enum {
+    POLL_US = 200000,
+    GLANCE_US = 20, /* between two looks at a step under way */
+    LEAVE_MS = 2000,
+    EXCHANGE_MS = 120000
+};
 
 static volatile sig_atomic_t asked_to_stop;
 
@@ -29,6 +35,7 @@ struct loop {
     struct buf result;
     bool has_group, pipelined;
     bool peers_alive;
+    atomic_uint_fast64_t epoch; /* of the group; read by threads of the collective */
 };
 
 /* --- how ranks find each other --- */
@@ -52,7 +59,7 @@ static enum err boot_exchange(void *ctx, const char *key, const void *mine, size
 static bool boot_ended(void *ctx)
 {
     struct loop *l = ctx;
-    return atomic_load(link_epoch(l->link)) != l->worker->epoch;
+    return atomic_load(link_epoch(l->link)) != atomic_load(&l->epoch);
 }
 
 /* --- events --- */
@@ -63,10 +70,10 @@ static bool is_survivable(enum err e)
     return e == ERR_PEER || e == ERR_FORMAT || e == ERR_TIMEOUT || e == ERR_FULL;
 }
 
-static void group_leave(struct loop *l)
+static enum err group_leave(struct loop *l)
 {
-    worker_close_group(l->worker);
     l->has_group = false;
+    return worker_close_group(l->worker);
 }
 
 /* Tells the coordinator; passes on what is beyond repair. */
@@ -77,8 +84,8 @@ static enum err group_fail(struct loop *l, enum err e)
     snprintf(why, sizeof why, "%s", err_detail());
     log_error("%s: %s", err_name(e), why);
     link_fault(l->link, why, !is_survivable(e));
-    group_leave(l);
-    if (is_survivable(e)) return OK;
+    enum err left = group_leave(l);
+    if (is_survivable(e)) return left;
     return err_set(e, "%s", why);
 }
 
@@ -88,7 +95,7 @@ static enum err group_join(struct loop *l, const struct link_event *event)
     snprintf(key, sizeof key, "%s", event->group_key);
     struct bootstrap boot = {
         .group_key = key, .exchange = boot_exchange, .ended = boot_ended, .ctx = l};
-    l->worker->epoch = event->epoch;
+    atomic_store(&l->epoch, event->epoch);
     TRY(worker_open_group(l->worker, event->epoch, event->n_blocks, event->n_host_blocks, &boot));
     l->has_group = true;
     TRY(link_ready(l->link, event->epoch));
@@ -103,7 +110,9 @@ static enum err step_answer(struct loop *l)
     TRY(worker_end(l->worker, &result));
     buf_clear(&l->result);
     TRY(step_result_encode(&result, l->worker->config.rank != 0, &l->result));
-    return link_send_result(l->link, l->result.data, l->result.n);
+    TRY(link_send_result(l->link, l->result.data, l->result.n));
+    /* The coordinator plans meanwhile. With a step under way it waits until that has ended. */
+    return l->worker->n_busy ? OK : worker_draft(l->worker);
 }
 
 static enum err plan_run(struct loop *l, const struct link_event *event)
@@ -116,7 +125,7 @@ static enum err plan_run(struct loop *l, const struct link_event *event)
     return l->pipelined ? OK : step_answer(l);
 }
 
-/* Answers the oldest step where no further one may be launched beside it. */
+/* Answers the oldest steps until no more than n_left are under way. */
 static enum err steps_drain(struct loop *l, int n_left)
 {
     while (l->worker->n_busy > n_left)
@@ -138,13 +147,14 @@ static enum err event_handle(struct loop *l, const struct link_event *event, boo
     case LINK_PLAN:
         return group_fail(l, plan_run(l, event));
     case LINK_NONE:
-        return group_fail(l, steps_drain(l, 0));
+        return OK;
     case LINK_HALT:
     case LINK_LOST:
         log_warn("%s: %s", event->kind == LINK_HALT ? "the group ended" : "the coordinator is lost",
                  event->text);
-        group_leave(l);
-        if (is_given_up(event)) FAIL(ERR_PEER, "%s: %s", l->worker->config.coordinator, event->text);
+        TRY(group_leave(l));
+        if (is_given_up(event))
+            FAIL(ERR_PEER, "%s: %s", l->worker->config.coordinator, event->text);
         return OK;
     case LINK_DRAIN:
         TRY(group_fail(l, steps_drain(l, 0)));
@@ -157,15 +167,27 @@ static enum err event_handle(struct loop *l, const struct link_event *event, boo
     return OK;
 }
 
+/* A plan that is there is launched before anything is waited for; a step that has ended is answered
+ * as soon as it is seen. With as many steps under way as there may be, only the end of the group is
+ * listened to. */
+static enum err loop_turn(struct loop *l, bool *out_done)
+{
+    struct link_event event;
+    int n_busy = l->worker->n_busy;
+    if (n_busy == STEPS_IN_FLIGHT)
+        TRY(link_next_but_plans(l->link, GLANCE_US, &event));
+    else
+        TRY(link_next(l->link, n_busy ? GLANCE_US : POLL_US, &event));
+    TRY(event_handle(l, &event, out_done));
+    if (l->has_group && worker_ready(l->worker)) TRY(group_fail(l, step_answer(l)));
+    return OK;
+}
+
 static enum err loop_run(struct loop *l)
 {
     bool done = false;
-    while (!done && !asked_to_stop) {
-        struct link_event event;
-        if (l->has_group) TRY(group_fail(l, steps_drain(l, STEPS_IN_FLIGHT - 1)));
-        TRY(link_next(l->link, l->worker->n_busy ? 0 : POLL_US, &event));
-        TRY(event_handle(l, &event, &done));
-    }
+    while (!done && !asked_to_stop)
+        TRY(loop_turn(l, &done));
     if (asked_to_stop) log_info("asked to stop");
     return group_fail(l, steps_drain(l, 0));
 }
@@ -196,6 +218,8 @@ static void join_words(const struct worker *w, struct link_join *out, char *host
         .host_blocks_max = i->n_host_blocks,
         .weight_bytes = i->weight_bytes,
         .block_bytes = i->block_bytes,
+        .has_draft_model = w->draft != NULL,
+        .draft_digest = i->draft_digest,
     };
 }
 
@@ -223,9 +247,17 @@ static enum err worker_serve(struct loop *l)
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : asked_to_stop ? "asked to stop" : "drained");
     link_leave(l->link, why, LEAVE_MS);
-    group_leave(l);
+    if (e != ERR_DEVICE) (void)group_leave(l);
     link_close(l->link);
     return e ? err_set(e, "%s", why) : OK;
+}
+
+/* A device that cannot even be opened is no reason to try again. */
+static enum err err_declined(void)
+{
+    char why[512];
+    snprintf(why, sizeof why, "%s", err_detail());
+    return err_set(ERR_UNSUPPORTED, "%s", why);
 }
 
 enum err worker_run(const struct worker_config *config)
@@ -236,14 +268,16 @@ enum err worker_run(const struct worker_config *config)
     signals_take(old);
     buf_init(&l.result, 0);
     enum err e = worker_create(config, &l.worker);
+    if (e == ERR_DEVICE) e = err_declined();
     if (!e) {
         l.pipelined = l.worker->backend->stream != NULL;
-        e = buf_reserve(&l.result, 1 << 20); /* usual results need no more */
+        if (l.pipelined) prctl(PR_SET_TIMERSLACK, 1000ul); /* ns: glances are short */
+        e = buf_reserve(&l.result, 1 << 20);               /* usual results need no more */
         if (!e) e = worker_serve(&l);
     }
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : "");
-    worker_destroy(l.worker);
+    if (e != ERR_DEVICE) worker_destroy(l.worker); /* a lost device may keep for ever who waits */
     buf_fini(&l.result);
     collective_shutdown(l.peers_alive && !e);
     sigaction(SIGTERM, &old[0], NULL);

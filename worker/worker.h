@@ -18,18 +18,20 @@ struct worker_config {
     const char *coordinator;                 /* HOST:PORT */
     const char *token;                       /* cluster token, NULL = none */
     const char *tls_ca, *tls_cert, *tls_key; /* PEM files, NULL = no TLS */
-    int patience_ms; /* how long to look for the coordinator, also after a loss; 0 = for ever */
-    int replica;                             /* data-parallel index */
-    int rank, size;                          /* -1 = from the launcher's environment, else 0 of 1 */
-    const char *device;                      /* "auto" (NULL), "cpu", "cuda" */
-    int device_index;                        /* CUDA: -1 = the local rank */
-    const char *collective;                  /* "auto" (NULL), "none", "shm", "mpi", "nccl" */
-    int collective_timeout_ms;               /* 0 = 30000 */
-    int n_threads;   /* CPU: of this rank, 0 = its share of the cores it may use */
-    const char *isa; /* CPU: NULL = best; see struct backend_options */
+    int patience_ms;    /* how long to look for the coordinator, also after a loss; 0 = for ever */
+    int replica;        /* data-parallel index */
+    int rank, size;     /* -1 = from the launcher's environment, else 0 of 1 */
+    const char *device; /* "auto" (NULL), "cpu", "cuda" */
+    int device_index;   /* CUDA: -1 = the local rank */
+    const char *collective;    /* "auto" (NULL), "none", "shm", "mpi", "nccl" */
+    int collective_timeout_ms; /* 0 = 30000 */
+    int n_threads;             /* CPU: of this rank, 0 = its share of the cores it may use */
+    const char *isa;           /* CPU: NULL = best; see struct backend_options */
     bool deterministic;
+    bool eager;               /* CUDA: no graphs, every operation is launched by itself */
     const char *dtype;        /* weights: "auto" (NULL), "f32", "f16", "bf16" */
     const char *quantization; /* "none" (NULL), "auto", "int8", "int4", "fp8" */
+    const char *head_quantization; /* of the output projection: "auto" (NULL), "int8", "int4" */
     const char *kv_dtype;     /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
     int block_size;           /* tokens of a KV block, 0 = the backend's own */
     uint64_t kv_cache_bytes;  /* of this rank, 0 = memory_share decides */
@@ -40,6 +42,9 @@ struct worker_config {
     int step_tokens_max;      /* 0 = 2048 on a GPU, 48 beside the decodes on a CPU */
     int step_rows_max;    /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
     int draft_tokens_max; /* drafts verified in one run, 0 = none */
+    const char *draft_model_dir;    /* a small model of the same vocabulary that guesses; NULL = none */
+    const char *draft_quantization; /* its weights, as `quantization`; NULL = the same */
+    bool draft_greedy; /* it takes its best token instead of drawing as the target will */
     int context_max;      /* 0 = the model's, as far as memory allows one sequence */
     const char *load_format; /* "auto" (NULL), "safetensors", "dummy" */
     uint64_t dummy_seed;
@@ -53,7 +58,9 @@ enum err worker_rank_find(struct worker_config *config);
 
 /* Joins the coordinator and serves until drained (OK), refused or broken beyond repair. Loads the
  * weights once; when a peer or the coordinator is lost it keeps them and joins again.
- * SIGTERM: leaves after the step under way. */
+ * SIGTERM: leaves after the step under way. ERR_DEVICE: the device is lost and what it holds is not
+ * given back; the process must end (_exit) and may be started again. ERR_UNSUPPORTED: the device
+ * cannot be used at all. */
 enum err worker_run(const struct worker_config *config);
 
 /* What was planned before serving; heddle plan prints it without loading (worker_plan_memory). */
@@ -70,6 +77,9 @@ struct worker_info {
     uint64_t work_bytes;   /* activations and scratch */
     uint64_t block_bytes, n_blocks, n_host_blocks;
     uint64_t memory_total, memory_free; /* of the device before loading */
+    /* The draft model, "" = none; block_bytes counts its part of a block. */
+    char draft_name[128], draft_format[32], draft_digest[33];
+    uint64_t draft_weight_bytes, draft_table_bytes, draft_work_bytes, draft_block_bytes;
 };
 /* Reads config.json and the tensors' headers only. */
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out);

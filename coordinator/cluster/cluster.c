@@ -30,8 +30,26 @@ static void tell_engine(struct cluster *c) /* locked; unlocks while hooks run */
     pthread_mutex_lock(&c->mutex);
 }
 
+/* One that was lost alive and has not returned. */
+static void tell_stuck(struct cluster *c, struct rank *r, uint32_t index) /* as tell_engine */
+{
+    struct rank was = *r;
+    uint32_t group = index / c->config.n_ranks, rank = index % c->config.n_ranks;
+    r->stuck_pid = 0;
+    log_warn("group %u: rank %u (%s pid %u) has not returned: it hangs", group, rank,
+             was.stuck_host, was.stuck_pid);
+    if (!c->hooks.rank_stuck) return;
+    pthread_mutex_unlock(&c->mutex);
+    c->hooks.rank_stuck(c->hooks.ctx, group, rank, was.stuck_host, was.stuck_pid);
+    pthread_mutex_lock(&c->mutex);
+}
+
 static void tick(struct cluster *c, int64_t now_us)
 {
+    for (uint32_t i = 0; i < c->config.n_groups * c->config.n_ranks; i++)
+        if (c->ranks[i].stuck_pid &&
+            now_us - c->ranks[i].stuck_us > (int64_t)c->config.stuck_ms * 1000)
+            tell_stuck(c, &c->ranks[i], i);
     membership_tick(c, now_us);
     for (uint32_t i = 0; i < c->config.n_groups; i++)
         group_tick(c, &c->groups[i], now_us);
@@ -83,6 +101,7 @@ static enum err config_take(struct cluster *c, const struct cluster_config *conf
     c->config.dead_ms = or_default(config->dead_ms, 2000);
     c->config.join_timeout_ms = or_default(config->join_timeout_ms, 10000);
     c->config.form_timeout_ms = or_default(config->form_timeout_ms, 120000);
+    c->config.stuck_ms = or_default(config->stuck_ms, 5000);
     c->config.n_pending_max = or_default(config->n_pending_max, 64);
     c->vocab_size = config->vocab_size;
     if (config->model_digest)
@@ -224,8 +243,10 @@ void cluster_group_failed(struct cluster *c, uint32_t group, uint64_t epoch, con
             log_warn("group %u: rank %u had answered step %llu of %llu", group, i,
                      (unsigned long long)g->ranks[i].last_step,
                      (unsigned long long)g->last_plan_step);
-        for (uint32_t i = 0; i < c->config.n_ranks; i++)
+        for (uint32_t i = 0; i < c->config.n_ranks; i++) {
+            rank_suspect(c, g, i);
             rank_lose(c, g, i, false, "%s", why);
+        }
     }
     pthread_mutex_unlock(&c->mutex);
 }

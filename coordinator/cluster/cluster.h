@@ -21,6 +21,9 @@ struct cluster_hooks {
     /* Bytes of a FromWorker with rank 0's StepResult, of the group's living epoch. */
     void (*result)(void *ctx, uint32_t group, uint64_t epoch, const void *bytes, size_t n);
     void *ctx;
+    /* May be NULL. A rank was lost while its process still held the stream, and has not come back
+     * within stuck_ms: it hangs, and whoever started it should end it. From the cluster's thread. */
+    void (*rank_stuck)(void *ctx, uint32_t group, uint32_t rank, const char *host, uint32_t pid);
 };
 
 struct cluster_config {
@@ -35,6 +38,8 @@ struct cluster_config {
     uint32_t dead_ms;         /* silence that loses a rank; 0 = 2000 */
     uint32_t join_timeout_ms; /* a stream that has not joined by then is ended; 0 = 10000 */
     uint32_t form_timeout_ms; /* from Welcome to the last Ready; 0 = 120000 */
+    uint32_t stuck_ms;        /* from its loss until a rank that does not return is called stuck; 0 =
+                                 5000 */
     uint32_t n_pending_max;   /* streams that have not joined; more are refused; 0 = 64 */
 };
 

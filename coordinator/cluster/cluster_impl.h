@@ -48,6 +48,9 @@ struct rank {
     int64_t heard_us, joined_us, skew_us;
     uint64_t last_step;
     uint32_t compute_us, wait_us, collective_us, n_losses;
+    uint32_t stuck_pid; /* 0 = none: the process that was lost alive */
+    int64_t stuck_us;   /* when */
+    char stuck_host[64];
 };
 
 struct exchange {
@@ -102,6 +105,8 @@ bool cluster_authorize(void *ctx, const char *path, struct span bearer);
 /* Takes the place away from whoever holds it, if anyone, and ends its stream. */
 void rank_lose(struct cluster *c, struct group *g, uint32_t rank, bool refuse, const char *format,
                ...) __attribute__((format(printf, 5, 6)));
+/* Before rank_lose, when the process itself may be what hangs. */
+void rank_suspect(struct cluster *c, struct group *g, uint32_t rank);
 /* Late joiners, silent ranks, claims; returns nothing, may change every list. */
 void membership_tick(struct cluster *c, int64_t now_us);
 /* Copies words from the wire for logs and status: printable ASCII, cut to size. */

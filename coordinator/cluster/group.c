@@ -41,6 +41,18 @@ static void least32(uint32_t *least, uint32_t value)
     if (value < *least) *least = value;
 }
 
+/* Ranks whose draft models differ would verify different drafts: such a group uses none. */
+static bool draft_fits(const struct group *g, const Heddle__Cluster__Join *j)
+{
+    const Heddle__Cluster__Join *first = g->ranks[0].stream->join->join;
+    bool same = !strcmp(j->draft_digest, first->draft_digest);
+    if (!same && (j->has_draft_model || first->has_draft_model))
+        log_warn("group %u: rank %u has %s draft model, rank 0 %s: it is not used", g->index,
+                 j->rank, !j->has_draft_model ? "no" : first->has_draft_model ? "another" : "a",
+                 first->has_draft_model ? "one" : "none");
+    return same && j->has_draft_model;
+}
+
 /* What the group can do is what its weakest rank can do. */
 static struct group_info info_make(const struct cluster *c, const struct group *g)
 {
@@ -63,7 +75,7 @@ static struct group_info info_make(const struct cluster *c, const struct group *
         least32(&info.context_max, j->context_max);
         least32(&info.draft_tokens_max, j->draft_tokens_max);
         if (j->block_bytes > info.block_bytes) info.block_bytes = j->block_bytes;
-        info.has_draft_model &= j->has_draft_model != 0;
+        info.has_draft_model &= draft_fits(g, j);
         info.window = j->window;
         info.block_size = j->block_size;
         info.vocab_size = j->vocab_size;
@@ -245,6 +257,7 @@ void group_tick(struct cluster *c, struct group *g, int64_t now_us)
         return;
     for (uint32_t i = 0; i < c->config.n_ranks; i++)
         if (g->ranks[i].stream && g->ranks[i].state == CLUSTER_RANK_WELCOMED) {
+            rank_suspect(c, g, i);
             rank_lose(c, g, i, false, "rank %u was not ready %u ms after its welcome", i,
                       c->config.form_timeout_ms);
             return; /* one at a time: the rest are JOINED again and get their next chance */

@@ -79,6 +79,16 @@ static void model_forget(struct cluster *c)
     *c->model_name = 0;
 }
 
+void rank_suspect(struct cluster *c, struct group *g, uint32_t rank)
+{
+    struct rank *r = &g->ranks[rank];
+    (void)c;
+    if (!r->stream) return;
+    r->stuck_pid = r->stream->join->join->pid;
+    r->stuck_us = clock_monotonic_us();
+    words_copy(r->stuck_host, sizeof r->stuck_host, r->stream->join->join->host);
+}
+
 void rank_lose(struct cluster *c, struct group *g, uint32_t rank, bool refused, const char *format,
                ...)
 {
@@ -159,6 +169,7 @@ static void seat(struct cluster *c, struct stream *s, int64_t now_us)
     s->rank = j->rank;
     r->stream = s;
     r->state = CLUSTER_RANK_JOINED;
+    r->stuck_pid = 0;
     r->heard_us = r->joined_us = now_us;
     g->n_joined++;
     c->n_joined++;
@@ -393,10 +404,11 @@ void membership_tick(struct cluster *c, int64_t now_us)
         struct group *g = &c->groups[i / c->config.n_ranks];
         uint32_t rank = i % c->config.n_ranks;
         if (!r->stream) continue;
-        if (now_us - r->heard_us > (int64_t)c->config.dead_ms * 1000)
+        if (now_us - r->heard_us > (int64_t)c->config.dead_ms * 1000) {
+            rank_suspect(c, g, rank);
             rank_lose(c, g, rank, false, "rank %u is silent for %lld ms", rank,
                       (long long)(now_us - r->heard_us) / 1000);
-        else if (rpc_send_shared(r->stream->call, beat) == ERR_FULL)
+        } else if (rpc_send_shared(r->stream->call, beat) == ERR_FULL)
             rank_lose(c, g, rank, false, "rank %u does not read what it is sent", rank);
     }
     rpc_bytes_release(beat);

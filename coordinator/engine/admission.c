@@ -8,7 +8,7 @@
 
 #include <string.h>
 
-enum { SPARE_SHARE = 16 };
+enum { SPARE_SHARE = 16, RESERVED_TOKENS = 1 << 12 };
 /* Moving a block to the host and back, against computing it again. */
 enum { HOST_BYTES_PER_US = 8000 };
 
@@ -21,6 +21,7 @@ static void uncount(struct engine *e, struct sequence *s)
 {
     if (!s->counted) return;
     s->counted = false;
+    e->n_left_queue++;
     e->limits.n_queued--;
     e->limits.n_queued_tokens -= s->n_prompt;
 }
@@ -32,6 +33,12 @@ void admission_uncount(struct engine *e, struct sequence *s)
         if (t != s) uncount(e, t);
     }
     uncount(e, s);
+}
+
+/* Whether its blocks can be found by others. */
+static bool registers(const struct engine *e, const struct sequence *s)
+{
+    return e->config.prefix_cache && !s->job->private_blocks;
 }
 
 /* Blocks to leave to those who run: each will need one soon. */
@@ -185,20 +192,31 @@ bool admission_hogs(const struct engine *e, const struct group *g, const struct 
     return g->n_free_slots <= g->n_slots / SPARE_SHARE || n_need > kv_blocks_available(&g->kv);
 }
 
+/* Memory for what it grows to, so that no step of its decoding asks for any. Its table must have
+ * it; its tokens grow on if there is less, or if somebody writes novels. */
+static bool reserve_memory(struct engine *e, const struct group *g, struct sequence *s,
+                           uint32_t n_end)
+{
+    if (strip_reserve(&e->pool, &s->blocks, blocks_for(g, n_end) + 1, sizeof(uint32_t)))
+        return false;
+    uint32_t n = n_end < s->tokens.n ? s->tokens.n : n_end;
+    if (n > s->tokens.n + RESERVED_TOKENS) n = s->tokens.n + RESERVED_TOKENS;
+    (void)strip_reserve(&e->pool, &s->tokens, n, sizeof(int32_t));
+    return true;
+}
+
 bool admission_try(struct engine *e, struct group *g, struct sequence *s)
 {
-    uint32_t n_end_most = s->n_prompt + s->job->request->max_tokens;
+    uint64_t n_most = (uint64_t)s->n_prompt + s->job->request->max_tokens;
     uint32_t capacity = group_tokens_capacity(g, e->config.context_max);
-    if (strip_reserve(&e->pool, &s->blocks,
-                      blocks_for(g, n_end_most < capacity ? n_end_most : capacity) + 1,
-                      sizeof(uint32_t)))
-        return false;
+    uint32_t n_end = n_most < capacity ? (uint32_t)n_most : capacity;
+    if (!reserve_memory(e, g, s, n_end)) return false;
     struct offer o = make_offer(e, g, s);
     uint64_t n_need =
         o.n_table - o.n_shared + o.n_shared_cached + (g->running.n ? blocks_reserved(g) : 0);
     if (!g->n_free_slots || n_need > kv_blocks_available(&g->kv)) return false;
-    s->n_end = n_end_most < capacity ? n_end_most : capacity;
-    fair_unwait(&e->fair, s);
+    s->n_end = n_end;
+    s->elder |= fair_take(&e->fair, s, e->now_us);
     admission_uncount(e, s);
     if (s->has_host && s->group != g->index) admission_drop_host(e, s);
     bool seated = group_seat(g, s);
@@ -241,16 +259,28 @@ bool admission_extend_decoding(struct group *g, struct sequence *s)
     return true;
 }
 
+void admission_prefetch_register(struct engine *e, struct group *g, struct sequence *s)
+{
+    struct hash128 key;
+    uint32_t n_full = (s->tokens.n - 1) / g->info.block_size;
+    if (n_full <= s->n_registered || !registers(e, s) ||
+        sequence_key(&e->pool, s, g->info.block_size, e->config.hash_salt, n_full - 1, &key))
+        return;
+    kv_blocks_prefetch(&g->kv, key);
+    __builtin_prefetch(&g->kv.blocks[sequence_blocks(s)[n_full - 1]], 1);
+}
+
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed)
 {
     uint32_t n_full = n_computed / g->info.block_size;
-    if (n_full <= s->n_registered || !e->config.prefix_cache || s->job->request->no_prefix_cache)
-        return;
-    if (sequence_hash(&e->pool, s, g->info.block_size, e->config.hash_salt, n_full)) return;
-    const struct hash128 *keys = s->keys.items;
+    if (n_full <= s->n_registered || !registers(e, s)) return;
     uint32_t first = s->n_registered > s->n_window_freed ? s->n_registered : s->n_window_freed;
-    for (uint32_t i = first; i < n_full; i++)
-        kv_blocks_register(&g->kv, sequence_blocks(s)[i], keys[i]);
+    for (uint32_t i = first; i < n_full; i++) {
+        struct hash128 key;
+        if (sequence_key(&e->pool, s, g->info.block_size, e->config.hash_salt, i, &key)) return;
+        kv_blocks_register(&g->kv, sequence_blocks(s)[i], key);
+        s->n_registered = i + 1;
+    }
     s->n_registered = n_full;
 }
 
@@ -314,7 +344,10 @@ void admission_requeue(struct engine *e, struct group *g, struct sequence *s)
         return;
     }
     s->synced = false;
-    fair_wait(&e->fair, s, e->now_us);
+    if (s->elder)
+        fair_wait_urgent(&e->fair, s, e->now_us); /* it waited long enough once */
+    else
+        fair_wait(&e->fair, s, e->now_us);
 }
 
 void admission_preempt(struct engine *e, struct group *g, struct sequence *s)
@@ -352,12 +385,18 @@ void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s
     group_unseat_late(g, s);
 }
 
+/* Who starved once keeps its place: else every request of a higher class would take it again. */
+static int32_t class_of(const struct sequence *s)
+{
+    return s->elder ? INT32_MIN : s->lane->priority;
+}
+
 static struct sequence *newest_of_lowest_class(const struct group *g)
 {
     struct sequence *victim = NULL;
     for (struct sequence *s = g->running.first; s; s = s->links[LINK_PLACE].next)
-        if (!victim || s->lane->priority > victim->lane->priority ||
-            (s->lane->priority == victim->lane->priority && s->order > victim->order))
+        if (!victim || class_of(s) > class_of(victim) ||
+            (class_of(s) == class_of(victim) && s->order > victim->order))
             victim = s;
     return victim;
 }
@@ -385,7 +424,7 @@ static bool class_inversion(struct engine *e, struct group *g)
     struct sequence *next = fair_next(&e->fair, e->now_us);
     struct sequence *victim = next ? newest_of_lowest_class(g) : NULL;
     if (!victim || !victim->may_preempt || victim->job->beam) return false;
-    if (victim->lane->priority <= next->lane->priority) return false;
+    if (class_of(victim) <= next->lane->priority) return false;
     if (g->draining.n || g->kv.limbo.n) return false; /* room is on its way */
     return !g->n_free_slots ||
            blocks_for(g, next->tokens.n) + blocks_reserved(g) > kv_blocks_available(&g->kv);
@@ -402,7 +441,7 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
     if (next->lane->tenant->n_running >= n_share) return NULL;
     for (struct sequence *s = g->running.last; s; s = s->links[LINK_PLACE].previous)
         if (s->may_preempt && !s->job->beam && s->lane->tenant->n_running > n_share + 1 &&
-            s->lane->priority >= next->lane->priority && (!victim || s->order > victim->order))
+            class_of(s) >= next->lane->priority && (!victim || s->order > victim->order))
             victim = s;
     return victim;
 }

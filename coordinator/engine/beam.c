@@ -123,7 +123,7 @@ static enum err finish_one(struct engine *e, struct job *job, const struct candi
                            bool stopped)
 {
     struct beam *b = job->beam;
-    const struct sequence *s = job->sequences[c->parent];
+    struct sequence *s = job->sequences[c->parent];
     uint32_t n = sequence_generated(s) + 1, at = b->n_finished;
     double score = c->score / pow((double)n, (double)job->request->length_penalty);
     while (at && b->finished[at - 1].score < score)
@@ -265,12 +265,12 @@ static enum err bear(struct engine *e, struct group *g, struct sequence *parent,
 {
     struct sequence *s = find_parked(parent->job);
     ASSERT(s);
-    s->keys.n = 0;
+    sequence_drop_keys(s);
     s->n_end = parent->n_end;
     s->n_cached = parent->n_cached;
     s->resumed = true; /* if it has to be computed, it is for the second time */
     s->parent = parent;
-    TRY(copy_strip(&e->pool, &s->tokens, parent->tokens.items, parent->tokens.n, 1));
+    TRY(sequence_set_tokens(&e->pool, s, sequence_tokens(parent), parent->tokens.n, 1));
     TRY(copy_strip(&e->pool, &s->scores, parent->scores.items, parent->scores.n, 1));
     TRY(extend_by(e, s, c));
     sequence_list_append(&g->forking, LINK_WORK, s);
@@ -401,7 +401,7 @@ void beam_unlock(struct engine *e, struct group *g)
     if (newest && newest->job != oldest->job) beam_preempt(e, g, newest->job);
 }
 
-static void add_fork(struct group *g, const struct sequence *s, uint32_t from)
+static void add_fork(struct group *g, struct sequence *s, uint32_t from)
 {
     plan_add_fork(g, &(struct plan_fork){.from = from,
                                          .to = s->slot,

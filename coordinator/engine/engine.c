@@ -23,11 +23,14 @@ enum err engine_create(const struct engine_config *config, const struct engine_h
     e->limits.n_queued_limit = config->n_queued_max;
     e->limits.n_queued_tokens_limit = config->n_queued_tokens_max;
     buf_init(&e->bytes, 0);
+    slabs_init(&e->sequences, sizeof(struct sequence));
+    slabs_init(&e->job_slabs, sizeof(struct job));
     enum err err = fair_init(&e->fair);
     if (err) {
         engine_destroy(e);
         return err;
     }
+    if (config->starve_us > 0) e->fair.starve_us = config->starve_us;
     *out = e;
     return OK;
 }
@@ -60,7 +63,8 @@ void engine_destroy(struct engine *e)
     fair_fini(&e->fair);
     buf_fini(&e->bytes);
     pool_fini(&e->pool);
-    sequence_slabs_fini(&e->slabs);
+    slabs_fini(&e->sequences);
+    slabs_fini(&e->job_slabs);
     mem_free(e);
 }
 
@@ -212,6 +216,19 @@ static void watch(struct engine *e)
     }
 }
 
+/* How fast the queue is left, while somebody stands in it: what a refused client is told. */
+static void note_leaving(struct engine *e)
+{
+    struct engine_limits *l = &e->limits;
+    if (!e->n_left_queue) return;
+    if (e->last_left_us && e->now_us > e->last_left_us) {
+        uint64_t ns = (uint64_t)(e->now_us - e->last_left_us) * 1000 / e->n_left_queue;
+        l->leave_ns = l->leave_ns ? (7 * l->leave_ns + ns) / 8 : ns;
+    }
+    e->last_left_us = l->n_queued ? e->now_us : 0;
+    e->n_left_queue = 0;
+}
+
 bool engine_step(struct engine *e, int64_t now_us)
 {
     bool sent = false, again;
@@ -224,6 +241,7 @@ bool engine_step(struct engine *e, int64_t now_us)
             if (e->groups[i] && scheduler_plan(e, e->groups[i])) again = true;
         sent |= again;
     } while (again);
+    note_leaving(e);
     job_flush(e);
     return sent;
 }

@@ -83,8 +83,9 @@ struct engine_config {
     uint32_t pipeline_depth;       /* plans in flight of a group: 2 */
     bool prefix_cache;
     uint64_t hash_salt;            /* random at start, so that no client can make keys collide */
-    uint32_t n_speculative_tokens; /* n-gram drafts, 0 = off */
+    uint32_t n_speculative_tokens; /* most drafts of a run, 0 = off */
     int64_t step_timeout_us;       /* --watchdog-timeout */
+    int64_t starve_us;             /* who waited so long goes before others in turn, 0 = a minute */
     const char *record_path;       /* engine_loop writes every input there, for `heddle replay`; NULL = off */
 };
 
@@ -98,7 +99,7 @@ struct engine;
 enum err engine_create(const struct engine_config *config, const struct engine_hooks *hooks, struct engine **out);
 void engine_destroy(struct engine *e);
 
-/* Inputs. A request refused here is destroyed by the caller: ERR_FULL (with retry_after_s),
+/* Inputs. A request refused here is destroyed by the caller: ERR_FULL (see limits.h for when),
  * ERR_TOO_LONG (can never fit, with the numbers), ERR_DEADLINE. */
 enum err engine_submit(struct engine *e, struct request *r, int64_t now_us);
 enum { ENGINE_CANCEL_CLIENT, ENGINE_CANCEL_STOP };
@@ -121,7 +122,8 @@ struct engine_stats {
     uint64_t prefix_queries, prefix_hits; /* tokens */
     uint64_t n_preemptions, n_swaps_out, n_swaps_in, n_forks, n_steps, n_finished[FINISH_ERROR + 1];
     uint64_t n_rejected_full, n_rejected_deadline, n_resumed, n_group_losses;
-    uint64_t drafts_proposed, drafts_accepted;
+    uint64_t drafts_proposed, drafts_accepted; /* all; and those of draft models among them */
+    uint64_t model_drafts_proposed, model_drafts_accepted;
     uint64_t step_tokens, step_budget;    /* sums over steps with a backlog */
     uint32_t context_max, vocab_size, block_size;
 };

@@ -345,6 +345,18 @@ void engine_loop_stats(struct engine_loop *l, struct engine_stats *out)
     pthread_mutex_unlock(&l->lock);
 }
 
+uint32_t engine_loop_retry_after_s(struct engine_loop *l)
+{
+    pthread_mutex_lock(&l->lock);
+    struct engine_limits limits = l->limits;
+    limits.n_queued += l->n_pending;
+    limits.n_queued_tokens += l->n_pending_tokens;
+    pthread_mutex_unlock(&l->lock);
+    uint32_t n_mean = limits.n_queued ? (uint32_t)(limits.n_queued_tokens / limits.n_queued) : 1;
+    uint32_t s = limits_retry_after_s(&limits, 1, n_mean);
+    return s ? s : 1;
+}
+
 int64_t engine_loop_now_us(const struct engine_loop *l)
 {
     (void)l;

@@ -7,7 +7,7 @@ enum { BUCKETS = 4096, HEAP_START = 64 };
 
 enum err fair_init(struct fair *f)
 {
-    *f = (struct fair){.n_buckets = BUCKETS};
+    *f = (struct fair){.n_buckets = BUCKETS, .n_turns = FAIR_TURNS, .starve_us = FAIR_STARVE_US};
     return MEM_NEW_ARRAY(BUCKETS, &f->buckets);
 }
 
@@ -211,11 +211,28 @@ void fair_unwait(struct fair *f, struct sequence *s)
     if (first && l->heap_index) sift_down(f, l->heap_index - 1);
 }
 
+/* Whether the oldest goes before the order of the heap: it holds what others wait for, or it
+ * starved and it is its kind's turn. */
+static bool goes_by_age(const struct fair *f, const struct sequence *oldest, int64_t now_us)
+{
+    if (!oldest || !oldest->lane->heap_index) return false; /* none, or passed over */
+    if (oldest->waiting_since_us == FAIR_SINCE_EVER_US) return true;
+    return now_us - f->starve_us > oldest->waiting_since_us && f->n_turns >= FAIR_TURNS;
+}
+
+bool fair_take(struct fair *f, struct sequence *s, int64_t now_us)
+{
+    bool starved = s == f->by_age.first && s->waiting_since_us != FAIR_SINCE_EVER_US &&
+                   goes_by_age(f, s, now_us);
+    f->n_turns = starved ? 0 : f->n_turns + (f->n_turns < FAIR_TURNS);
+    fair_unwait(f, s);
+    return starved;
+}
+
 struct sequence *fair_next(struct fair *f, int64_t now_us)
 {
     struct sequence *oldest = f->by_age.first;
-    if (oldest && oldest->lane->heap_index && now_us - FAIR_STARVE_US > oldest->waiting_since_us)
-        return oldest;
+    if (goes_by_age(f, oldest, now_us)) return oldest;
     while (f->n_heap) {
         struct lane *l = f->heap[0];
         if (l->key == l->tenant->served) {

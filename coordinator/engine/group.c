@@ -118,11 +118,12 @@ bool group_seat(struct group *g, struct sequence *s)
     s->slot = g->free_slots[--g->n_free_slots];
     s->group = g->index;
     s->state = SEQUENCE_RUNNING;
-    s->n_registered = s->n_window_freed = 0;
+    s->n_registered = s->n_window_freed = s->n_full_next = 0;
     s->may_preempt = s->decoding = false;
     s->last_step = 0;
     s->first_step = UINT64_MAX;
-    s->n_drafting = 0;
+    s->n_drafting = s->n_draft_seen = 0;
+    s->n_ahead = 0;
     s->run_step = 0;
     g->slots[s->slot] = s;
     sequence_list_append(&g->running, LINK_PLACE, s);

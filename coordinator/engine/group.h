@@ -16,7 +16,23 @@ struct flight { /* a plan that was sent and not answered */
     uint32_t n_samples; /* slots that sample in it */
     uint32_t n_tokens;  /* computed in it */
     uint32_t n_prompt_tokens;
+    uint32_t n_syncs;     /* runs with drafts, or that prepare some: the next plan waits for them */
+    uint32_t n_drafted;   /* runs that verify drafts */
+    uint32_t n_ahead;     /* runs that prepare own drafts */
+    uint32_t n_unused;    /* tokens kept free for own drafts that were not there; known at last */
+    enum draft_kind kind; /* of its drafts; the model's where there are both */
     int64_t sent_us;
+};
+
+/* What steps and drafts cost here and how often drafts are kept (draft_cost.c, draft.c). */
+enum { COST_BUCKETS = 26 };
+struct draft_costs {
+    float step_us[COST_BUCKETS], step_tokens[COST_BUCKETS]; /* averages; 0 = not seen */
+    float pass_us, token_us;    /* of the draft model: one pass, one known token more in it */
+    float wait_us[DRAFT_KINDS]; /* between a result with drafts and the plan after it */
+    float accept[DRAFT_KINDS];
+    uint32_t n_tries[DRAFT_KINDS];
+    float credit_us; /* for trying where it does not pay */
 };
 
 struct wheel { /* slots by step modulo n_buckets */
@@ -49,7 +65,7 @@ struct group {
     struct kv_limbo slot_limbo;
     struct wheel extend, end;
     struct due *due;     /* [n_slots] */
-    uint32_t *bucket;    /* [n_slots] scratch */
+    uint32_t *bucket, n_full; /* [n_slots] scratch; n_full of them filled a block in this result */
     uint32_t *extend_at; /* [n_slots] index + 1 in the plan's extends, where that names the slot */
     uint32_t n_decoding;
     struct sequence_list running; /* by LINK_PLACE: all that have a slot */
@@ -62,6 +78,10 @@ struct group {
     int32_t *drafts; /* [n_drafts_max] of all runs of the plan */
     uint32_t n_tokens_left, n_rows_left, n_step_samples, n_step_tokens,
         n_step_prompt; /* of the plan */
+    uint32_t n_step_syncs, n_step_drafted, n_step_ahead;
+    enum draft_kind step_kind;
+    uint32_t n_syncs_last, n_ahead_last; /* of the last plan sent, of the last one answered */
+    struct draft_costs costs;
     uint32_t token_ns; /* moving average of a prompt token's cost, for swap decisions */
 };
 

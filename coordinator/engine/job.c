@@ -18,13 +18,13 @@ struct job *job_find(const struct engine *e, uint64_t id)
     const struct job_map *m = &e->jobs;
     if (!m->slots) return NULL;
     for (uint32_t i = home_of(m, id); m->slots[i]; i = (i + 1) & m->mask)
-        if (m->slots[i]->request->id == id) return m->slots[i];
+        if (m->slots[i]->request_id == id) return m->slots[i];
     return NULL;
 }
 
 static void map_put(struct job_map *m, struct job *job)
 {
-    uint32_t i = home_of(m, job->request->id);
+    uint32_t i = home_of(m, job->request_id);
     while (m->slots[i])
         i = (i + 1) & m->mask;
     m->slots[i] = job;
@@ -45,11 +45,11 @@ static enum err map_reserve(struct job_map *m)
 
 static void map_remove(struct job_map *m, const struct job *job)
 {
-    uint32_t i = home_of(m, job->request->id);
+    uint32_t i = home_of(m, job->request_id);
     while (m->slots[i] != job)
         i = (i + 1) & m->mask;
     for (uint32_t k = (i + 1) & m->mask; m->slots[k]; k = (k + 1) & m->mask) {
-        uint32_t home = home_of(m, m->slots[k]->request->id);
+        uint32_t home = home_of(m, m->slots[k]->request_id);
         if (((k - home) & m->mask) < ((k - i) & m->mask)) continue;
         m->slots[i] = m->slots[k];
         i = k;
@@ -63,7 +63,7 @@ static enum err sequence_create(struct engine *e, struct job *job, uint32_t choi
 {
     const struct request *r = job->request;
     struct sequence *s;
-    TRY(sequence_take(&e->slabs, &s));
+    TRY(slabs_take(&e->sequences, (void **)&s));
     *s = (struct sequence){.job = job,
                            .choice = (int32_t)choice,
                            .state = SEQUENCE_PARKED,
@@ -82,22 +82,26 @@ static void sequence_destroy(struct engine *e, struct sequence *s)
 {
     if (s->lane) fair_leave(&e->fair, s->lane);
     sequence_fini(&e->pool, s);
-    sequence_give(&e->slabs, s);
+    slabs_give(&e->sequences, s);
 }
+
+enum { ROOM_TOKENS = 4096 }; /* of output; admission reserves the rest */
 
 static enum err fill_tokens(struct engine *e, struct sequence *s)
 {
     const struct request *r = s->job->request;
-    TRY(strip_reserve(&e->pool, &s->tokens, (size_t)r->n_tokens + 1, sizeof(int32_t)));
-    memcpy(s->tokens.items, r->tokens, r->n_tokens * sizeof(int32_t));
-    s->tokens.n = r->n_tokens;
-    return OK;
+    uint32_t n_room = r->max_tokens < ROOM_TOKENS ? r->max_tokens : ROOM_TOKENS;
+    return sequence_set_tokens(&e->pool, s, r->tokens, r->n_tokens, n_room + 1);
 }
 
 static enum err job_fill(struct engine *e, struct job *job)
 {
     const struct request *r = job->request;
-    TRY(MEM_NEW_ARRAY(job->n_sequences, &job->sequences));
+    job->sequences = &job->only;
+    if (job->n_sequences > 1) {
+        job->sequences = NULL;
+        TRY(MEM_NEW_ARRAY(job->n_sequences, &job->sequences));
+    }
     if (r->beam_width) TRY(beam_create(e, job));
     for (uint32_t i = 0; i < job->n_sequences; i++)
         TRY(sequence_create(e, job, i));
@@ -115,18 +119,19 @@ static void job_free(struct engine *e, struct job *job)
 {
     for (uint32_t i = 0; job->sequences && i < job->n_sequences; i++)
         if (job->sequences[i]) sequence_destroy(e, job->sequences[i]);
-    mem_free(job->sequences);
+    if (job->sequences != &job->only) mem_free(job->sequences);
     beam_destroy(e, job->beam);
-    mem_free(job);
+    slabs_give(&e->job_slabs, job);
 }
 
 enum err job_create(struct engine *e, struct request *r, struct job **out)
 {
     struct job *job;
-    TRY(MEM_NEW(&job));
-    job->request = r;
-    job->sink = r->sink;
-    job->n_stop_ids = r->sampling.n_stop_ids;
+    TRY(slabs_take(&e->job_slabs, (void **)&job));
+    *job = (struct job){.request = r,
+                        .request_id = r->id,
+                        .sink = r->sink,
+                        .n_stop_ids = r->sampling.n_stop_ids};
     for (int32_t i = 0; i < job->n_stop_ids && i < JOB_STOPS_NEAR; i++)
         job->stop_ids[i] = r->sampling.stop_ids[i];
     job->n_min_tokens = r->sampling.min_tokens > 0 ? (uint32_t)r->sampling.min_tokens : 0;
@@ -137,6 +142,7 @@ enum err job_create(struct engine *e, struct request *r, struct job **out)
     job->buffered = r->beam_width || job->n_sequences > r->n_choices;
     job->no_match =
         r->sampling.n_prompt_logprobs >= 0 || r->no_prefix_cache || !e->config.prefix_cache;
+    job->private_blocks = r->no_prefix_cache;
     enum err err = job_fill(e, job);
     if (err) {
         job_free(e, job);
@@ -216,7 +222,7 @@ void job_emit_choice(struct engine *e, struct sequence *s, int32_t choice,
                      bool last)
 {
     struct job *job = s->job;
-    struct emission news = {.request_id = job->request->id,
+    struct emission news = {.request_id = job->request_id,
                             .choice = choice,
                             .n_tokens = n,
                             .tokens = tokens,
@@ -258,14 +264,15 @@ enum err job_room(struct engine *e, uint32_t n)
 }
 
 /* The stored tokens of a buffered choice as an array of step tokens. */
-static enum err gather(struct engine *e, const struct sequence *s, uint32_t *out_n)
+static enum err gather(struct engine *e, struct sequence *s, uint32_t *out_n)
 {
     uint32_t n = s->tokens.n > s->n_prompt ? sequence_generated(s) : 0, top = 0;
+    const int32_t *tokens = sequence_tokens(s) + s->n_prompt;
     TRY(job_room(e, n));
     for (uint32_t i = 0; i < n; i++) {
         uint32_t n_top = i < s->top_counts.n ? ((uint32_t *)s->top_counts.items)[i] : 0;
         e->emit_tokens[i] =
-            (struct step_token){.token = sequence_tokens(s)[s->n_prompt + i],
+            (struct step_token){.token = tokens[i],
                                 .has_logprob = i < s->scores.n,
                                 .logprob = i < s->scores.n ? ((float *)s->scores.items)[i] : 0,
                                 .n_top = n_top,

@@ -36,7 +36,7 @@ static uint32_t limbo_pop(struct kv_limbo *l)
 }
 
 _Static_assert(sizeof(struct kv_block) == 64, "one line of cache");
-enum { HUGE_BYTES_MIN = 4 << 20 };
+enum { HUGE_BYTES_MIN = 4 << 20, PAGE_BYTES = 4096 };
 
 /* Large tables are read at random: in huge pages each read misses once, not twice. */
 static enum err alloc_table(size_t n, size_t item_bytes, void **out, size_t *out_bytes)
@@ -44,7 +44,11 @@ static enum err alloc_table(size_t n, size_t item_bytes, void **out, size_t *out
     size_t bytes;
     if (!size_mul(n, item_bytes, &bytes)) FAIL(ERR_NO_MEMORY, "a table of %zu entries", n);
     *out_bytes = bytes;
-    return bytes < HUGE_BYTES_MIN ? mem_alloc_aligned(64, bytes, out) : mem_alloc_huge(bytes, out);
+    if (bytes < HUGE_BYTES_MIN) return mem_alloc_aligned(64, bytes, out);
+    TRY(mem_alloc_huge(bytes, out));
+    for (size_t at = 0; at < bytes; at += PAGE_BYTES) /* now, so that no step waits for a page */
+        ((volatile char *)*out)[at] = 0;
+    return OK;
 }
 
 static void free_table(void *table, size_t bytes)
@@ -188,12 +192,15 @@ static uint32_t evict_oldest(struct kv_blocks *kv)
     return id;
 }
 
+enum { TAKE_AHEAD = 8 };
+
 uint32_t kv_blocks_take(struct kv_blocks *kv)
 {
     uint32_t id;
-    if (kv->n_free)
+    if (kv->n_free) {
         id = kv->free[--kv->n_free];
-    else if ((id = evict_oldest(kv)) == KV_NONE)
+        kv_blocks_prefetch_free(kv, TAKE_AHEAD);
+    } else if ((id = evict_oldest(kv)) == KV_NONE)
         return KV_NONE;
     kv->blocks[id].n_refs = 1;
     kv->n_held++;

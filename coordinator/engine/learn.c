@@ -20,6 +20,23 @@ static struct slot_news news_at(const struct step_result *r, uint32_t first)
     return news;
 }
 
+/* How many own drafts each run verified; from here on n_drafting says it. */
+static enum err take_drafted(struct group *g, const struct step_result *r, struct flight *f)
+{
+    for (uint32_t i = 0; i < r->n_drafted; i++) {
+        uint32_t slot = r->drafted[i].from, n = r->drafted[i].to;
+        struct sequence *s = slot < g->n_slots ? g->slots[slot] : NULL;
+        if (slot < g->n_slots && !s) continue; /* closed meanwhile */
+        if (!s || s->draft_kind != DRAFT_MODEL || n > s->n_drafting)
+            FAIL(ERR_FORMAT, "group %u: slot %u verified %u drafts that no plan asked for",
+                 g->index, slot, n);
+        f->n_unused += s->n_drafting - n;
+        s->n_drafting = n;
+        if (!n) draft_missed(s);
+    }
+    return OK;
+}
+
 static enum err check_slot(struct group *g, const struct step_result *r,
                            const struct slot_news *news)
 {
@@ -49,11 +66,55 @@ static enum err check_slot(struct group *g, const struct step_result *r,
     return OK;
 }
 
+enum { AHEAD_SEQUENCES = 32, AHEAD_JOBS = 16 };
+
+/* Ten thousand sequences are more than the cache holds: ask for the next ones early. */
+static inline const struct sequence *look_ahead(const struct group *g, const struct step_result *r,
+                                                uint32_t i)
+{
+    uint32_t slot = i < r->n_tokens ? r->tokens[i].slot : UINT32_MAX;
+    return slot < g->n_slots ? g->slots[slot] : NULL;
+}
+
+static inline void ask_for(const struct sequence *s)
+{
+    if (!s) return;
+    __builtin_prefetch(s, 1);
+    __builtin_prefetch((const char *)s + 64);
+}
+
+/* Nearly all news is of this kind: one sampled token. */
+static inline bool is_single(const struct step_result *r, uint32_t i)
+{
+    return !r->tokens[i].flags &&
+           (i + 1 == r->n_tokens || r->tokens[i + 1].slot != r->tokens[i].slot);
+}
+
+/* Whether such a one is beyond doubt; check_slot finds out what is wrong with the others. */
+static inline bool check_single(struct group *g, const struct step_result *r, uint32_t i)
+{
+    const struct step_token *t = &r->tokens[i];
+    if (t->slot >= g->n_slots || (uint32_t)t->token >= g->info.vocab_size ||
+        g->seen_step[t->slot] == r->step)
+        return false;
+    const struct sequence *s = g->slots[t->slot];
+    if (s && s->tokens.n > sequence_planned(s, g->next_step)) return false;
+    g->seen_step[t->slot] = r->step;
+    return true;
+}
+
 static enum err check_result(struct group *g, const struct step_result *r)
 {
     uint32_t n_samples = 0;
     struct slot_news news;
+    TRY(take_drafted(g, r, &g->flights[r->step % FLIGHTS_MAX]));
     for (uint32_t i = 0; i < r->n_tokens; i += news.n) {
+        ask_for(look_ahead(g, r, i + AHEAD_SEQUENCES));
+        news.n = 1;
+        if (is_single(r, i) && check_single(g, r, i)) {
+            n_samples++;
+            continue;
+        }
         news = news_at(r, i);
         TRY(check_slot(g, r, &news));
         n_samples += news.n > news.n_scored;
@@ -67,7 +128,6 @@ static enum err check_result(struct group *g, const struct step_result *r)
 
 static enum err keep_score(struct engine *e, struct sequence *s, const struct step_token *t)
 {
-    if (!s->job->buffered) return OK;
     TRY(strip_reserve(&e->pool, &s->scores, s->scores.n + 1, sizeof(float)));
     ((float *)s->scores.items)[s->scores.n++] = t->logprob;
     s->score_sum += t->logprob;
@@ -86,10 +146,10 @@ static enum err keep_score(struct engine *e, struct sequence *s, const struct st
 }
 
 /* Appends one token; says in out_end whether the choice ends with it. */
-static bool take_token(struct engine *e, struct sequence *s, const struct step_token *t,
+static inline bool take_token(struct engine *e, struct sequence *s, const struct step_token *t,
                        struct ending *out_end)
 {
-    if (sequence_append(&e->pool, s, t->token) || keep_score(e, s, t)) {
+    if (sequence_append(&e->pool, s, t->token) || (s->job->buffered && keep_score(e, s, t))) {
         *out_end = (struct ending){FINISH_ERROR, -1, ERR_NO_MEMORY, "no memory for the next token"};
         return true;
     }
@@ -117,18 +177,18 @@ static void end_with(struct engine *e, struct group *g, struct sequence *s,
 }
 
 /* Where a sequence goes whose tokens came: on decoding, to its drafts, or nowhere yet. */
-static void carry_on(struct engine *e, struct group *g, struct sequence *s)
+static inline void carry_on(struct engine *e, struct group *g, struct sequence *s)
 {
     if (s->state != SEQUENCE_RUNNING) return;
     uint32_t n_computed = s->tokens.n - 1;
-    if (n_computed >= (s->n_registered + 1) * g->info.block_size) {
-        admission_register(e, g, s, n_computed);
-        admission_slide(g, s, n_computed);
+    if (n_computed >= s->n_full_next) {
+        s->n_full_next = n_computed - n_computed % g->info.block_size + g->info.block_size;
+        g->bucket[g->n_full++] = s->slot;
     }
     if (s->decoding) {
         /* Its memory is at hand now; when the plan is built it would not be. */
         if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(g, s);
-        if (draft_wanted(e, g, s) && !s->lists[LINK_WORK]) {
+        if (e->config.n_speculative_tokens && draft_wanted(e, g, s) && !s->lists[LINK_WORK]) {
             s->synced = true;
             sequence_list_append(&g->leaving, LINK_WORK, s);
         }
@@ -144,18 +204,17 @@ static void learn_samples(struct engine *e, struct group *g, struct sequence *s,
     struct ending end;
     bool ended = false;
     uint32_t i = news->n_scored, n_drafted = s->n_drafting;
-    job_first_token(e, s->job);
+    if (!s->job->started) job_first_token(e, s->job);
     s->may_preempt = true;
     while (i < news->n && !ended)
         ended = take_token(e, s, &news->tokens[i++], &end);
     fair_charge(s->lane, (uint64_t)FAIR_OUTPUT_COST * (i - news->n_scored));
     if (n_drafted) {
-        uint32_t n_kept = news->n - news->n_scored - 1;
-        e->stats.drafts_accepted += n_kept;
-        draft_learn(s, n_drafted, n_kept);
+        draft_learn(e, g, s, n_drafted, news->n - news->n_scored - 1);
         s->n_drafting = 0;
         s->n_planned = s->tokens.n - 1;
     }
+    if (s->n_ahead) s->n_draft_seen = s->tokens.n; /* it is about to be shown them */
     news->n = i; /* what came after a stop is not for the client */
     if (ended) {
         end_with(e, g, s, news, &end);
@@ -178,7 +237,7 @@ static void learn_slot(struct engine *e, struct group *g, struct slot_news *news
     news->tokens += n_old;
     news->n -= n_old;
     news->n_scored -= n_old;
-    if (s->job->beam)
+    if (s->job->buffered && s->job->beam)
         beam_learn(e, g, s, &news->tokens[news->n_scored], news->n - news->n_scored);
     else if (news->n > news->n_scored)
         learn_samples(e, g, s, news);
@@ -206,6 +265,7 @@ enum { COST_TOKENS_MIN = 32 };
 static void learn_cost(struct engine *e, struct group *g, const struct step_result *r)
 {
     const struct flight *f = &g->flights[r->step % FLIGHTS_MAX];
+    draft_cost_learn(g, f, r);
     if (f->n_prompt_tokens < COST_TOKENS_MIN || !r->compute_us) return;
     uint64_t ns = (uint64_t)r->compute_us * 1000 / f->n_tokens;
     if (ns > UINT32_MAX / 8) ns = UINT32_MAX / 8;
@@ -222,29 +282,88 @@ static enum err check_turn(struct group *g, const struct step_result *r)
     return check_result(g, r);
 }
 
-enum { AHEAD_SEQUENCES = 12, AHEAD_TOKENS = 6 };
+enum { AHEAD_FULL = 16 };
 
-/* Ten thousand sequences are more than the cache holds: ask for the next ones early. */
-static inline void look_ahead(const struct group *g, const struct step_result *r, uint32_t i)
+static inline void ask_for_keys(const struct sequence *s)
 {
-    if (i + AHEAD_SEQUENCES < r->n_tokens) {
-        const struct sequence *s = g->slots[r->tokens[i + AHEAD_SEQUENCES].slot];
-        __builtin_prefetch(s);
-        __builtin_prefetch((const char *)s + 64);
+    __builtin_prefetch(s);
+    __builtin_prefetch(&s->blocks);
+    __builtin_prefetch(&s->keys, 1);
+}
+
+/* Those whose last block became full: it can be found from now on, and a window slides. Looked at
+ * together, so that one's memory comes while another is worked on. */
+static void learn_full(struct engine *e, struct group *g)
+{
+    for (uint32_t i = 0; i < g->n_full + AHEAD_FULL; i++) {
+        const struct sequence *next = i < g->n_full ? g->slots[g->bucket[i]] : NULL;
+        if (next) ask_for_keys(next);
+        struct sequence *s = i >= AHEAD_FULL ? g->slots[g->bucket[i - AHEAD_FULL]] : NULL;
+        if (s && s->state == SEQUENCE_RUNNING) admission_prefetch_register(e, g, s);
     }
-    if (i + AHEAD_TOKENS < r->n_tokens) {
-        const struct sequence *s = g->slots[r->tokens[i + AHEAD_TOKENS].slot];
-        if (!s) return;
-        __builtin_prefetch(s->job);
-        __builtin_prefetch(sequence_tokens(s) + s->tokens.n, 1);
+    for (uint32_t i = 0; i < g->n_full; i++) {
+        struct sequence *s = g->slots[g->bucket[i]];
+        if (!s || s->state != SEQUENCE_RUNNING) continue; /* it ended with a sibling */
+        admission_register(e, g, s, s->tokens.n - 1);
+        admission_slide(g, s, s->tokens.n - 1);
     }
+    g->n_full = 0;
+}
+
+/* What its next token needs beside its own lines: little, except near the end of a block. */
+static inline void ask_for_rest(const struct group *g, const struct sequence *s)
+{
+    if (!s) return;
+    __builtin_prefetch(s->job);
+    __builtin_prefetch(&s->tail[s->tokens.n % TAIL_TOKENS], 1);
+    if (s->tokens.n % TAIL_TOKENS == 0)
+        __builtin_prefetch((int32_t *)s->tokens.items + s->tokens.n - TAIL_TOKENS, 1);
+    if (s->tokens.n >= s->n_full_next) {
+        __builtin_prefetch(sequence_blocks(s) + s->n_registered);
+    }
+    if (g->due[s->slot].room_step == g->next_step)
+        __builtin_prefetch(sequence_blocks(s) + s->blocks.n, 1);
+}
+
+/* One token of one that has had some before and is not watched by drafts, beams or best_of. */
+static inline void learn_single(struct engine *e, struct group *g, struct sequence *s,
+                                const struct step_token *t)
+{
+    struct ending end;
+    bool ended = take_token(e, s, t, &end);
+    fair_charge(s->lane, FAIR_OUTPUT_COST);
+    if (ended) {
+        end_with(e, g, s, &(struct slot_news){t, 1, 0}, &end);
+        return;
+    }
+    job_emit_choice(e, s, s->choice, t, 1, NULL, false);
+    carry_on(e, g, s);
+}
+
+static void learn_tokens(struct engine *e, struct group *g, const struct step_result *r)
+{
+    struct slot_news news;
+    for (uint32_t i = 0, n; i < r->n_tokens; i += n) {
+        ask_for(look_ahead(g, r, i + AHEAD_SEQUENCES));
+        ask_for_rest(g, look_ahead(g, r, i + AHEAD_JOBS));
+        struct sequence *s = g->slots[r->tokens[i].slot];
+        n = 1;
+        if (is_single(r, i) && s && s->may_preempt && s->state == SEQUENCE_RUNNING &&
+            !s->job->buffered && !s->n_drafting) {
+            learn_single(e, g, s, &r->tokens[i]);
+            continue;
+        }
+        news = news_at(r, i);
+        n = news.n;
+        learn_slot(e, g, &news);
+    }
+    learn_full(e, g);
 }
 
 enum err engine_result(struct engine *e, uint32_t group, const struct step_result *r,
                        int64_t now_us)
 {
     struct group *g = group < e->n_groups ? e->groups[group] : NULL;
-    struct slot_news news;
     e->now_us = now_us;
     if (!g || !g->up || g->broken || r->epoch != g->info.epoch || r->step <= g->acked_step)
         return OK; /* late */
@@ -254,12 +373,7 @@ enum err engine_result(struct engine *e, uint32_t group, const struct step_resul
         return err;
     }
     learn_cost(e, g, r);
-    for (uint32_t i = 0, n; i < r->n_tokens; i += n) {
-        look_ahead(g, r, i);
-        news = news_at(r, i);
-        n = news.n;
-        learn_slot(e, g, &news);
-    }
+    learn_tokens(e, g, r);
     group_acked(g, r->step);
     settle(e, g);
     job_flush(e);

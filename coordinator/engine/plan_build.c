@@ -5,11 +5,17 @@
 
 enum { EXTENDS_PER_SLOT = 2 };
 
+/* A run may ask for room for its drafts and for those after it. */
+static uint32_t extends_per_slot(const struct group_info *i)
+{
+    return EXTENDS_PER_SLOT + (i->has_draft_model ? 2 * i->draft_tokens_max / i->block_size : 0);
+}
+
 enum err plan_init(struct group *g)
 {
     struct step_plan *p = &g->plan;
     uint32_t n = g->n_slots;
-    g->n_extends_max = EXTENDS_PER_SLOT * n + g->info.draft_tokens_max;
+    g->n_extends_max = extends_per_slot(&g->info) * n + g->info.draft_tokens_max;
     g->n_drafts_max = g->info.step_tokens_max;
     TRY(MEM_NEW_ARRAY(n, &p->closes));
     TRY(MEM_NEW_ARRAY(g->info.n_host_blocks, &p->saves));

@@ -65,6 +65,11 @@ static void extend_decoding(struct group *g)
 /* A run that ends with a sample; afterwards it decodes by itself, or waits for its result. */
 static void run_sampling(struct group *g, struct sequence *s, struct plan_run *run)
 {
+    bool drafts = run->n_drafts || run->n_own;
+    s->n_ahead = (uint8_t)run->n_ahead;
+    g->n_step_ahead += run->n_ahead > 0;
+    g->n_step_drafted += drafts;
+    g->n_step_syncs += drafts || run->n_ahead;
     bool stay = !s->synced && !run->n_drafts && s->n_end > s->n_planned + 1;
     run->flags = PLAN_RUN_SAMPLE | (stay ? PLAN_RUN_STAY : 0);
     if (s->first_step == UINT64_MAX) s->first_step = g->next_step;
@@ -77,15 +82,30 @@ static void run_sampling(struct group *g, struct sequence *s, struct plan_run *r
         sequence_list_append(&g->waiting_result, LINK_WORK, s);
 }
 
-/* One token more, and d drafts after it; false when blocks or rows are missing. */
-static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, const int32_t *drafts)
+/* Blocks for the drafts that come after n_tokens; how many there may be. */
+static uint32_t room_ahead(struct group *g, struct sequence *s, uint32_t n_tokens, uint32_t n_ahead)
 {
+    uint64_t n = (uint64_t)n_tokens + n_ahead;
+    if (!n_ahead || kv_blocks_available(&g->kv) <= g->running.n) return 0;
+    return admission_extend(g, s, n < s->n_end ? (uint32_t)n : s->n_end) ? n_ahead : 0;
+}
+
+/* One token more, and drafts after it; false when blocks or rows are missing. */
+static bool run_next(struct group *g, struct sequence *s, const struct draft_choice *c,
+                     const int32_t *list)
+{
+    uint32_t n_drafts = c->n_listed + c->n_own;
     if (!g->n_tokens_left || !g->n_rows_left ||
         !admission_extend(g, s, s->n_planned + 1 + n_drafts))
         return false;
-    struct plan_run *run = plan_add_run(g, s->slot, 1 + n_drafts, 0);
-    run->n_drafts = s->n_drafting = n_drafts;
-    run->drafts = drafts;
+    struct plan_run *run = plan_add_run(g, s->slot, 1 + c->n_listed, 0);
+    run->n_drafts = c->n_listed;
+    run->drafts = list;
+    run->n_own = c->n_own;
+    run->n_ahead = room_ahead(g, s, s->n_planned + 2 + n_drafts, c->n_ahead);
+    s->n_drafting = n_drafts;
+    s->draft_kind = c->n_own ? DRAFT_MODEL : DRAFT_NGRAM;
+    if (c->n_own) g->step_kind = DRAFT_MODEL;
     s->n_planned++;
     g->n_tokens_left -= 1 + n_drafts;
     g->n_rows_left -= 1 + n_drafts;
@@ -94,24 +114,22 @@ static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, con
     return true;
 }
 
+static const struct draft_choice no_drafts;
+
 static void resume_stalled(struct group *g)
 {
     for (struct sequence *s = g->stalled.first, *next; s; s = next) {
         next = s->links[LINK_WORK].next;
-        if (!run_next(g, s, 0, NULL)) return;
+        if (!run_next(g, s, &no_drafts, NULL)) return;
     }
 }
 
-/* How many drafts fit: the budget, the sequence's end, the group's limit. */
-static uint32_t drafts_allowed(const struct engine *e, const struct group *g,
-                               const struct sequence *s)
+/* How many drafts fit: the budget, the sequence's end. */
+static uint32_t drafts_allowed(const struct group *g, const struct sequence *s)
 {
-    uint32_t n = s->n_draft;
-    uint32_t limits[] = {e->config.n_speculative_tokens,
-                         g->info.draft_tokens_max,
-                         g->n_tokens_left ? g->n_tokens_left - 1 : 0,
-                         g->n_rows_left ? g->n_rows_left - 1 : 0,
-                         s->n_end - s->tokens.n - 1,
+    uint32_t n = UINT32_MAX;
+    uint32_t limits[] = {g->n_tokens_left ? g->n_tokens_left - 1 : 0,
+                         g->n_rows_left ? g->n_rows_left - 1 : 0, s->n_end - s->tokens.n - 1,
                          g->n_drafts_max - g->n_drafts};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (n > limits[i]) n = limits[i];
@@ -124,18 +142,19 @@ static void run_ready(struct engine *e, struct group *g)
         int32_t *drafts = g->drafts + g->n_drafts;
         next = s->links[LINK_WORK].next;
         if (s->job->beam) {
-            run_next(g, s, 0, NULL);
+            run_next(g, s, &no_drafts, NULL);
             continue;
         }
-        uint32_t n = draft_find(s, drafts_allowed(e, g, s), drafts);
-        if (n && run_next(g, s, n, drafts)) {
-            g->n_drafts += n;
-            e->stats.drafts_proposed += n;
+        struct draft_choice choice;
+        draft_choose(e, g, s, drafts_allowed(g, s), drafts, &choice);
+        s->synced = choice.n_listed || choice.n_own || choice.n_ahead; /* or it decodes on */
+        if (s->synced && run_next(g, s, &choice, drafts)) {
+            g->n_drafts += choice.n_listed;
+            e->stats.drafts_proposed += choice.n_listed;
             continue;
         }
-        s->synced = false; /* nothing to guess: it decodes on */
-        draft_learn(s, 0, 0);
-        if (run_next(g, s, 0, NULL)) continue;
+        s->synced = false;
+        if (run_next(g, s, &no_drafts, NULL)) continue;
         sequence_unlink(s, LINK_WORK);
         sequence_list_append(&g->stalled, LINK_WORK, s);
     }
@@ -157,7 +176,7 @@ static struct plan_run *run_of(struct group *g, struct sequence *s)
 }
 
 /* Up to n_most known tokens more. */
-static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
+static void run_chunk(struct engine *e, struct group *g, struct sequence *s, uint32_t n_most)
 {
     uint32_t n_rest = s->tokens.n - s->n_planned, n = n_rest;
     bool scores = scores_prompt(g, s);
@@ -177,6 +196,8 @@ static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
     g->n_rows_left -= scores ? n : n == n_rest;
     if (n < n_rest) return;
     if (s->job->request->max_tokens) {
+        run->n_ahead = room_ahead(g, s, s->tokens.n + 1, draft_after_prompt(e, g, s));
+        s->synced |= run->n_ahead > 0;
         run_sampling(g, s, run);
         return;
     }
@@ -205,7 +226,7 @@ static void run_prefills(struct engine *e, struct group *g, bool share)
          s = next) {
         next = s->links[LINK_WORK].next;
         if (s->run_step != g->next_step) admission_slide(g, s, s->n_planned);
-        run_chunk(g, s, g->n_tokens_left - n_kept);
+        run_chunk(e, g, s, g->n_tokens_left - n_kept);
     }
 }
 
@@ -244,7 +265,7 @@ static void admit_waiting(struct engine *e, struct group *g)
             continue;
         }
         if (!admission_try(e, g, s)) break;
-        run_chunk(g, s, g->n_tokens_left);
+        run_chunk(e, g, s, g->n_tokens_left);
     }
     fair_restore(&e->fair);
 }
@@ -267,7 +288,12 @@ static void send(struct engine *e, struct group *g, uint32_t n_members)
                         .n_samples = g->n_step_samples,
                         .n_tokens = g->n_step_tokens + n_members,
                         .n_prompt_tokens = g->n_step_prompt,
+                        .n_syncs = g->n_step_syncs,
+                        .n_drafted = g->n_step_drafted,
+                        .n_ahead = g->n_step_ahead,
+                        .kind = g->step_kind,
                         .sent_us = e->now_us};
+    g->n_syncs_last = g->n_step_syncs;
     g->next_step++;
     e->stats.n_steps++;
     if (!err) return;
@@ -293,6 +319,8 @@ static void fill(struct engine *e, struct group *g)
     g->n_tokens_left = g->n_budget - g->n_decoding;
     g->n_rows_left = g->n_rows_max - g->n_decoding;
     g->n_step_tokens = g->n_step_prompt = 0;
+    g->n_step_syncs = g->n_step_drafted = g->n_step_ahead = 0;
+    g->step_kind = DRAFT_NGRAM;
     resume_stalled(g);
     beam_fork(e, g);
     run_ready(e, g);
@@ -304,9 +332,19 @@ static void fill(struct engine *e, struct group *g)
     e->stats.step_budget += g->n_budget;
 }
 
+/* Whoever drafts runs again when its result is in. A plan without it would make the others wait for
+ * a step that it does not share, and it for one that it is not in. */
+static bool waits_for_drafts(const struct group *g)
+{
+    for (uint64_t step = g->acked_step + 1; step < g->next_step; step++)
+        if (g->flights[step % FLIGHTS_MAX].n_syncs) return true;
+    return false;
+}
+
 bool scheduler_plan(struct engine *e, struct group *g)
 {
-    if (!g->up || g->broken || group_in_flight(g) >= g->n_depth) return false;
+    if (!g->up || g->broken || group_in_flight(g) >= g->n_depth || waits_for_drafts(g))
+        return false;
     uint32_t n_stalled = g->stalled.n;
     g->building = true;
     kv_blocks_acked(&g->kv, g->acked_step);

@@ -50,79 +50,77 @@ void sequence_unlink(struct sequence *s, enum sequence_link k)
     l->n--;
 }
 
-enum err sequence_append(struct pool *p, struct sequence *s, int32_t token)
+enum err sequence_set_tokens(struct pool *p, struct sequence *s, const int32_t *tokens, uint32_t n,
+                             uint32_t n_room)
 {
-    TRY(strip_reserve(p, &s->tokens, (size_t)s->tokens.n + 1, sizeof token));
-    sequence_tokens(s)[s->tokens.n++] = token;
+    s->tokens.n = 0;
+    TRY(strip_reserve(p, &s->tokens, (size_t)n + n_room, sizeof *tokens));
+    memcpy(s->tokens.items, tokens, n * sizeof *tokens);
+    s->tokens.n = n;
+    memcpy(s->tail, tokens + n - sequence_tail(s), sequence_tail(s) * sizeof *tokens);
     return OK;
+}
+
+static struct hash128 root_key(const struct sequence *s, uint32_t block_size, uint64_t salt)
+{
+    uint64_t root[2] = {salt, s->job->request->cache_salt};
+    return hash_bytes(root, sizeof root, block_size);
+}
+
+static void keys_of_size(struct sequence *s, uint32_t block_size)
+{
+    if (s->key_block_size != block_size) sequence_drop_keys(s);
+    s->key_block_size = block_size;
 }
 
 enum err sequence_hash(struct pool *p, struct sequence *s, uint32_t block_size, uint64_t salt,
                        uint32_t n)
 {
-    if (s->key_block_size != block_size) s->keys.n = 0;
-    s->key_block_size = block_size;
+    keys_of_size(s, block_size);
     if (n <= s->keys.n) return OK;
     ASSERT_CMP((uint64_t)n * block_size, <=, s->tokens.n);
     TRY(strip_reserve(p, &s->keys, n, sizeof(struct hash128)));
     struct hash128 *keys = s->keys.items;
-    uint64_t root[2] = {salt, s->job->request->cache_salt};
-    struct hash128 key =
-        s->keys.n ? keys[s->keys.n - 1] : hash_bytes(root, sizeof root, block_size);
+    struct hash128 key = s->keys.n ? keys[s->keys.n - 1] : root_key(s, block_size, salt);
+    const int32_t *tokens = sequence_tokens(s);
     for (uint32_t i = s->keys.n; i < n; i++) {
-        key = hash_chain(key, sequence_tokens(s) + (size_t)i * block_size,
-                         block_size * sizeof(int32_t));
+        key = hash_chain(key, tokens + (size_t)i * block_size, block_size * sizeof(int32_t));
         keys[i] = key;
     }
     s->keys.n = n;
     return OK;
 }
 
-bool sequence_stops_at(const struct sequence *s, int32_t token)
+enum err sequence_key(struct pool *p, struct sequence *s, uint32_t block_size, uint64_t salt,
+                      uint32_t i, struct hash128 *out)
 {
-    const struct job *job = s->job;
-    if (job->n_min_tokens && sequence_generated(s) <= job->n_min_tokens) return false;
-    for (int32_t i = 0; i < job->n_stop_ids && i < JOB_STOPS_NEAR; i++)
-        if (job->stop_ids[i] == token) return true;
-    for (int32_t i = JOB_STOPS_NEAR; i < job->n_stop_ids; i++)
-        if (job->request->sampling.stop_ids[i] == token) return true;
-    return false;
-}
-
-enum { SLAB_SEQUENCES = 63 };
-struct slab {
-    _Alignas(64) struct slab *next;
-    struct sequence sequences[SLAB_SEQUENCES];
-};
-
-enum err sequence_take(struct sequence_slabs *l, struct sequence **out)
-{
-    if (!l->free) {
-        struct slab *slab;
-        TRY(mem_alloc_aligned(64, sizeof *slab, (void **)&slab));
-        slab->next = l->slabs;
-        l->slabs = slab;
-        for (int i = SLAB_SEQUENCES; i-- > 0;)
-            sequence_give(l, &slab->sequences[i]);
+    keys_of_size(s, block_size);
+    if (i + 1 != s->n_chained || !s->n_chained) {
+        bool chained = s->n_chained && i == s->n_chained;
+        if (!chained) TRY(sequence_hash(p, s, block_size, salt, i));
+        if (!chained && i < s->keys.n) {
+            *out = ((const struct hash128 *)s->keys.items)[i];
+            return OK;
+        }
+        struct hash128 parent = chained ? s->last_key
+                                : i     ? ((const struct hash128 *)s->keys.items)[i - 1]
+                                        : root_key(s, block_size, salt);
+        size_t at = (size_t)i * block_size;
+        bool whole = at + block_size <= s->tokens.n - sequence_tail(s);
+        const int32_t *tokens = whole ? s->tokens.items : sequence_tokens(s);
+        s->last_key = hash_chain(parent, tokens + at, block_size * sizeof(int32_t));
+        s->n_chained = i + 1;
     }
-    *out = l->free;
-    l->free = l->free->parent;
+    *out = s->last_key;
     return OK;
 }
 
-void sequence_give(struct sequence_slabs *l, struct sequence *s)
+bool sequence_stops_far(const struct sequence *s, int32_t token)
 {
-    s->parent = l->free;
-    l->free = s;
-}
-
-void sequence_slabs_fini(struct sequence_slabs *l)
-{
-    for (struct slab *slab = l->slabs, *next; slab; slab = next) {
-        next = slab->next;
-        mem_free(slab);
-    }
-    *l = (struct sequence_slabs){0};
+    const struct job *job = s->job;
+    for (int32_t i = JOB_STOPS_NEAR; i < job->n_stop_ids; i++)
+        if (job->request->sampling.stop_ids[i] == token) return true;
+    return false;
 }
 
 void sequence_fini(struct pool *p, struct sequence *s)

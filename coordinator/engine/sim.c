@@ -53,6 +53,8 @@ struct world {
     uint32_t loss, duplicate, slow; /* chances, per 1024 messages */
     uint32_t block_size, window, drafts, n_host, context, vocabulary_blocks;
     int64_t step_us, wire_us;
+    uint32_t token_share, pass_share; /* of a step's cost: a token's, of 40; a draft pass's */
+    bool has_draft_model;
     bool calm, changes_size, small;
     char words[300];
 };
@@ -131,7 +133,8 @@ static enum err answer(struct world *w, struct sim_group *g, uint32_t group, str
     int64_t at_us =
         w->now_us + w->step_us / 2 + (int64_t)rand_below(&w->rand, (uint64_t)w->step_us + 1);
     if (chance(w, w->slow)) at_us += 20 * w->step_us;
-    r->compute_us = (uint32_t)(w->step_us * 40);
+    r->compute_us = (uint32_t)(w->step_us * (40 + w->token_share * r->n_tokens));
+    r->draft_us = (uint32_t)(w->step_us * w->pass_share) * r->draft_passes;
     if (at_us < g->last_up_us) at_us = g->last_up_us;
     g->last_up_us = at_us;
     if (chance(w, w->loss)) return OK;
@@ -193,6 +196,7 @@ static enum err raise_group(struct world *w, uint32_t group)
     g->worker.window = i->window;
     g->worker.step_tokens_max = i->step_tokens_max;
     g->worker.step_rows_max = i->step_rows_max;
+    g->worker.has_draft_model = i->has_draft_model;
     g->up = g->alive = true;
     uint32_t capacity =
         i->n_blocks * i->block_size < w->context ? i->n_blocks * i->block_size : w->context;
@@ -252,7 +256,8 @@ static void draw_group(struct world *w, uint32_t group)
                              .vocab_size = SIM_VOCABULARY,
                              .window = w->window,
                              .draft_tokens_max = w->drafts,
-                             .block_bytes = 1024};
+                             .block_bytes = 1024,
+                             .has_draft_model = w->has_draft_model};
     i->step_rows_max = 2 + (uint32_t)rand_below(&w->rand, 20);
 }
 
@@ -267,9 +272,19 @@ static enum err draw_engine(struct world *w)
                                    .prefix_cache = rand_below(r, 5) != 0,
                                    .hash_salt = rand_next(r),
                                    .n_speculative_tokens = w->drafts,
-                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us};
+                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us,
+                                   .starve_us = w->step_us % 4 ? 0 : 12 * w->step_us};
     struct engine_hooks hooks = {carry_plan, group_failed, w};
     return engine_create(&config, &hooks, &w->engine);
+}
+
+/* From a stream of their own, so that a seed without drafts is the world it was before. */
+static void draw_drafts(struct world *w)
+{
+    struct rand r = rand_seeded(w->rand.key ^ 0xd4a7f5);
+    w->has_draft_model = w->drafts && rand_below(&r, 3);
+    w->token_share = w->drafts && rand_below(&r, 2) ? (uint32_t)rand_below(&r, 40) : 0;
+    w->pass_share = (uint32_t)rand_below(&r, 30);
 }
 
 static enum err draw_world(struct world *w)
@@ -281,6 +296,7 @@ static enum err draw_world(struct world *w)
     w->context = 24 + (uint32_t)rand_below(r, 60);
     w->window = rand_below(r, 5) ? 0 : 1 + (uint32_t)rand_below(r, 20);
     w->drafts = rand_below(r, 3) ? 0 : 1 + (uint32_t)rand_below(r, 6);
+    draw_drafts(w);
     w->n_host = rand_below(r, 3) ? 0 : (uint32_t)rand_below(r, 40);
     w->step_us = 100 + (int64_t)rand_below(r, 900);
     w->wire_us = (int64_t)rand_below(r, 300);
@@ -374,6 +390,7 @@ static enum err check_rest(struct world *w)
              s.n_waiting, (unsigned long long)s.blocks_held);
     w->report.n_preemptions = s.n_preemptions, w->report.n_swaps = s.n_swaps_in,
     w->report.n_forks = s.n_forks;
+    w->report.n_own = s.model_drafts_proposed, w->report.n_own_kept = s.model_drafts_accepted;
     w->report.n_drafts = s.drafts_proposed, w->report.n_drafts_kept = s.drafts_accepted;
     w->report.n_hits = s.n_cached_tokens, w->report.n_tokens = w->load.n_tokens;
     w->report.n_accepted = w->load.n_accepted, w->report.n_refused = w->load.n_refused;

@@ -179,6 +179,7 @@ static bool born(struct sim_worker *w, struct sim_slot *s, uint32_t n_known, uin
     s->open = true;
     s->serial = ++w->next_serial;
     s->retired = false;
+    s->n_own = s->n_ahead = 0;
     s->from_serial = 0;
     if (n_computed >= n_known || n_computed > s->n_blocks * w->block_size)
         return wrong(w, "%u computed of %u known in %u blocks", n_computed, n_known, s->n_blocks);
@@ -281,6 +282,25 @@ static bool apply_slots(struct sim_worker *w, const struct step_plan *p)
     return true;
 }
 
+/* The drafts of its own that a run verifies: those there are, as many as were asked for. */
+static bool take_own(struct sim_worker *w, struct sim_slot *s, const struct plan_run *r,
+                     struct sim_run *run)
+{
+    if ((r->n_own || r->n_ahead) && (!w->has_draft_model || !run->sample || s->decoding))
+        return wrong(w, "run: slot %u wants drafts of a draft model", r->slot);
+    if (r->n_ahead > SIM_DRAFTS_MAX || (r->n_own && r->n_drafts))
+        return wrong(w, "run: slot %u wants %u and %u own drafts", r->slot, r->n_own, r->n_ahead);
+    s->n_ahead = r->n_ahead;
+    run->own = r->n_own > 0;
+    if (!r->n_own) return true;
+    if (s->n_known + r->n_own + 1 > s->n_max || s->n_known + r->n_own > s->n_blocks * w->block_size)
+        return wrong(w, "run: slot %u has no room for %u own drafts", r->slot, r->n_own);
+    run->n_drafts = r->n_own < s->n_own ? r->n_own : s->n_own;
+    run->n_tokens += run->n_drafts;
+    run->drafts = s->own;
+    return true;
+}
+
 static bool list_runs(struct sim_worker *w, const struct step_plan *p)
 {
     uint64_t n_tokens = 0, n_rows = 0;
@@ -293,8 +313,13 @@ static bool list_runs(struct sim_worker *w, const struct step_plan *p)
         struct sim_slot *s = open_slot(w, r->slot, "run");
         if (!s || w->runs[r->slot].named || s->decoding || !r->n_tokens)
             return wrong(w, "run: slot %u", r->slot);
-        w->runs[r->slot] = (struct sim_run){true, (r->flags & PLAN_RUN_SAMPLE) != 0, r->n_tokens,
-                                            r->n_drafts, r->drafts};
+        w->runs[r->slot] = (struct sim_run){.named = true,
+                                            .sample = (r->flags & PLAN_RUN_SAMPLE) != 0,
+                                            .n_tokens = r->n_tokens,
+                                            .n_drafts = r->n_drafts,
+                                            .n_asked = r->n_own,
+                                            .drafts = r->drafts};
+        if (!take_own(w, s, r, &w->runs[r->slot])) return false;
         s->decoding = (r->flags & PLAN_RUN_STAY) != 0;
         if (s->decoding && !(r->flags & PLAN_RUN_SAMPLE))
             return wrong(w, "run: stays without a sample");
@@ -303,8 +328,11 @@ static bool list_runs(struct sim_worker *w, const struct step_plan *p)
         const struct sim_run *r = &w->runs[i];
         bool scores = w->slots[i].sampling.n_prompt_logprobs >= 0 &&
                       w->slots[i].n_computed < w->slots[i].n_prompt;
-        n_tokens += r->n_tokens;
-        if (r->n_tokens) n_rows += scores ? r->n_tokens : r->sample ? 1 + r->n_drafts : 0;
+        n_tokens += r->n_tokens + (r->own ? r->n_asked - r->n_drafts : 0);
+        if (r->n_tokens)
+            n_rows += scores      ? r->n_tokens
+                      : r->sample ? 1 + (r->own ? r->n_asked : r->n_drafts)
+                                  : 0;
     }
     if (n_tokens > w->step_tokens_max)
         return wrong(w, "%llu tokens of at most %u", (unsigned long long)n_tokens,
@@ -405,6 +433,45 @@ static bool compute(struct sim_worker *w, uint32_t slot, struct step_result *r)
     }
 }
 
+/* A draft model that is right always, mostly, sometimes or never, as the request's seed has it; and
+ * now and then has fewer than were asked for. */
+static void guess(struct sim_slot *s)
+{
+    static const uint32_t right_of_16[] = {0, 8, 14, 16};
+    uint32_t right = right_of_16[s->sampling.seed / 2 % 4];
+    uint64_t prefix = s->prefixes[s->n_known - 1];
+    int32_t last = s->tokens[s->n_known - 1];
+    s->n_own = hash_u64(prefix) % 8 ? s->n_ahead : s->n_ahead / 2;
+    for (uint32_t i = 0; i < s->n_own; i++) {
+        last = model_next(prefix, last, s->n_known + i - s->n_prompt, &s->sampling);
+        if (hash_u64(prefix + 99) % 16 >= right) last = (last + 1) % SIM_VOCABULARY;
+        prefix = model_prefix(prefix, last);
+        s->own[i] = last;
+    }
+    s->n_ahead = 0;
+}
+
+static bool report_drafts(struct sim_worker *w, struct step_result *out)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < w->n_slots; i++)
+        n += w->runs[i].own;
+    if (arena_alloc_array(&w->results, n, sizeof *out->drafted, (void **)&out->drafted))
+        return wrong(w, "memory");
+    for (uint32_t i = 0; i < w->n_slots; i++)
+        if (w->runs[i].own)
+            out->drafted[out->n_drafted++] = (struct plan_pair){i, w->runs[i].n_drafts};
+    for (uint32_t i = 0; i < w->n_slots; i++) {
+        if (w->runs[i].n_tokens) w->slots[i].n_own = 0;
+        if (!w->slots[i].open || !w->slots[i].n_ahead) continue;
+        out->draft_passes =
+            w->slots[i].n_ahead > out->draft_passes ? w->slots[i].n_ahead : out->draft_passes;
+        guess(&w->slots[i]);
+        out->draft_tokens += w->slots[i].n_own;
+    }
+    return true;
+}
+
 bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct step_result *out)
 {
     *out = (struct step_result){.epoch = plan->epoch, .step = plan->step};
@@ -423,5 +490,5 @@ bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct
         w->n_computed += w->runs[i].n_tokens;
         if (w->runs[i].n_tokens && !compute(w, i, out)) return false;
     }
-    return true;
+    return report_drafts(w, out);
 }

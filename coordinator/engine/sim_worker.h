@@ -7,7 +7,7 @@
 #include "proto/plan.h"
 #include <stdbool.h>
 
-enum { SIM_VOCABULARY = 61, SIM_EOS = 0 };
+enum { SIM_VOCABULARY = 61, SIM_EOS = 0, SIM_DRAFTS_MAX = 16 };
 
 /* The model: what follows a prefix. All of it is a function of the prefix and the seed. */
 uint64_t model_prefix(uint64_t prefix, int32_t token);
@@ -27,17 +27,20 @@ struct sim_slot {
     uint32_t *blocks;   /* [blocks_per_slot] */
     struct sampling_params sampling;
     int32_t stop_ids[8];
+    uint32_t n_ahead, n_own; /* drafts asked for after this step; there before it */
+    int32_t own[SIM_DRAFTS_MAX];
 };
 
 struct sim_run {
-    bool named, sample;
-    uint32_t n_tokens, n_drafts;
+    bool named, sample, own;
+    uint32_t n_tokens, n_drafts, n_asked; /* n_asked: own drafts that the plan made room for */
     const int32_t *drafts;
 };
 
 struct sim_worker {
     uint32_t n_slots, n_blocks, n_host, block_size, context, window, blocks_per_slot;
     uint32_t step_tokens_max, step_rows_max;
+    bool has_draft_model;
     uint64_t step;
     struct sim_slot *slots;
     struct sim_run *runs;     /* [n_slots] */

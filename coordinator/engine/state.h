@@ -25,13 +25,15 @@ struct engine {
     uint32_t n_groups;                       /* indexes in use */
     uint32_t n_up;
     struct pool pool;
-    struct sequence_slabs slabs;
+    struct slabs sequences, job_slabs;
     struct fair fair;
     struct job_map jobs;
     struct job **deadlines; /* jobs without a first token that have one */
     uint32_t n_deadlines, deadlines_capacity;
     int64_t next_deadline_us;
     struct engine_limits limits;
+    uint32_t n_left_queue;  /* since last_left_us was looked at */
+    int64_t last_left_us;   /* when sequences left the queue last, 0 = it was empty then */
     uint32_t n_swapped; /* waiting with their KV in host blocks */
     uint64_t order;
     int64_t now_us;
@@ -88,6 +90,8 @@ void admission_make_room(struct engine *e, struct group *g);
 bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens);
 /* The next block of one in the decode set. */
 bool admission_extend_decoding(struct group *g, struct sequence *s);
+/* Asks for the memory that registering its last full block will need. */
+void admission_prefetch_register(struct engine *e, struct group *g, struct sequence *s);
 void admission_register(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed);
 void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed);
 
@@ -121,6 +125,25 @@ void beam_learn(struct engine *e, struct group *g, struct sequence *s, const str
                 uint32_t n);
 
 /* draft.c */
-uint32_t draft_find(const struct sequence *s, uint32_t n_max, int32_t *out);
-void draft_learn(struct sequence *s, uint32_t n_tried, uint32_t n_accepted);
-bool draft_wanted(const struct engine *e, const struct group *g, struct sequence *s);
+struct draft_choice { /* of one run */
+    uint32_t n_listed, n_own; /* one of them is 0 */
+    uint32_t n_ahead;         /* own ones to prepare for the run after */
+};
+/* Whether one in the decode set should leave it for drafts. */
+bool draft_wanted(const struct engine *e, struct group *g, struct sequence *s);
+/* Own drafts to prepare after the last tokens of a prompt. */
+uint32_t draft_after_prompt(const struct engine *e, const struct group *g, struct sequence *s);
+/* What one whose results are all in verifies next, at most n_most; list: room for n_most. */
+void draft_choose(const struct engine *e, struct group *g, struct sequence *s, uint32_t n_most,
+                  int32_t *list, struct draft_choice *out);
+/* A run found none of the own drafts that it asked for. */
+void draft_missed(struct sequence *s);
+void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tried,
+                 uint32_t n_kept);
+
+/* draft_cost.c: microseconds */
+float draft_cost_step(const struct group *g, uint32_t n_tokens);
+float draft_cost_pass(const struct group *g);
+float draft_cost_known(const struct group *g, uint32_t n_tokens); /* to catch up with so many */
+float draft_cost_wait(const struct group *g, enum draft_kind kind);
+void draft_cost_learn(struct group *g, const struct flight *f, const struct step_result *r);

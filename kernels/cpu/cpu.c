@@ -282,4 +282,10 @@ const struct backend_ops backend_cpu = {
     .ticket_wait = cpu_ticket_wait,
     .sync = cpu_sync,
     .matmul_gated = cpu_matmul_gated,
+    .packed_layout = CPU_PACKED_LAYOUT,
+    .weight_export = cpu_weight_export,
+    .packed_sizes = cpu_packed_sizes,
+    .weight_import = cpu_weight_import,
+    .packed_digest = cpu_packed_digest,
+    .packed_row = cpu_packed_row,
 };

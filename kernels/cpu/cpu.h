@@ -183,6 +183,17 @@ size_t cpu_weight_bytes(const struct weight *w);
 enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias);
 /* Packs output `row` of the weight from n_in floats. */
 void pack_row(struct weight *w, int64_t row, const float *inputs);
+/* From format, n_out and n_in: everything else that says how large the weight is. */
+enum err weight_sizes(struct weight *w);
+
+/* packed.c: struct weight as bytes of files. The name changes with the bytes. */
+#define CPU_PACKED_LAYOUT "cpu-panels-1"
+void cpu_weight_export(const struct weight *w, struct packed_weight *out);
+enum err cpu_packed_sizes(struct packed_weight *p);
+enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
+                           struct hash128 *out_digest, struct weight **out);
+struct hash128 cpu_packed_digest(const struct packed_weight *p);
+void cpu_packed_row(const struct packed_weight *p, int64_t row, float *out);
 
 /* matmul.c: the driver; quantize.c: rows of activations into words */
 enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w);

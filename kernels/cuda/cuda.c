@@ -200,6 +200,7 @@ const struct backend_ops heddle_backend_cuda = {
     .kv_load = cuda_kv_load,
     .step_end = cuda_step_end,
     .ticket_wait = cuda_ticket_wait,
+    .ticket_ready = cuda_ticket_ready,
     .sync = cuda_sync,
     .matmul_gated = NULL,
     .capture_begin = cuda_capture_begin,

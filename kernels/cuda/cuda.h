@@ -20,6 +20,7 @@ enum {
 struct cuda_step {
     cudaEvent_t done;
     uint64_t ticket;  /* 0 = nothing to deliver */
+    int64_t begun_us; /* when the host had queued all of it */
     int32_t *staging; /* pinned [landing_ints] */
     size_t staging_ints;
     uint8_t *edits; /* pinned [edit_bytes] tasks and edits of sample */
@@ -126,6 +127,7 @@ void cuda_batch_begin(struct backend *base, const struct batch *batch);
 void cuda_feed(struct backend *base, int32_t slot, int32_t token);
 uint64_t cuda_step_end(struct backend *base);
 enum err cuda_ticket_wait(struct backend *base, uint64_t ticket);
+bool cuda_ticket_ready(struct backend *base, uint64_t ticket);
 enum err cuda_sync(struct backend *base);
 /* graph.c */
 enum err cuda_capture_begin(struct backend *base);

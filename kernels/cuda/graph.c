@@ -24,6 +24,11 @@ enum err cuda_capture_end(struct backend *base, void **out_graph)
     cudaError_t result = cudaStreamEndCapture(b->stream, &graph);
     b->capturing = false;
     b->quantized.of = NULL;
+    if (b->failed) { /* what cannot be recorded may still run */
+        b->failed = OK;
+        if (graph) cudaGraphDestroy(graph);
+        FAIL(ERR_UNSUPPORTED, "recording a graph: %s", b->why);
+    }
     if (result == cudaSuccess && !b->capture_refused)
         result = cudaGraphInstantiate(&exec, graph, 0);
     if (graph) cudaGraphDestroy(graph);

@@ -169,8 +169,9 @@ struct sample_task {
     float temperature, top_p, min_p;
     float repetition_penalty, presence_penalty, frequency_penalty;
     uint64_t seed, position;
-    int32_t edits[4]; /* edits[kind] .. edits[kind + 1] of the call's edits */
-    int32_t mask;     /* -1, or where among the edits a bit a token begins: 1 = banned */
+    int32_t edits[4];  /* edits[kind] .. edits[kind + 1] of the call's edits */
+    int32_t n_pending; /* 1: the slot's token in the feedback table was generated too */
+    int32_t mask;      /* -1, or where among the edits a bit a token begins: 1 = banned */
 };
 int launch_sample(struct tensor logits, const struct sample_task *tasks,
                   const struct sample_edit *edits, int n_rows, struct sample_result *results,

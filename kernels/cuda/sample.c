@@ -94,6 +94,9 @@ static void task_write(struct sample_task *t, const struct sample_row *row, stru
                               .mask = -1};
     t->edits[EDIT_PENALTY] = w->used;
     penalties_add(w, row, count);
+    bool pending = has_penalties(row) && row->n_output_tokens > 0 &&
+                   row->output_tokens[row->n_output_tokens - 1] < 0;
+    t->n_pending = pending;
     t->edits[EDIT_BIAS] = w->used;
     for (int32_t i = 0; i < row->n_bias && i < w->vocab; i++)
         if (in_vocab(w, row->bias_tokens[i]))

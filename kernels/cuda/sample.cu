@@ -68,16 +68,33 @@ static __device__ __forceinline__ mass_t warp_mass_before(mass_t m, int lane)
     return sum - m;
 }
 
-static __device__ void apply_edits(const struct sample_view &v, const struct sample_task &t,
-                                   const struct sample_edit *edits)
+static __device__ void penalize(float *x, const struct sample_task &t, int32_t n_output)
 {
+    float by = t.repetition_penalty, value = *x > 0 ? *x / by : *x * by;
+    if (n_output) value -= (float)n_output * t.frequency_penalty + t.presence_penalty;
+    *x = value;
+}
+
+/* pending: a token generated that the host does not know yet, -1 = none; its edit may be there. */
+static __device__ void apply_penalties(const struct sample_view &v, const struct sample_task &t,
+                                       const struct sample_edit *edits, int32_t pending)
+{
+    if (threadIdx.x == 0) v.s->n_taken = 0;
+    __syncthreads();
     for (int i = t.edits[EDIT_PENALTY] + threadIdx.x; i < t.edits[EDIT_PENALTY + 1]; i += blockDim.x) {
-        float *x = &v.x[edits[i].token];
-        float by = t.repetition_penalty, value = *x > 0 ? *x / by : *x * by;
-        if (edits[i].n_output) value -= (float)edits[i].n_output * t.frequency_penalty + t.presence_penalty;
-        *x = value;
+        bool again = edits[i].token == pending;
+        penalize(&v.x[edits[i].token], t, edits[i].n_output + again);
+        if (again) atomicAdd(&v.s->n_taken, 1);
     }
     __syncthreads();
+    if (threadIdx.x == 0 && pending >= 0 && pending < v.vocab && !v.s->n_taken) penalize(&v.x[pending], t, 1);
+    __syncthreads();
+}
+
+static __device__ void apply_edits(const struct sample_view &v, const struct sample_task &t,
+                                   const struct sample_edit *edits, int32_t pending)
+{
+    apply_penalties(v, t, edits, pending);
     for (int i = t.edits[EDIT_BIAS] + threadIdx.x; i < t.edits[EDIT_BIAS + 1]; i += blockDim.x)
         atomicAdd(&v.x[edits[i].token], edits[i].bias);
     __syncthreads();
@@ -322,7 +339,7 @@ static __global__ void __launch_bounds__(THREADS_WIDE)
     struct sample_view v = {logits + blockIdx.x * stride, vocab, (int)threadIdx.x % WARP_LANES, warp, n_warps,
                             min(vocab, warp * segment), min(vocab, (warp + 1) * segment), 0, 0,
                             (struct sample_shared *)cuda_smem};
-    apply_edits(v, t, edits);
+    apply_edits(v, t, edits, t.n_pending && t.slot >= 0 && t.slot < n_slots ? feedback[t.slot] : -1);
     v.max = clean_max(v);
     v.inverse = 1.0f / t.temperature;
     __syncthreads();

@@ -102,15 +102,20 @@ enum err cuda_step_table_reserve(struct cuda_backend *b, size_t ints)
     return OK;
 }
 
+static bool is_overdue(const struct cuda_backend *b, const struct cuda_step *s)
+{
+    return clock_monotonic_us() - s->begun_us > (int64_t)b->wait_ms_max * 1000;
+}
+
 /* Asks the event until it has passed: at first at once, then every 20 us. */
-static void event_wait(struct cuda_backend *b, cudaEvent_t event)
+static void event_wait(struct cuda_backend *b, const struct cuda_step *s)
 {
     int64_t start = clock_monotonic_us();
-    for (cudaError_t r; !b->failed && (r = cudaEventQuery(event)) != cudaSuccess;) {
+    for (cudaError_t r; !b->failed && (r = cudaEventQuery(s->done)) != cudaSuccess;) {
         int64_t waited = clock_monotonic_us() - start;
         if (r != cudaErrorNotReady) {
             cuda_ok(b, r, "a step");
-        } else if (waited > (int64_t)b->wait_ms_max * 1000) {
+        } else if (is_overdue(b, s)) {
             b->failed =
                 err_set(ERR_DEVICE, "CUDA: a step did not end within %d ms", b->wait_ms_max);
             memcpy(b->why, err_detail(), strnlen(err_detail(), sizeof b->why - 1) + 1);
@@ -124,7 +129,7 @@ static void step_deliver(struct cuda_backend *b, struct cuda_step *s)
 {
     const struct sample_result *from = s->results;
     if (!s->ticket) return;
-    event_wait(b, s->done);
+    event_wait(b, s);
     for (int i = 0; i < s->n_deliver && !b->failed; from += s->deliver[i++].n)
         memcpy(s->deliver[i].to, from, (size_t)s->deliver[i].n * sizeof *from);
     s->ticket = 0;
@@ -261,6 +266,7 @@ uint64_t cuda_step_end(struct backend *base)
     struct cuda_backend *b = cuda_of(base);
     struct cuda_step *s = cuda_step_now(b);
     if (!b->failed) cuda_ok(b, cudaEventRecord(s->done, b->stream), "the end of a step");
+    s->begun_us = clock_monotonic_us();
     s->ticket = ++b->ticket_last;
     return s->ticket;
 }
@@ -278,6 +284,14 @@ enum err cuda_ticket_wait(struct backend *base, uint64_t ticket)
     ASSERT_CMP(ticket, <=, b->ticket_last);
     if (s->ticket == ticket) step_deliver(b, s);
     return failure(b);
+}
+
+bool cuda_ticket_ready(struct backend *base, uint64_t ticket)
+{
+    struct cuda_backend *b = cuda_of(base);
+    const struct cuda_step *s = &b->steps[ticket % STEPS_IN_FLIGHT];
+    if (s->ticket != ticket || b->failed) return true;
+    return cudaEventQuery(s->done) != cudaErrorNotReady || is_overdue(b, s);
 }
 
 enum err cuda_sync(struct backend *base)

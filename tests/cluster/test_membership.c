@@ -237,7 +237,8 @@ static void cluster_start(struct fixture *f, const char *address)
                                     .heartbeat_ms = 100,
                                     .dead_ms = 1500,
                                     .join_timeout_ms = 1000};
-    struct cluster_hooks hooks = {told_up, told_down, told_result, &f->told};
+    struct cluster_hooks hooks = {
+        .group_up = told_up, .group_down = told_down, .result = told_result, .ctx = &f->told};
     enum err e = ERR_IO;
     for (int i = 0; i < 50 && e; i++, e ? (void)usleep(20000) : (void)0)
         e = cluster_create(&config, &hooks, &f->cluster);

@@ -85,6 +85,30 @@ def rank_killed_as_plain_process():
     a_killed_rank_costs_time_only("fork")
 
 
+def a_stopped_rank_is_killed_and_replaced(launcher):
+    """It lives, but does nothing: silence loses it, and what does not return is killed."""
+    with Server(*SERVE, "--launcher", launcher) as server:
+        expected = answers(server)
+        stopped = []
+
+        def stop():
+            stopped.append(server.workers()[-1])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+        got = answers(server, stop)
+        assert got == expected, f"expected {expected}\ngot      {got}"
+        assert not alive(stopped[0]), "the rank that hung is still there"
+        assert server.metric("heddle:requests_resumed_total") > 0, "no request was resumed: the stop came too late"
+
+
+def rank_stopped_under_mpirun():
+    a_stopped_rank_is_killed_and_replaced("mpirun")
+
+
+def rank_stopped_as_plain_process():
+    a_stopped_rank_is_killed_and_replaced("fork")
+
+
 def no_rank_outlives_the_server():
     for how in (signal.SIGTERM, signal.SIGKILL):
         server = Server(*SERVE)
@@ -98,4 +122,5 @@ def no_rank_outlives_the_server():
 
 
 if __name__ == "__main__":
-    run([rank_killed_under_mpirun, rank_killed_as_plain_process, no_rank_outlives_the_server])
+    run([rank_killed_under_mpirun, rank_killed_as_plain_process, rank_stopped_under_mpirun,
+         rank_stopped_as_plain_process, no_rank_outlives_the_server])

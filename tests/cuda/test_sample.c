@@ -146,7 +146,7 @@ struct lists {
 
 static void row_fill(struct sample_row *row, struct lists *l, int vocab, int which)
 {
-    *row = (struct sample_row){.slot = which % 8,
+    *row = (struct sample_row){.slot = which < 8 ? which : -1,
                                .top_p = 1,
                                .repetition_penalty = 1,
                                .forced_token = -1,
@@ -325,6 +325,44 @@ static void test_penalty_signs(void **state)
     gear_close(b);
 }
 
+/* An output token that only the device knows counts like one that was named: one that was generated
+ * before, one of the prompt, a new one, and one beyond the vocabulary, which nobody counts. */
+static void test_pending_output(void **state)
+{
+    enum { V = 300, SLOT = 3 };
+    static const int32_t prompt[] = {5, 6, 7}, pending[] = {9, 6, 11, V + 7};
+    struct backend *b = gear_open();
+    float logits[2 * V];
+    (void)state;
+    for (int i = 0; i < 4; i++) {
+        int32_t known[] = {8, 9, 9, pending[i]}, unknown[] = {8, 9, 9, -1};
+        struct sample_result results[2];
+        struct sample_row rows[2];
+        for (int t = 0; t < V; t++)
+            logits[t] = logits[V + t] = rand_float(1) + (t >= 5 && t <= 11 ? 8 : 0);
+        rows[0] = rows[1] = (struct sample_row){.slot = SLOT,
+                                                .top_p = 1,
+                                                .repetition_penalty = 1.3f,
+                                                .presence_penalty = 0.5f,
+                                                .frequency_penalty = 0.25f,
+                                                .forced_token = -1,
+                                                .n_logprobs = 8,
+                                                .prompt_tokens = prompt,
+                                                .n_prompt_tokens = 3,
+                                                .n_output_tokens = 4};
+        rows[0].output_tokens = known, rows[1].output_tokens = unknown;
+        rows[0].slot = -1; /* the rows of a call have slots of their own */
+        b->ops->feed(b, SLOT, pending[i]);
+        sample_rows(b, logits, V, rows, 2, results);
+        assert_int_equal(results[0].token, results[1].token);
+        for (int k = 0; k < 8; k++) {
+            assert_int_equal(results[0].top_tokens[k], results[1].top_tokens[k]);
+            assert_true(results[0].top_logprobs[k] == results[1].top_logprobs[k]);
+        }
+    }
+    gear_close(b);
+}
+
 /* The token of a row depends on the row alone; forced tokens; slots receive what was sampled. */
 static void test_any_batch(void **state)
 {
@@ -388,7 +426,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rule),           cmocka_unit_test(test_distribution),
         cmocka_unit_test(test_strange_logits), cmocka_unit_test(test_penalty_signs),
-        cmocka_unit_test(test_any_batch),      cmocka_unit_test(test_long_lists),
+        cmocka_unit_test(test_pending_output), cmocka_unit_test(test_any_batch),
+        cmocka_unit_test(test_long_lists),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

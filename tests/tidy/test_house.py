@@ -100,7 +100,7 @@ def check_functions(files, wrong):
 
 def check_dead_files(wrong):
     """A header that nothing includes is dead."""
-    sources = tracked("*.c", "*.h", "*.cu", "*.cuh", "*.cpp")
+    sources = tracked("*.c", "*.h", "*.cc", "*.cu", "*.cuh", "*.cpp")
     everything = "\n".join(read(f) for f in sources)
     for path in tracked("*.h", "*.cuh"):
         if path.startswith("proto/include/"):
@@ -124,7 +124,7 @@ def check_words(wrong):
 
 def main():
     wrong = []
-    sources = tracked("*.c", "*.h", "*.cu", "*.cuh", "*.cpp")
+    sources = tracked("*.c", "*.h", "*.cc", "*.cu", "*.cuh", "*.cpp")
     for path in sources:
         text = read(path)
         check_floors(path, text, wrong)

@@ -58,6 +58,7 @@ int config_window(const struct model_config *c);
 /* Parameters of the whole model; a tied output counts once. */
 uint64_t config_parameters(const struct model_config *c);
 
-/* cos and sin of every position and frequency, scaling folded in: [n_positions][rotary_dim / 2]. */
-void config_rope_tables(const struct model_config *c, int n_positions, float *out_cos,
+/* cos and sin of positions [first, end) and every frequency, scaling folded in, into tables that
+ * begin at position 0: [positions][rotary_dim / 2]. */
+void config_rope_tables(const struct model_config *c, int first, int end, float *out_cos,
                         float *out_sin);

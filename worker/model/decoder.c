@@ -92,8 +92,9 @@ static void swap(struct tensor *a, struct tensor *b)
 }
 
 /* delta = x w^T summed over the ranks: the one place with an all-reduce in it. Where the collective
- * has memory of its own, the partial sums are written straight into it. */
-static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w,
+ * has memory of its own, the partial sums are written straight into it, and the sum is read there
+ * unless it has to outlive the collective that follows (last). */
+static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w, bool last,
                           struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
@@ -107,7 +108,10 @@ static enum err linear_in(struct decoder *d, struct tensor x, const struct weigh
     b->ops->matmul(b, partial, x, w);
     if (d->model->group.size > 1) {
         int64_t begin = clock_monotonic_ns();
-        TRY(c->ops->all_reduce_sum(c, delta, partial));
+        if (c->ops->all_reduce_near && !last)
+            TRY(c->ops->all_reduce_near(c, &delta, partial));
+        else
+            TRY(c->ops->all_reduce_sum(c, delta, partial));
         d->collective_ns += clock_monotonic_ns() - begin;
     }
     *out_delta = delta;
@@ -115,7 +119,7 @@ static enum err linear_in(struct decoder *d, struct tensor x, const struct weigh
 }
 
 static enum err feed_forward(struct decoder *d, const struct layer *layer, struct tensor in,
-                             struct tensor *out_delta)
+                             bool last, struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
     const struct model_config *c = &d->model->config;
@@ -130,7 +134,7 @@ static enum err feed_forward(struct decoder *d, const struct layer *layer, struc
         b->ops->matmul(b, before, in, layer->up);
         b->ops->activate(b, act, before, c->activation, c->gated);
     }
-    return linear_in(d, act, layer->down, out_delta);
+    return linear_in(d, act, layer->down, last, out_delta);
 }
 
 static struct tensor embed(struct decoder *d, const struct batch *batch)
@@ -187,10 +191,10 @@ enum err decoder_forward(struct decoder *d, const struct batch *batch)
         if (i == c->n_layers - 1 && !batch->n_rows_out) return OK;
         b->ops->attend(b, att, qkv, d->kv, &layer->attention, batch);
         if (i == c->n_layers - 1) keep_rows_out(d, batch, &x, &h, &att);
-        TRY(linear_in(d, att, layer->out, &delta));
+        TRY(linear_in(d, att, layer->out, false, &delta));
         b->ops->add_norm(b, x, delta, pre ? &layer->ffn_norm : &layer->attention_norm, h);
         if (!pre) swap(&x, &h);
-        TRY(feed_forward(d, layer, pre ? h : x, &delta));
+        TRY(feed_forward(d, layer, pre ? h : x, i == c->n_layers - 1, &delta));
         if (!pre) {
             b->ops->add_norm(b, x, delta, &layer->ffn_norm, h);
             swap(&x, &h);

@@ -69,18 +69,27 @@ static double frequency(const struct rope_config *r, int i)
     }
 }
 
-void config_rope_tables(const struct model_config *c, int n_positions, float *out_cos,
+void config_rope_tables(const struct model_config *c, int first, int end, float *out_cos,
                         float *out_sin)
 {
     const struct rope_config *r = &c->rope;
+    enum { TILE = 64 };
     int half = r->rotary_dim / 2;
     double by = r->type == ROPE_YARN ? yarn_attention(r) : 1;
-    for (int i = 0; i < half; i++) {
-        float f = (float)frequency(r, i);
-        for (int p = 0; p < n_positions; p++) {
-            float angle = (float)p * f;
-            out_cos[(size_t)p * half + i] = (float)(cos(angle) * by);
-            out_sin[(size_t)p * half + i] = (float)(sin(angle) * by);
+    for (int tile = 0; tile < half; tile += TILE) {
+        float f[TILE];
+        int n = half - tile < TILE ? half - tile : TILE;
+        for (int i = 0; i < n; i++)
+            f[i] = (float)frequency(r, tile + i);
+        for (int p = first; p < end; p++) {
+            size_t at = (size_t)p * (size_t)half + (size_t)tile;
+            for (int i = 0; i < n; i++) {
+                double sine, cosine;
+                float angle = (float)p * f[i];
+                sincos(angle, &sine, &cosine);
+                out_cos[at + (size_t)i] = (float)(cosine * by);
+                out_sin[at + (size_t)i] = (float)(sine * by);
+            }
         }
     }
 }

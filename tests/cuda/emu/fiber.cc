@@ -3,6 +3,7 @@
  * Compiled without sanitizers: it switches stacks, and tells ThreadSanitizer so by its fiber calls
  * when EMU_TSAN is set. x86-64 and aarch64. */
 #include "cuda_emu.h"
+#include "race.h"
 
 #include <sys/mman.h>
 #include <thread>
@@ -103,6 +104,7 @@ static void sleep_at(const char *where)
 static void release_barrier()
 {
     now->n_at_barrier = 0;
+    race_block_met();
     for (int i = 0; i < now->n_threads; i++)
         if (!now->fibers[i].done) now->runnable[i / WARP] |= 1u << (i % WARP);
 }
@@ -205,7 +207,10 @@ uint64_t collective(uint32_t mask, operation kind, uint64_t in, int source, cons
     if (!(mask >> lane & 1)) die("warp operation: caller not in its mask");
     uint32_t &arrived = now->arrived[warp][__builtin_ctz(mask)];
     me->op = {mask, kind, source, in, 0, p, q};
-    TSAN(if (kind == OP_LDMATRIX || kind == OP_LDMATRIX_TRANS) __tsan_read_range((void *)p, 16);)
+    if (kind == OP_LDMATRIX || kind == OP_LDMATRIX_TRANS) {
+        TSAN(__tsan_read_range((void *)p, 16);)
+        race_touch(p, 16, RACE_READ, __builtin_return_address(0));
+    }
     TSAN(__tsan_release(&arrived);)
     arrived |= 1u << lane;
     if (arrived == mask) {
@@ -214,6 +219,7 @@ uint64_t collective(uint32_t mask, operation kind, uint64_t in, int source, cons
         perform(lanes, mask, kind);
         TSAN(__tsan_release(&arrived);)
         arrived = 0;
+        if (mask == (have < WARP ? (1u << have) - 1 : 0xffffffffu)) race_warp_met(warp);
         now->runnable[warp] |= mask;
     } else {
         sleep_at(where);
@@ -227,6 +233,7 @@ uint64_t collective(uint32_t mask, operation kind, uint64_t in, int source, cons
 static void land(const copy &c)
 {
     TSAN(if (c.from_bytes) __tsan_read_range((void *)c.from, c.from_bytes); __tsan_write_range(c.to, c.bytes);)
+    race_landed(c.to, (size_t)c.bytes);
     memset(c.to, 0, c.bytes);
     memcpy(c.to, c.from, c.from_bytes);
 }
@@ -235,6 +242,8 @@ void copy_start(void *to, const void *from, int bytes, int from_bytes)
     if (((uintptr_t)to | (from_bytes ? (uintptr_t)from : 0)) & 15) die("cp.async not aligned to 16 bytes");
     volatile const char *touch = (const char *)from;
     if (from_bytes) (void)(touch[0], touch[from_bytes - 1]);
+    race_touch(from, (size_t)from_bytes, RACE_READ, __builtin_return_address(0));
+    race_touch(to, (size_t)bytes, RACE_WRITE, __builtin_return_address(0));
     current->open.push_back({to, from, bytes, from_bytes});
 }
 void copy_commit()
@@ -271,6 +280,8 @@ void barrier_arrive(mbarrier *b, int bytes)
 void bulk_start(void *to, const void *from, int bytes, mbarrier *b)
 {
     if (((uintptr_t)to | (uintptr_t)from | (unsigned)bytes) & 15) die("bulk copy not aligned to 16 bytes");
+    race_touch(from, (size_t)bytes, RACE_READ, __builtin_return_address(0));
+    race_touch(to, (size_t)bytes, RACE_WRITE, __builtin_return_address(0));
     now->bulk.push_back({b, {to, from, bytes, bytes}});
 }
 void barrier_wait(mbarrier *b, int parity, const char *where)
@@ -281,6 +292,8 @@ void barrier_wait(mbarrier *b, int parity, const char *where)
             if (now->bulk[i].first != b) continue;
             copy c = now->bulk[i].second;
             now->bulk.erase(now->bulk.begin() + (long)i--);
+            TSAN(__tsan_read_range((void *)c.from, c.bytes); __tsan_write_range(c.to, c.bytes);)
+            race_landed(c.to, (size_t)c.bytes);
             memcpy(c.to, c.from, c.bytes);
             b->bytes -= c.bytes;
             any = true;
@@ -334,7 +347,7 @@ static void fiber_prepare(fiber *f, char *stack)
     top[11] = (void *)trampoline; /* x30 */
 #endif
     f->stack_pointer = top;
-    TSAN(f->tsan = __tsan_create_fiber(0);)
+    TSAN(if (!f->tsan) f->tsan = __tsan_create_fiber(0);) /* kept: making one costs a mapping */
 }
 
 static void run_block(dim3 dim, size_t smem_bytes)
@@ -347,6 +360,7 @@ static void run_block(dim3 dim, size_t smem_bytes)
     memset(now->runnable, 0, sizeof now->runnable);
     memset(now->arrived, 0, sizeof now->arrived);
     memset(cuda_smem, 0xff, smem_bytes + SMEM_GUARD_BYTES);
+    race_block_begin(cuda_smem, smem_bytes, now->stacks, (size_t)THREADS_MAX * STACK_BYTES);
     for (int i = 0; i < n; i++) {
         fiber *f = &now->fibers[i];
         f->linear = i;
@@ -360,7 +374,6 @@ static void run_block(dim3 dim, size_t smem_bytes)
     emu_swap(&now->main_stack_pointer, current->stack_pointer);
     current = nullptr;
     TSAN(__tsan_acquire(&now->n_threads);)
-    TSAN(for (int i = 0; i < n; i++) __tsan_destroy_fiber(now->fibers[i].tsan);)
     for (int i = 0; i < n; i++)
         if (*(uint64_t *)(now->stacks + (size_t)i * STACK_BYTES) != STACK_CANARY) die("a thread's stack overflowed");
     for (int i = 0; i < SMEM_GUARD_BYTES; i++)
@@ -369,20 +382,26 @@ static void run_block(dim3 dim, size_t smem_bytes)
 
 /* One block structure an OS thread, kept until the thread ends. */
 struct workspace {
-    block b;
+    block b = {};
     workspace()
     {
         b.stacks = (char *)mmap(nullptr, (size_t)THREADS_MAX * STACK_BYTES, PROT_READ | PROT_WRITE,
                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (b.stacks == MAP_FAILED) abort();
     }
-    ~workspace() { munmap(b.stacks, (size_t)THREADS_MAX * STACK_BYTES); }
+    ~workspace()
+    {
+        TSAN(for (fiber &f : b.fibers) if (f.tsan) __tsan_destroy_fiber(f.tsan);)
+        munmap(b.stacks, (size_t)THREADS_MAX * STACK_BYTES);
+    }
 };
 
 void run_grid(dim3 grid, dim3 threads, size_t smem_bytes, const std::function<void()> &entry)
 {
     const char *wanted = getenv("CUDA_EMU_THREADS");
     unsigned n_workers = wanted ? (unsigned)atoi(wanted) : 1, total = grid.x * grid.y * grid.z;
+    if (race_watching) n_workers = 1; /* its cells are of one block at a time */
+    race_grid_begin();
     std::atomic<unsigned> next{0};
     auto work = [&] {
         static thread_local workspace *mine;

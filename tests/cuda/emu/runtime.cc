@@ -5,8 +5,15 @@
  * or passes a pointer of the wrong side fails here as it would on a GPU. Recording a graph keeps the
  * list instead. HEDDLE_FAKE_GPU sets what device is played: "sm=75", "driver=0", "devices=0",
  * "memory_mb=64", "fail_now=N" (the N-th piece of work from now faults), "hang=1" (nothing ends any
- * more), "reset=1" (as after a new start of the process). */
+ * more), "reset=1" (as after a new start of the process).
+ *
+ * HEDDLE_FAKE_GPU_LOG names a file to which it appends what the host asked for: "record N" (the N-th
+ * event), "passed N" (the host has seen it passed), "capture", "graph", "waits" (a call that
+ * blocks). HEDDLE_FAKE_GPU_ONCE names a file that a test makes: the first device to see it removes it
+ * and, by its first word, has a "fault" or a "hang" from then on. */
 #include "cuda_emu.h"
+
+#include <unistd.h>
 
 #include <deque>
 #include <map>
@@ -20,8 +27,8 @@ struct CUstream_st {
 };
 struct CUevent_st {
     CUstream_st *stream = nullptr;
-    bool recorded = false, reached = true;
-    uint64_t generation = 0;
+    bool recorded = false, reached = true, told = true;
+    uint64_t generation = 0, number = 0;
 };
 struct CUgraph_st {
     std::vector<std::function<void()>> work;
@@ -39,6 +46,7 @@ static size_t device_bytes;
 static const size_t POISON_BYTES = 1 << 18; /* of each allocation: enough to see, not to wait for */
 static cudaError_t sticky = cudaSuccess;
 static long fail_countdown = -1;
+static bool hung;
 typedef std::lock_guard<std::recursive_mutex> guard;
 
 long emu_setting(const char *name, long otherwise)
@@ -58,10 +66,36 @@ static bool within(const std::map<uintptr_t, size_t> &set, const void *p, size_t
     return (uintptr_t)p + bytes <= it->first + it->second;
 }
 
+static void note(const char *what, uint64_t n)
+{
+    static const char *path = getenv("HEDDLE_FAKE_GPU_LOG");
+    if (!path) return;
+    FILE *f = fopen(path, "a");
+    if (!f) return;
+    fprintf(f, "%d %s %llu\n", (int)getpid(), what, (unsigned long long)n);
+    fclose(f);
+}
+
+/* What a test asked of one device, whichever comes first. */
+static void once(void)
+{
+    static const char *path = getenv("HEDDLE_FAKE_GPU_ONCE");
+    char word[8] = "";
+    if (!path || access(path, R_OK)) return;
+    FILE *f = fopen(path, "r");
+    if (!f) return;
+    size_t n = fread(word, 1, sizeof word - 1, f);
+    fclose(f);
+    if (!n || unlink(path)) return; /* another device was first */
+    if (word[0] == 'h') hung = true;
+    else sticky = cudaErrorIllegalAddress;
+}
+
 /* Runs the oldest piece of work of a stream. False: nothing can run. */
 static bool step(CUstream_st *s)
 {
-    if (s->work.empty() || emu_setting("hang", 0)) return false;
+    once();
+    if (s->work.empty() || hung || emu_setting("hang", 0)) return false;
     auto work = std::move(s->work.front());
     s->work.pop_front();
     if (emu_setting("fail_now", -1) < 0) fail_countdown = -1;
@@ -214,6 +248,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
     guard hold(lock);
     if (s->capturing) return unsupported_in_capture(s);
+    note("waits", 0);
     drain(s);
     return sticky;
 }
@@ -242,20 +277,26 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
     e->stream = s;
     e->recorded = true;
     e->reached = false;
+    static uint64_t n_records;
     uint64_t generation = ++e->generation;
+    e->number = ++n_records;
+    e->told = false;
+    note("record", e->number);
     return queue(s, [=] { e->reached = e->generation == generation; });
 }
 cudaError_t cudaEventQuery(cudaEvent_t e)
 {
     guard hold(lock);
+    if (sticky == cudaSuccess && !e->reached) step(e->stream);
     if (sticky != cudaSuccess) return sticky;
-    if (e->reached) return cudaSuccess;
-    step(e->stream);
-    return sticky != cudaSuccess ? sticky : e->reached ? cudaSuccess : cudaErrorNotReady;
+    if (e->reached && !e->told) note("passed", e->number);
+    e->told = e->reached;
+    return e->reached ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e)
 {
     guard hold(lock);
+    note("waits", e->number);
     while (!e->reached && step(e->stream)) {}
     return sticky;
 }
@@ -311,6 +352,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode)
 {
     guard hold(lock);
     if (s->capturing) return cudaErrorInvalidValue;
+    note("capture", 0);
     s->capturing = true;
     s->capture_broken = false;
     s->captured.clear();
@@ -336,6 +378,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsign
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t s)
 {
     guard hold(lock);
+    note("graph", graph->work.size());
     for (auto &w : graph->work) queue(s, w);
     return sticky;
 }

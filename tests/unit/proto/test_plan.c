@@ -102,11 +102,11 @@ static void draw_plan(struct step_plan *p)
         f->blocks = words(f->n_blocks);
     }
     p->n_runs = few(), p->runs = take(p->n_runs, sizeof *p->runs);
-    bool drafts = rand_below(&dice, 2);
+    bool drafts = rand_below(&dice, 2), own = rand_below(&dice, 2);
     for (uint32_t i = 0; i < p->n_runs; i++) {
         struct plan_run *r = &p->runs[i];
         *r = (struct plan_run){number(), number(), (uint32_t)rand_below(&dice, 4),
-                               drafts ? few() : 0, NULL};
+                               drafts ? few() : 0, NULL, own ? few() : 0, own ? number() : 0};
         r->drafts = words(r->n_drafts);
     }
 }
@@ -164,6 +164,12 @@ static void run_message(Heddle__Cluster__StepPlan *m, const struct step_plan *p)
         m->run_slots[i] = p->runs[i].slot, m->run_tokens[i] = p->runs[i].n_tokens;
         m->run_flags[i] = p->runs[i].flags, m->run_drafts[i] = p->runs[i].n_drafts;
         n_drafts += p->runs[i].n_drafts;
+    }
+    m->run_own = take(n, 4), m->run_ahead = take(n, 4);
+    for (size_t i = 0; i < n; i++) {
+        m->run_own[i] = p->runs[i].n_own, m->run_ahead[i] = p->runs[i].n_ahead;
+        if (p->runs[i].n_own) m->n_run_own = n;
+        if (p->runs[i].n_ahead) m->n_run_ahead = n;
     }
     m->n_run_drafts = n_drafts ? n : 0;
     m->n_drafts = n_drafts;
@@ -244,6 +250,8 @@ static void same_plan(const struct step_plan *a, const struct step_plan *b)
     for (uint32_t i = 0; i < a->n_runs; i++) {
         assert_memory_equal(&a->runs[i], &b->runs[i], 16);
         same_words(a->runs[i].drafts, b->runs[i].drafts, a->runs[i].n_drafts);
+        assert_int_equal(a->runs[i].n_own, b->runs[i].n_own);
+        assert_int_equal(a->runs[i].n_ahead, b->runs[i].n_ahead);
     }
 }
 
@@ -273,6 +281,12 @@ static void draw_result(struct step_result *r)
     *r = (struct step_result){
         .epoch = number(), .step = number(), .n_tokens = few() * few(), .compute_us = number()};
     r->tokens = take(r->n_tokens, sizeof *r->tokens);
+    if (rand_below(&dice, 2)) {
+        r->n_drafted = few(), r->drafted = take(r->n_drafted, sizeof *r->drafted);
+        for (uint32_t i = 0; i < r->n_drafted; i++)
+            r->drafted[i] = (struct plan_pair){number(), few()};
+        r->draft_us = number(), r->draft_passes = few(), r->draft_tokens = number();
+    }
     bool plain = rand_below(&dice, 2);
     for (uint32_t i = 0; i < r->n_tokens; i++) {
         struct step_token *t = &r->tokens[i];
@@ -302,7 +316,11 @@ static void results_come_back(void **state)
         assert_int_equal(step_result_encode(&r, false, &bytes), OK);
         assert_int_equal(step_result_decode(bytes.data, bytes.n, &arena, &back), OK);
         assert_true(back.epoch == r.epoch && back.step == r.step &&
-                    back.compute_us == r.compute_us);
+                    back.compute_us == r.compute_us && back.draft_us == r.draft_us &&
+                    back.draft_passes == r.draft_passes && back.draft_tokens == r.draft_tokens);
+        assert_int_equal(back.n_drafted, r.n_drafted);
+        for (uint32_t i = 0; i < r.n_drafted; i++)
+            assert_memory_equal(&back.drafted[i], &r.drafted[i], sizeof r.drafted[i]);
         assert_int_equal(back.n_tokens, r.n_tokens);
         for (uint32_t i = 0; i < r.n_tokens; i++) {
             const struct step_token *a = &r.tokens[i], *b = &back.tokens[i];
@@ -403,6 +421,14 @@ static void cut_extends(Heddle__Cluster__StepPlan *m)
 {
     m->n_extend_blocks = 1;
 }
+static void cut_own(Heddle__Cluster__StepPlan *m)
+{
+    m->n_run_own = 1, m->run_own = m->run_slots;
+}
+static void long_ahead(Heddle__Cluster__StepPlan *m)
+{
+    m->n_run_ahead = 3, m->run_ahead = m->run_slots;
+}
 static void long_saves(Heddle__Cluster__StepPlan *m)
 {
     m->n_save_blocks = 1, m->save_blocks = m->closes = m->run_slots;
@@ -412,7 +438,8 @@ static void wrong_shapes_are_named(void **state)
 {
     (void)state;
     void (*spoils[])(Heddle__Cluster__StepPlan *) = {
-        cut_flags, cut_tokens, cut_counts, few_drafts, many_drafts, cut_extends, long_saves};
+        cut_flags, cut_tokens, cut_counts, few_drafts, many_drafts, cut_extends,
+        cut_own,   long_ahead, long_saves};
     assert_int_equal(decode_shape(keep), OK);
     for (size_t i = 0; i < sizeof spoils / sizeof *spoils; i++) {
         assert_int_equal(decode_shape(spoils[i]), ERR_FORMAT);

@@ -181,7 +181,7 @@ static void test_rope_linear_and_llama3(void **state)
     (void)state;
     float cosines[300 * 8], sines[300 * 8];
     expect_ok("{" LLAMA_BASE ",\"rope_scaling\":{\"type\":\"linear\",\"factor\":4.0}}");
-    config_rope_tables(&c, 9, cosines, sines);
+    config_rope_tables(&c, 0, 9, cosines, sines);
     assert_true(fabs(cosines[8 * 8] - cos(2.0)) < 1e-6);
     assert_true(fabs(sines[8 * 8 + 4] - sin(2.0 / 100)) < 1e-6);
     /* llama3: the shortest wave is kept, the longest divided by the factor */
@@ -191,7 +191,7 @@ static void test_rope_linear_and_llama3(void **state)
         "\"high_freq_factor\":4.0,\"original_max_position_embeddings\":64,\"rope_theta\":500000.0}"
         "}");
     assert_true(c.rope.theta == 500000);
-    config_rope_tables(&c, 300, cosines, sines);
+    config_rope_tables(&c, 0, 300, cosines, sines);
     assert_true(fabs(sines[1 * 8] - sin(1.0)) < 1e-6);
     assert_true(fabs(sines[299 * 8 + 7] - sin(299 * pow(500000, -14.0 / 16) / 8)) < 1e-6);
 }
@@ -225,7 +225,7 @@ static void rope_golden(const char *folder, const char *config, int n_positions,
     float *sines = test_malloc((size_t)n_positions * (size_t)half * sizeof(float));
     expect_ok(config);
     assert_int_equal(c.rope.rotary_dim, 2 * half);
-    config_rope_tables(&c, n_positions, cosines, sines);
+    config_rope_tables(&c, 0, n_positions, cosines, sines);
     for (int p = 0; p < n_positions; p++) {
         for (int i = 0; i < half; i++) {
             double off_cos = fabs(cosines[p * half + i] - want[p * 2 * half + i]);

@@ -297,8 +297,8 @@ static void test_memory_that_does_not_fit(void **state)
     c.context_max = 256;
     c.block_size = 16;
     c.kv_cache_bytes = 100 << 10; /* a token takes 512 bytes: 200 of them fit */
-    expect_refused(&c, ERR_NO_MEMORY, "one sequence of 256 tokens needs",
-                   "--max-model-len 191 would fit");
+    expect_refused(&c, ERR_NO_MEMORY, "one sequence of 256 tokens",
+                   "what would fit: --max-model-len 191");
     c.context_max = 191;
     struct worker_info info;
     assert_int_equal(worker_plan_memory(&c, &info), OK);

@@ -1,0 +1,153 @@
+/* Packed weights as bytes: shown to a writer of files, taken from a file, and read back as numbers.
+ *
+ * A file holds the bytes of struct weight as they lie in memory, so that taking them is one copy
+ * into huge pages, made by all threads, each hashing what it has just copied. The digest is a hash
+ * over the hashes of pieces, so that it comes out the same whoever hashed which piece. */
+#include "base/mem.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/half.h"
+
+#include <string.h>
+#include <sys/mman.h>
+
+enum { PIECE_BYTES = 1 << 20, PAGE_BYTES = 4096 };
+
+static int n_pieces(const struct packed_weight *p)
+{
+    return (int)((p->panels_bytes + PIECE_BYTES - 1) / PIECE_BYTES);
+}
+
+static size_t piece_bytes(const struct packed_weight *p, int i)
+{
+    size_t rest = p->panels_bytes - (size_t)i * PIECE_BYTES;
+    return rest < PIECE_BYTES ? rest : PIECE_BYTES;
+}
+
+static struct hash128 digest_end(const struct packed_weight *p, const struct hash128 *pieces)
+{
+    struct hash128 h = {(uint64_t)p->format, 0};
+    uint64_t sides[2] = {(uint64_t)p->n_out, (uint64_t)p->n_in};
+    h = hash_chain(h, sides, sizeof sides);
+    h = hash_chain(h, pieces, (size_t)n_pieces(p) * sizeof *pieces);
+    if (p->scale) h = hash_chain(h, p->scale, p->n_lanes * sizeof(float));
+    if (p->bias) h = hash_chain(h, p->bias, p->n_lanes * sizeof(float));
+    return h;
+}
+
+struct hash128 cpu_packed_digest(const struct packed_weight *p)
+{
+    struct hash128 *pieces, h = {0, 0};
+    if (MEM_NEW_ARRAY(n_pieces(p) + 1, &pieces)) return h;
+    for (int i = 0; i < n_pieces(p); i++)
+        pieces[i] = hash_bytes((const char *)p->panels + (size_t)i * PIECE_BYTES, piece_bytes(p, i),
+                               (uint64_t)i);
+    h = digest_end(p, pieces);
+    mem_free(pieces);
+    return h;
+}
+
+void cpu_weight_export(const struct weight *w, struct packed_weight *out)
+{
+    *out = (struct packed_weight){.format = w->format,
+                                  .n_out = w->n_out,
+                                  .n_in = w->n_in,
+                                  .panels = w->panels,
+                                  .scale = w->scale,
+                                  .bias = w->bias,
+                                  .panels_bytes = w->packed_bytes,
+                                  .n_lanes = (size_t)w->n_panels * PANEL_OUTPUTS};
+}
+
+static enum err sizes_of(const struct packed_weight *p, struct weight *out)
+{
+    if (p->format != WEIGHT_INT8 && p->format != WEIGHT_INT4)
+        FAIL(ERR_UNSUPPORTED, "packed weights are int8 or int4");
+    *out = (struct weight){.format = p->format, .n_out = p->n_out, .n_in = p->n_in};
+    return weight_sizes(out);
+}
+
+enum err cpu_packed_sizes(struct packed_weight *p)
+{
+    struct weight w;
+    TRY(sizes_of(p, &w));
+    p->panels_bytes = w.packed_bytes;
+    p->n_lanes = (size_t)w.n_panels * PANEL_OUTPUTS;
+    return OK;
+}
+
+struct import_args {
+    const struct packed_weight *from;
+    uint8_t *to;
+    struct hash128 *pieces;
+};
+
+static void import_piece(const void *args, int chunk, void *scratch)
+{
+    const struct import_args *a = args;
+    size_t at = (size_t)chunk * PIECE_BYTES, n = piece_bytes(a->from, chunk);
+    const uint8_t *from = (const uint8_t *)a->from->panels + at;
+    uintptr_t page = (uintptr_t)from & ~(uintptr_t)(PAGE_BYTES - 1);
+    (void)scratch;
+    /* a hint: maps the piece's pages at once instead of one fault every few of them */
+    madvise((void *)page, (uintptr_t)from + n - page, MADV_POPULATE_READ);
+    memcpy(a->to + at, from, n);
+    a->pieces[chunk] = hash_bytes(a->to + at, n, (uint64_t)chunk);
+}
+
+enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
+                           struct hash128 *out_digest, struct weight **out)
+{
+    struct cpu_backend *cpu = cpu_of(b);
+    struct hash128 *pieces = NULL;
+    struct weight *w = NULL;
+    enum err e = OK;
+    TRY_OUT(MEM_NEW(&w));
+    TRY_OUT(sizes_of(p, w));
+    ASSERT(p->panels_bytes == w->packed_bytes && !p->scale == (p->format != WEIGHT_INT8));
+    TRY_OUT(MEM_NEW_ARRAY(n_pieces(p) + 1, &pieces));
+    TRY_OUT(weight_alloc(b, w, p->bias != NULL));
+    TRY_OUT(activations_reserve(cpu, w));
+    if (p->scale) memcpy(w->scale, p->scale, p->n_lanes * sizeof(float));
+    if (p->bias) memcpy(w->bias, p->bias, p->n_lanes * sizeof(float));
+    struct import_args args = {p, w->panels, pieces};
+    pool_run(cpu->pool, &(struct pool_job){import_piece, NULL, &args, sizeof args, n_pieces(p)});
+    *out_digest = digest_end(p, pieces);
+    *out = w;
+    w = NULL;
+out:
+    mem_free(pieces);
+    cpu_weight_destroy(b, w);
+    return e;
+}
+
+/* --- back to numbers --- */
+
+static void row_int8(const struct packed_weight *p, const uint8_t *panel, int64_t row, float *out)
+{
+    int lane = (int)(row % PANEL_OUTPUTS);
+    for (int64_t i = 0; i < p->n_in; i++)
+        out[i] = (float)(panel[i / 4 * 128 + lane * 4 + i % 4] - 128) * p->scale[row];
+}
+
+static void row_int4(const struct packed_weight *p, const uint8_t *panel, int64_t row, float *out)
+{
+    int lane = (int)(row % PANEL_OUTPUTS);
+    for (int64_t i = 0; i < p->n_in; i++) {
+        const uint8_t *group = panel + i / GROUP_INPUTS * (64 + GROUP_STEPS * 64);
+        int64_t at = i % GROUP_INPUTS;
+        uint8_t byte = group[64 + at / 8 * 128 + lane * 4 + at % 4];
+        uint16_t half;
+        memcpy(&half, group + lane * 2, 2);
+        out[i] = (float)((at % 8 < 4 ? byte & 15 : byte >> 4) - 8) * f16_to_float(half);
+    }
+}
+
+void cpu_packed_row(const struct packed_weight *p, int64_t row, float *out)
+{
+    size_t panel_bytes = p->panels_bytes / (p->n_lanes / PANEL_OUTPUTS);
+    const uint8_t *panel = (const uint8_t *)p->panels + (size_t)(row / PANEL_OUTPUTS) * panel_bytes;
+    if (p->format == WEIGHT_INT8)
+        row_int8(p, panel, row, out);
+    else
+        row_int4(p, panel, row, out);
+}
