@@ -33,7 +33,7 @@ struct options {
     bool prefix_caching;
     const char *record;
     /* device */
-    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *head_quantization;
+    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *draft_policy, *head_quantization;
     int64_t device_index, threads, numa, block_size, blocks_override, kv_cache_bytes, swap_bytes;
     double memory_utilization;
     int64_t seed;

@@ -231,6 +231,7 @@ static enum err engine_open(struct coordinator *c)
                                    .pipeline_depth = config->pipeline_depth,
                                    .prefix_cache = config->prefix_cache,
                                    .n_speculative_tokens = config->n_speculative_tokens,
+                                   .draft_always = config->draft_always,
                                    .record_path = config->record_path,
                                    .step_timeout_us =
                                        (int64_t)config->watchdog_timeout_s * 1000000};

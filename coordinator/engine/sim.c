@@ -54,7 +54,7 @@ struct world {
     uint32_t block_size, window, drafts, n_host, context, vocabulary_blocks;
     int64_t step_us, wire_us;
     uint32_t token_share, pass_share; /* of a step's cost: a token's, of 40; a draft pass's */
-    bool has_draft_model;
+    bool has_draft_model, drafts_always;
     bool calm, changes_size, small;
     char words[300];
 };
@@ -273,6 +273,7 @@ static enum err draw_engine(struct world *w)
                                    .prefix_cache = rand_below(r, 5) != 0,
                                    .hash_salt = rand_next(r),
                                    .n_speculative_tokens = w->drafts,
+                                   .draft_always = w->drafts_always,
                                    .step_timeout_us = 100 * w->step_us + 4 * w->wire_us,
                                    .starve_us = w->step_us % 4 ? 0 : 12 * w->step_us};
     struct engine_hooks hooks = {carry_plan, group_failed, w};
@@ -286,6 +287,7 @@ static void draw_drafts(struct world *w)
     w->has_draft_model = w->drafts && rand_below(&r, 3);
     w->token_share = w->drafts && rand_below(&r, 2) ? (uint32_t)rand_below(&r, 40) : 0;
     w->pass_share = (uint32_t)rand_below(&r, 30);
+    w->drafts_always = rand_below(&r, 2);
 }
 
 static enum err draw_world(struct world *w)
