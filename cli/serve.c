@@ -56,6 +56,7 @@ static void coordinator_config_from_options(const struct options *o, const char 
         .n_speculative_tokens = (uint32_t)options_speculative_tokens(o),
         .draft_always = !strcmp(o->draft_policy, "always"),
         .prefix_cache = o->prefix_caching,
+        .always_offload = o->kv_offload && !strcmp(o->kv_offload, "always"),
         .record_path = o->record,
     };
 }

@@ -240,6 +240,8 @@ void draft_move(struct draft *d, struct slots *slots, const struct step_plan *p,
                      at + p->loads[i].from * stride);
         slots->draft_valid[p->loads[i].to] = d->host_valid[p->loads[i].from];
     }
+    for (uint32_t i = 0; i < p->n_fetches; i++)
+        d->host_valid[p->fetches[i].to] = 0; /* what lies on the disk is not remembered */
     int32_t *from = d->context_len, *to = d->rows_out; /* free between rounds */
     for (uint32_t done = 0, n; done < p->n_copies; done += n) {
         n = least(p->n_copies - done, slots->limits.n_slots);

@@ -432,7 +432,7 @@ static void fork_child(struct engine *e, struct group *g, struct sequence *s)
         kv_blocks_ref(&g->kv, sequence_blocks(s)[i]);
     }
     if (n_copied) {
-        sequence_blocks(s)[n_shared] = kv_blocks_take(&g->kv);
+        sequence_blocks(s)[n_shared] = tiers_take_block(e, g);
         plan_add_copy(g, sequence_blocks(parent)[n_shared], sequence_blocks(s)[n_shared]);
     }
     s->blocks.n = n_shared + n_copied;

@@ -8,6 +8,7 @@
  *
  * Never knows requests, tenants or queues: only sequences that have a slot. */
 #pragma once
+#include "coordinator/engine/kv_store.h"
 #include "coordinator/engine/sequence.h"
 
 enum { FLIGHTS_MAX = 8 };
@@ -62,6 +63,7 @@ struct group {
     uint32_t index;
     struct group_info info;
     struct kv_blocks kv;
+    struct kv_store store;
     uint32_t n_slots, n_budget, n_rows_max, n_depth;
     uint64_t next_step,
         acked_step; /* next_step: of the next plan to build, or the one being built */
@@ -79,6 +81,8 @@ struct group {
     struct sequence_list running; /* by LINK_PLACE: all that have a slot */
     /* by LINK_WORK, what they wait for: */
     struct sequence_list prefilling, stalled, ready, waiting_result, draining, leaving, forking;
+    struct sequence_list fetching; /* by LINK_WORK: no slot yet, their prefix comes from disk */
+    int64_t fetch_alarm_us;        /* when the first of them gives up waiting; 0 = none */
     uint32_t *late_slots, n_late_slots; /* [n_slots] to close with the next plan */
     uint64_t n_pending_tokens;          /* prompt tokens admitted and not planned */
     struct step_plan plan;
@@ -91,6 +95,7 @@ struct group {
     uint32_t n_syncs_last, n_ahead_last; /* of the last plan sent, of the last one answered */
     struct draft_costs costs;
     uint32_t token_ns; /* moving average of a prompt token's cost, for swap decisions */
+    uint32_t fetch_ns; /* of a block, as its slowest rank said last */
 };
 
 enum err group_init(struct group *g, uint32_t index, const struct group_info *info,
@@ -150,6 +155,8 @@ void plan_drop_extend(struct group *g, uint32_t slot); /* of one that is closed 
 void plan_add_copy(struct group *g, uint32_t from, uint32_t to);
 void plan_add_save(struct group *g, uint32_t block, uint32_t host);
 void plan_add_load(struct group *g, uint32_t host, uint32_t block);
+void plan_add_fetch(struct group *g, struct plan_pair pair);
+void plan_add_spill(struct group *g, struct plan_pair pair);
 void plan_add_open(struct group *g, const struct plan_open *open);
 void plan_add_fork(struct group *g, const struct plan_fork *fork);
 struct plan_run *plan_add_run(struct group *g, uint32_t slot, uint32_t n_tokens, uint32_t flags);

@@ -373,7 +373,7 @@ void sequence_withdraw(struct engine *e, struct sequence *s)
     } else if (s->state == SEQUENCE_RUNNING) {
         admission_unseat(e, e->groups[s->group], s);
         group_forget(e->groups[s->group], s);
-    } else if (s->state == SEQUENCE_PARKED) {
+    } else if (s->state == SEQUENCE_PARKED || s->state == SEQUENCE_FETCHING) {
         sequence_unlink(s, LINK_WORK); /* a beam on its way to a slot */
     } else if (s->state == SEQUENCE_DRAINING) {
         sequence_unlink(s, LINK_WORK);

@@ -187,7 +187,7 @@ static inline void carry_on(struct engine *e, struct group *g, struct sequence *
     }
     if (s->decoding) {
         /* Its memory is at hand now; when the plan is built it would not be. */
-        if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(g, s);
+        if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(e, g, s);
         if (e->config.n_speculative_tokens && draft_wanted(e, g, s) && !s->lists[LINK_WORK]) {
             s->synced = true;
             sequence_list_append(&g->leaving, LINK_WORK, s);

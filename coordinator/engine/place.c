@@ -14,13 +14,17 @@ enum {
 
 static uint64_t cost(struct engine *e, struct group *g, struct sequence *s)
 {
-    uint32_t block_size = g->info.block_size, n_cached, n_found = 0;
+    uint32_t block_size = g->info.block_size, n_found = 0;
     uint32_t n_keys = (s->tokens.n - 1) / block_size;
     if (s->has_host && s->group == g->index)
         n_found = s->n_host_computed;
     else if (!s->job->no_match &&
-             !sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys))
-        n_found = block_size * kv_blocks_match(&g->kv, s->keys.items, n_keys, &n_cached, NULL);
+             !sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys)) {
+        struct tiers_found f = {0};
+        f.n_here = kv_blocks_match(&g->kv, s->keys.items, n_keys, &f.n_cached, NULL);
+        if (g->store.host.n_total) tiers_look(e, g, s->keys.items, n_keys, NULL, &f);
+        n_found = block_size * (f.n_here + f.n_below);
+    }
     uint64_t cost =
         s->tokens.n - n_found + g->n_pending_tokens + (uint64_t)RUNNING_COST * g->running.n;
     uint64_t n_new = s->tokens.n - n_found, n_free = (uint64_t)g->kv.n_free * block_size;

@@ -277,6 +277,16 @@ static void make_kind(struct request *q, struct rand *r, const struct sim_load_s
         q->max_tokens = 0;
 }
 
+/* The prompt of an earlier request, perhaps cut. */
+static void repeat_prompt(struct sim_load *l, struct request *to, struct rand *r, uint32_t i,
+                          const struct sim_load_shape *shape)
+{
+    if (!shape->repeats || i < shape->repeats || !rand_below(r, 3)) return;
+    const struct request *from = &l->requests[i - shape->repeats].request;
+    uint32_t n = from->n_tokens < to->n_tokens ? from->n_tokens : to->n_tokens;
+    memcpy(to->tokens, from->tokens, n * sizeof *to->tokens);
+}
+
 static enum err make_request(struct sim_load *l, struct sim_request *q, struct rand *r,
                              const struct sim_load_shape *shape, uint32_t i)
 {
@@ -294,6 +304,7 @@ static enum err make_request(struct sim_load *l, struct sim_request *q, struct r
     for (uint32_t k = 0; k < to->n_tokens; k++)
         to->tokens[k] =
             (int32_t)((k < n_shared ? hash_u64(stream << 32 | k) : rand_next(r)) % SIM_VOCABULARY);
+    repeat_prompt(l, to, r, i, shape);
     make_sampling(q, r, shape);
     make_kind(to, r, shape);
     to->tenant = rand_below(r, 3);

@@ -165,7 +165,7 @@ static enum err unbounded(const struct trace *t, uint64_t *out_hits)
     struct kv_blocks kv;
     int32_t tokens[BLOCK_TOKENS];
     uint64_t n_hits = 0;
-    TRY(kv_blocks_init(&kv, (uint32_t)t->n_ids + 1, 0, BLOCK_TOKENS));
+    TRY(kv_blocks_init(&kv, (uint32_t)t->n_ids + 1, BLOCK_TOKENS));
     for (uint32_t row = 0; row < t->n; row++) {
         struct hash128 key = hash_bytes("trace", 5, 0);
         bool leading = true;
