@@ -66,6 +66,7 @@ const struct conf_row option_rows[] = {
     {"pipeline-depth", NULL, CONF_INT, AT(pipeline_depth), 1, 4, "2", NULL, ENGINE, "Scheduling", "plans in flight of a group"},
     {"speculative-tokens", "num-speculative-tokens", CONF_INT, AT(speculative_tokens), 0, 16, "0", NULL, CLUSTER | VERB_PLAN, "Scheduling", "most drafts verified in a step, by prompt lookup or --draft-model; 0 = off, 4 with a draft model"},
     {"draft-model", "speculative-model speculative-draft-model-path md model-draft", CONF_STRING, AT(draft_model), 0, 0, NULL, NULL, CLUSTER | VERB_PLAN, "Scheduling", "directory of a small model of the same vocabulary that guesses tokens ahead"},
+    {"draft-policy", NULL, CONF_CHOICE, AT(draft_policy), 0, 0, "auto", "auto always", ENGINE, "Scheduling", "auto = drafts only while they pay by measured times"},
     {"record", NULL, CONF_STRING, AT(record), 0, 0, NULL, NULL, ENGINE, "Scheduling", "write the engine's inputs here for heddle replay"},
 
     {"device", NULL, CONF_CHOICE, AT(device), 0, 0, "auto", "auto cpu cuda", DEVICE, "Device", "what computes"},

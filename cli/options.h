@@ -33,7 +33,7 @@ struct options {
     bool prefix_caching;
     const char *record, *kv_offload;
     /* device */
-    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *head_quantization;
+    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *draft_policy, *head_quantization;
     const char *numa;
     int64_t device_index, threads, block_size, blocks_override, kv_cache_bytes, swap_bytes;
     int64_t kv_disk_space;

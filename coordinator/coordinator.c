@@ -239,6 +239,7 @@ static enum err engine_open(struct coordinator *c)
                                    .prefix_cache = config->prefix_cache,
                                    .always_offload = config->always_offload,
                                    .n_speculative_tokens = config->n_speculative_tokens,
+                                   .draft_always = config->draft_always,
                                    .record_path = config->record_path,
                                    .step_timeout_us =
                                        (int64_t)config->watchdog_timeout_s * 1000000};

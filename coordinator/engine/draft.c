@@ -125,7 +125,7 @@ static float time_of(const struct group *g, enum draft_kind kind, uint32_t n, ui
     if (rows_us < 0) rows_us = 0;
     if (sunk) return rows_us;
     if (!together) return rows_us + wait_us / (float)(1 + g->n_syncs_last);
-    return (rows_us + wait_us + (float)k * draft_cost_pass(g)) / (float)n;
+    return (rows_us + wait_us + (float)k * draft_cost_pass(g, n)) / (float)n;
 }
 
 /* The number up to n_most that gains most, 0 when none does; out_gain_us: how much a step. A token
@@ -136,6 +136,8 @@ static uint32_t best_length(const struct group *g, const struct sequence *s, enu
     uint32_t n = n_sampling(g), best = 0;
     float p = acceptance(g, s, kind), chance = 1, kept = 0;
     float worth_us = (draft_cost_step(g, n) + draft_cost_wait(g, DRAFT_KINDS)) / (float)n;
+    *out_gain_us = (float)n_most;
+    if (g->costs.ignored) return n_most;
     *out_gain_us = 0;
     if (!draft_cost_is_known(g, n)) return 0;
     for (uint32_t k = 1; k <= n_most; k++) {
@@ -169,7 +171,7 @@ static uint32_t own_length(const struct engine *e, const struct group *g, const 
         return 0;
     uint32_t k = best_length(g, s, DRAFT_MODEL, least(limit_of(e, g), s->n_end - s->tokens.n - 2),
                              false, &gain_us);
-    if (!k) return 0;
+    if (!k || g->costs.ignored) return k;
     uint32_t n_steps = sequence_generated(s);
     if (n_steps < STEPS_TO_COME) n_steps = STEPS_TO_COME; /* it may go on as long as it has gone */
     n_steps = least(n_steps, s->n_end - s->tokens.n) / 2;

@@ -68,18 +68,21 @@ float draft_cost_step(const struct group *g, uint32_t n)
     return g->costs.factor > 0 ? g->costs.factor * step_unscaled(g, n) : UNKNOWN_STEP_US;
 }
 
-float draft_cost_pass(const struct group *g)
+float draft_cost_pass(const struct group *g, uint32_t n)
 {
     const struct draft_costs *c = &g->costs;
-    if (!c->pass_us.n) return PASS_OF_STEP * draft_cost_step(g, 1);
-    float sure = (float)c->pass_us.n / WARM; /* a few of them may have been slow by accident */
-    return c->factor * c->pass_us.value * (sure < 1 ? sure : 1);
+    float share = PASS_OF_STEP;
+    if (c->pass_share.n >= WARM)
+        share = c->pass_share.value;
+    else if (c->pass_share.n) /* a few of them may have been slow by accident */
+        share = c->pass_share.value * (float)c->pass_share.n / WARM;
+    return share * draft_cost_step(g, n);
 }
 
 float draft_cost_known(const struct group *g, uint32_t n_tokens)
 {
     const struct draft_costs *c = &g->costs;
-    float most_us = TOKEN_OF_PASS * draft_cost_pass(g), us = most_us;
+    float most_us = TOKEN_OF_PASS * draft_cost_pass(g, 1), us = most_us;
     if (c->token_us.n && c->factor * c->token_us.value < us) us = c->factor * c->token_us.value;
     return (float)n_tokens * us;
 }
@@ -91,18 +94,21 @@ float draft_cost_wait(const struct group *g, enum draft_kind kind)
     return c->factor > 0 ? c->wait_us[kind].value : kind == DRAFT_KINDS ? 0 : UNKNOWN_STEP_US;
 }
 
-/* A round is one pass that catches up and then a pass for each further draft. */
-static void learn_round(struct draft_costs *c, const struct step_result *r, uint32_t n_ahead)
+/* A round is one pass that catches up and then a pass for each further draft. A pass is measured in
+ * steps of as many sequences, so that it is known for other numbers of them. */
+static void learn_round(struct group *g, const struct step_result *r, uint32_t n_ahead)
 {
+    struct draft_costs *c = &g->costs;
     uint32_t n_more = r->draft_passes - 1, n_usual = (n_more + 2) * n_ahead;
-    float first_us = (float)r->draft_first_us / c->factor;
+    float step_us = step_unscaled(g, n_ahead), first_us = (float)r->draft_first_us / c->factor;
+    float more_us = (float)(r->draft_us - r->draft_first_us) / c->factor;
     bool catches_up = r->draft_tokens > n_usual + FINE;
-    if (r->draft_us < r->draft_first_us) return;
+    if (r->draft_us < r->draft_first_us || !(step_us > 0)) return;
     if (n_more)
-        learn(&c->pass_us, (float)(r->draft_us - r->draft_first_us) / c->factor / (float)n_more);
+        learn(&c->pass_share, more_us / (float)n_more / step_us);
     else if (!catches_up)
-        learn(&c->pass_us, first_us);
-    float rest = first_us - c->pass_us.value;
+        learn(&c->pass_share, first_us / step_us);
+    float rest = first_us - c->pass_share.value * step_us;
     if (catches_up) learn(&c->token_us, (rest > 0 ? rest : 0) / (float)(r->draft_tokens - n_usual));
 }
 
@@ -126,7 +132,7 @@ void draft_cost_learn(struct group *g, const struct flight *f, const struct step
     g->n_ahead_last = f->n_ahead;
     if (!r->compute_us) return;
     if (!(c->factor > 0)) c->factor = 1;
-    if (r->draft_passes) learn_round(c, r, n_ahead ? n_ahead : 1);
+    if (r->draft_passes) learn_round(g, r, n_ahead ? n_ahead : 1);
     c->credit_us += CREDIT_SHARE * (float)r->compute_us;
     if (c->credit_us > CREDIT_MAX_US) c->credit_us = CREDIT_MAX_US;
     if (f->n_drafted)

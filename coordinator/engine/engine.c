@@ -141,7 +141,9 @@ static enum err group_start(struct engine *e, uint32_t group, const struct group
     if (e->config.step_tokens_max) n_budget = least(n_budget, e->config.step_tokens_max);
     uint32_t n_slots = least(info->n_slots_max, least(info->step_rows_max, n_budget));
     if (e->config.n_sequences_max) n_slots = least(n_slots, e->config.n_sequences_max);
-    return group_init(e->groups[group], group, info, n_slots, n_budget, e->config.pipeline_depth);
+    TRY(group_init(e->groups[group], group, info, n_slots, n_budget, e->config.pipeline_depth));
+    e->groups[group]->costs.ignored = e->config.draft_always;
+    return OK;
 }
 
 static void count_moves(const struct group *g, struct engine_stats *s)

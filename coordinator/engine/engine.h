@@ -87,6 +87,7 @@ struct engine_config {
     bool prefix_cache;
     uint64_t hash_salt;            /* random at start, so that no client can make keys collide */
     uint32_t n_speculative_tokens; /* most drafts of a run, 0 = off */
+    bool draft_always;             /* as many as there can be, whether they pay or not */
     int64_t step_timeout_us;       /* --watchdog-timeout */
     int64_t starve_us;             /* who waited so long goes before others in turn, 0 = a minute */
     bool always_offload;           /* move blocks whatever it costs; else where that is cheaper than computing */

@@ -35,11 +35,13 @@ struct average {
 struct draft_costs {
     float factor; /* by which everything takes longer just now; 0 = nothing was measured */
     struct average step_us[COST_BUCKETS], step_tokens[COST_BUCKETS];
-    struct average pass_us, token_us; /* of the draft model: one pass, one known token more in it */
+    struct average pass_share; /* a pass of the draft model, of a step with as many sequences */
+    struct average token_us;   /* one known token more in its first pass */
     struct average wait_us[DRAFT_KINDS + 1]; /* before a plan with drafts; the last: without any */
     float accept[DRAFT_KINDS];
     uint32_t n_tries[DRAFT_KINDS];
     float credit_us; /* for trying where it does not pay */
+    bool ignored;    /* the configuration asks for drafts whatever they cost */
 };
 
 struct wheel { /* slots by step modulo n_buckets */
@@ -72,7 +74,7 @@ struct group {
     uint32_t *free_slots, n_free_slots;
     struct kv_limbo slot_limbo;
     struct wheel extend, end;
-    struct due *due;     /* [n_slots] */
+    struct due *due;          /* [n_slots] */
     uint32_t *bucket, n_full; /* [n_slots] scratch; n_full of them filled a block in this result */
     uint32_t *extend_at; /* [n_slots] index + 1 in the plan's extends, where that names the slot */
     uint32_t n_decoding;

@@ -7,7 +7,8 @@ enum { RECORD_MAGIC_BYTES = 8 };
 #define RECORD_CONFIG_FIELDS(X)                                                                    \
     X(n_groups)                                                                                    \
     X(n_sequences_max) X(step_tokens_max) X(context_max) X(n_queued_max) X(n_queued_tokens_max)    \
-        X(pipeline_depth) X(prefix_cache) X(hash_salt) X(n_speculative_tokens) X(step_timeout_us) X(always_offload)
+        X(pipeline_depth) X(prefix_cache) X(hash_salt) X(n_speculative_tokens) X(step_timeout_us)   \
+            X(draft_always) X(always_offload)
 
 #define RECORD_INFO_FIELDS(X)                                                                      \
     X(epoch)                                                                                       \

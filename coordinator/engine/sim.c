@@ -57,7 +57,7 @@ struct world {
     uint32_t loss, duplicate, slow; /* chances, per 1024 messages */
     uint32_t block_size, window, drafts, n_host, context, vocabulary_blocks;
     uint32_t token_share, pass_share; /* of a step's cost: a token's, of 40; a draft pass's */
-    bool has_draft_model;
+    bool has_draft_model, drafts_always;
     int64_t step_us, wire_us, io_us;
     uint32_t n_disk, io_loss, io_hang; /* chances, per 1024 transfers */
     bool calm, changes_size, small;
@@ -344,6 +344,7 @@ static enum err draw_engine(struct world *w)
                                    .prefix_cache = rand_below(r, 5) != 0,
                                    .hash_salt = rand_next(r),
                                    .n_speculative_tokens = w->drafts,
+                                   .draft_always = w->drafts_always,
                                    .step_timeout_us = 100 * w->step_us + 4 * w->wire_us,
                                    .starve_us = w->step_us % 4 ? 0 : 12 * w->step_us,
                                    .always_offload = rand_below(&w->io_rand, 4) != 0};
@@ -358,6 +359,7 @@ static void draw_drafts(struct world *w)
     w->has_draft_model = w->drafts && rand_below(&r, 3);
     w->token_share = w->drafts && rand_below(&r, 2) ? (uint32_t)rand_below(&r, 40) : 0;
     w->pass_share = (uint32_t)rand_below(&r, 30);
+    w->drafts_always = rand_below(&r, 2);
 }
 
 static enum err draw_world(struct world *w)

@@ -176,7 +176,7 @@ void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t
 /* Whether steps of that size were measured, or nothing can be. */
 bool draft_cost_is_known(const struct group *g, uint32_t n_tokens);
 float draft_cost_step(const struct group *g, uint32_t n_tokens);
-float draft_cost_pass(const struct group *g);
+float draft_cost_pass(const struct group *g, uint32_t n_sequences);
 float draft_cost_known(const struct group *g, uint32_t n_tokens); /* to catch up with so many */
 float draft_cost_wait(const struct group *g, enum draft_kind kind);
 void draft_cost_learn(struct group *g, const struct flight *f, const struct step_result *r);
