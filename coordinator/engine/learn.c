@@ -147,7 +147,7 @@ static enum err keep_score(struct engine *e, struct sequence *s, const struct st
 
 /* Appends one token; says in out_end whether the choice ends with it. */
 static inline bool take_token(struct engine *e, struct sequence *s, const struct step_token *t,
-                       struct ending *out_end)
+                              struct ending *out_end)
 {
     if (sequence_append(&e->pool, s, t->token) || (s->job->buffered && keep_score(e, s, t))) {
         *out_end = (struct ending){FINISH_ERROR, -1, ERR_NO_MEMORY, "no memory for the next token"};
