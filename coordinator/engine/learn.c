@@ -237,6 +237,8 @@ static void learn_slot(struct engine *e, struct group *g, struct slot_news *news
     news->tokens += n_old;
     news->n -= n_old;
     news->n_scored -= n_old;
+    if (s->job->buffered && news->n_scored) /* the prompt's scores do not wait for the best one */
+        job_emit_choice(e, s, 0, news->tokens, news->n_scored, NULL, false);
     if (s->job->buffered && s->job->beam)
         beam_learn(e, g, s, &news->tokens[news->n_scored], news->n - news->n_scored);
     else if (news->n > news->n_scored)
