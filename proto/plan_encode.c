@@ -28,8 +28,7 @@ static char *varint(char *p, uint64_t v)
 static inline char *small_varint(char *p, uint32_t v)
 {
     uint32_t n = 1 + (v >= 1u << 7) + (v >= 1u << 14) + (v >= 1u << 21);
-    uint32_t bytes =
-        (v & 0x7f) | (v & 0x3f80) << 1 | (v & 0x1fc000) << 2 | (v & 0xfe00000) << 3;
+    uint32_t bytes = (v & 0x7f) | (v & 0x3f80) << 1 | (v & 0x1fc000) << 2 | (v & 0xfe00000) << 3;
     bytes |= 0x00808080u & ((1u << 8 * (n - 1)) - 1);
     memcpy(p, &bytes, sizeof bytes);
     return p + n;

@@ -443,7 +443,8 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
 {
     struct sequence *next = fair_next(&e->fair, e->now_us), *victim = NULL;
     uint64_t n_share = (uint64_t)g->n_slots * e->n_up / (e->fair.n_active ? e->fair.n_active : 1);
-    if (!next || !place_is_for(g, next) || g->n_free_slots || g->draining.n || g->slot_limbo.n || e->fair.n_active < 2)
+    if (!next || !place_is_for(g, next) || g->n_free_slots || g->draining.n || g->slot_limbo.n ||
+        e->fair.n_active < 2)
         return NULL;
     if (next->lane->tenant->n_running >= n_share) return NULL;
     for (struct sequence *s = g->running.last; s; s = s->links[LINK_PLACE].previous)
@@ -455,7 +456,8 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
 
 bool admission_is_stuck(const struct group *g)
 {
-    return g->running.n > 1 && g->stalled.n == g->running.n && !group_in_flight(g) && !g->kv.limbo.n;
+    return g->running.n > 1 && g->stalled.n == g->running.n && !group_in_flight(g) &&
+           !g->kv.limbo.n;
 }
 
 /* The newest of the lowest class leaves, but not again before it has made progress; unless nobody

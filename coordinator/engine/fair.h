@@ -30,9 +30,9 @@ struct lane { /* the waiting sequences of one tenant and priority */
     struct sequence_list waiting;
     struct sequence *cursor; /* who is asked next in this search, NULL = the first */
     bool searched;           /* somebody was passed over in this search */
-    uint64_t key;        /* tenant->served when last looked at; it only grows */
-    uint32_t heap_index; /* + 1, 0 = not in the heap */
-    struct lane *next;   /* of the tenant */
+    uint64_t key;            /* tenant->served when last looked at; it only grows */
+    uint32_t heap_index;     /* + 1, 0 = not in the heap */
+    struct lane *next;       /* of the tenant */
 };
 
 struct fair {
@@ -44,7 +44,7 @@ struct fair {
     uint64_t floor;    /* smallest counter served last */
     struct sequence_list by_age;
     int64_t starve_us;
-    uint32_t n_turns; /* taken in their order since a starved one was */
+    uint32_t n_turns;    /* taken in their order since a starved one was */
     struct lane **aside; /* lanes of which somebody was passed over during one search */
     uint32_t n_aside;
 };

@@ -128,10 +128,8 @@ enum err job_create(struct engine *e, struct request *r, struct job **out)
 {
     struct job *job;
     TRY(slabs_take(&e->job_slabs, (void **)&job));
-    *job = (struct job){.request = r,
-                        .request_id = r->id,
-                        .sink = r->sink,
-                        .n_stop_ids = r->sampling.n_stop_ids};
+    *job = (struct job){
+        .request = r, .request_id = r->id, .sink = r->sink, .n_stop_ids = r->sampling.n_stop_ids};
     for (int32_t i = 0; i < job->n_stop_ids && i < JOB_STOPS_NEAR; i++)
         job->stop_ids[i] = r->sampling.stop_ids[i];
     job->n_min_tokens = r->sampling.min_tokens > 0 ? (uint32_t)r->sampling.min_tokens : 0;

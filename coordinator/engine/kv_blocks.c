@@ -244,7 +244,7 @@ void kv_blocks_acked(struct kv_blocks *kv, uint64_t step)
     }
 }
 
-enum { PREFETCH_AHEAD = 12 };
+enum { PREFETCH_AHEAD = 32 };
 
 uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys, uint32_t n,
                          uint32_t *out_cached, uint32_t *out_blocks)

@@ -16,7 +16,8 @@ struct engine_limits {
     uint64_t n_queued_tokens, n_queued_tokens_limit;
     bool prefix_cache;
     uint64_t token_ns; /* a queued token's cost over all groups, 0 = unknown */
-    uint64_t leave_ns; /* between two sequences that leave the queue while it is not empty, 0 = unknown */
+    uint64_t leave_ns; /* between two sequences that leave the queue while it is not empty, 0 =
+                          unknown */
 };
 
 enum { RETRY_AFTER_MAX_S = 600 };

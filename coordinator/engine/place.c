@@ -17,8 +17,7 @@ enum {
 static uint64_t load(const struct group *g, const struct sequence *s)
 {
     uint64_t n_own = s->placed == g->index + 1 ? s->n_placed : 0;
-    return g->n_pending_tokens + g->n_placed_tokens - n_own +
-           (uint64_t)RUNNING_COST * g->running.n;
+    return g->n_pending_tokens + g->n_placed_tokens - n_own + (uint64_t)RUNNING_COST * g->running.n;
 }
 
 static uint32_t tokens_found(struct engine *e, struct group *g, struct sequence *s)
@@ -26,8 +25,7 @@ static uint32_t tokens_found(struct engine *e, struct group *g, struct sequence 
     uint32_t block_size = g->info.block_size, n_keys = (s->tokens.n - 1) / block_size;
     struct tiers_found f = {0};
     if (s->has_host && s->group == g->index) return s->n_host_computed;
-    if (s->job->no_match ||
-        sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys))
+    if (s->job->no_match || sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys))
         return 0;
     f.n_here = kv_blocks_match(&g->kv, s->keys.items, n_keys, &f.n_cached, NULL);
     if (g->store.host.n_total) tiers_look(e, g, s->keys.items, n_keys, NULL, &f);
@@ -40,8 +38,8 @@ static uint64_t cost(const struct group *g, const struct sequence *s, uint32_t n
     uint64_t n_free = (uint64_t)g->kv.n_free * g->info.block_size;
     uint64_t cost = n_new + load(g, s);
     if (n_new > n_free) cost += n_new - n_free; /* other prefixes are forgotten for it */
-    bool busy = !g->n_free_slots ||
-                (uint64_t)kv_blocks_available(&g->kv) * g->info.block_size < n_new;
+    bool busy =
+        !g->n_free_slots || (uint64_t)kv_blocks_available(&g->kv) * g->info.block_size < n_new;
     return busy ? cost + (uint64_t)BUSY_STEPS * g->n_budget : cost;
 }
 

@@ -101,9 +101,9 @@ struct sequence {
     int64_t waiting_since_us;
     struct strip host;              /* uint32_t, host blocks */
     uint64_t first_step, last_step; /* first and last that it samples in, in this slot */
-    uint32_t placed, n_placed;      /* group + 1 that it waits for, and what it has to compute there */
-    uint32_t n_host_computed;       /* tokens whose KV lies in host blocks */
-    uint64_t run_step;              /* the plan whose run run_index is its own */
+    uint32_t placed, n_placed; /* group + 1 that it waits for, and what it has to compute there */
+    uint32_t n_host_computed;  /* tokens whose KV lies in host blocks */
+    uint64_t run_step;         /* the plan whose run run_index is its own */
     uint32_t run_index;
     uint64_t fetch_number;  /* waits until so many fetches are done */
     int64_t fetch_until_us; /* or until then */

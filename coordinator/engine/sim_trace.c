@@ -248,6 +248,7 @@ static enum err report(struct timed_run *run)
 struct trace_option {
     const char *name;
     double *value;
+    double least, most;
 };
 
 static enum err read_options(int argc, char **argv, const struct trace_option *options, size_t n)
@@ -259,9 +260,11 @@ static enum err read_options(int argc, char **argv, const struct trace_option *o
         if (k == n || i + 1 == argc)
             FAIL(ERR_INVALID, "sim: unknown option or missing value: %s", argv[i]);
         char *end;
-        *options[k].value = strtod(argv[++i], &end);
-        if (*end || !(*options[k].value >= 0))
-            FAIL(ERR_INVALID, "sim: %s: %s is no number", options[k].name, argv[i]);
+        double v = strtod(argv[++i], &end);
+        if (*end || end == argv[i] || !(v >= options[k].least && v <= options[k].most))
+            FAIL(ERR_INVALID, "sim: %s: %s is no number from %g to %g", options[k].name, argv[i],
+                 options[k].least, options[k].most);
+        *options[k].value = v;
     }
     return OK;
 }
@@ -319,10 +322,17 @@ static enum err replay_trace(const char *path, int argc, char **argv)
     struct trace trace = {0};
     struct setting set = {100000, 16, 256, 2048, 1, 1e9, 1, 10000, 10, 10, 0};
     const struct trace_option options[] = {
-        {"--blocks", &set.blocks}, {"--block-size", &set.block_size}, {"--slots", &set.slots},
-        {"--budget", &set.budget}, {"--groups", &set.groups},         {"--requests", &set.limit},
-        {"--speed", &set.speed},   {"--step-us", &set.step_us},       {"--token-us", &set.token_us},
-        {"--row-us", &set.row_us}, {"--routers", &set.routers},
+        {"--blocks", &set.blocks, 1, 1 << 24},
+        {"--block-size", &set.block_size, 1, 4096},
+        {"--slots", &set.slots, 1, 1 << 16},
+        {"--budget", &set.budget, 1, 1 << 20},
+        {"--groups", &set.groups, 1, ROUTER_GROUPS_MAX},
+        {"--requests", &set.limit, 0, 1e9},
+        {"--speed", &set.speed, 1e-3, 1e6},
+        {"--step-us", &set.step_us, 0, 1e9},
+        {"--token-us", &set.token_us, 0, 1e6},
+        {"--row-us", &set.row_us, 0, 1e6},
+        {"--routers", &set.routers, 0, 1},
     };
     TRY(read_options(argc, argv, options, sizeof options / sizeof *options));
     enum err e = trace_read(&trace, path);

@@ -32,9 +32,9 @@ struct engine {
     uint32_t n_deadlines, deadlines_capacity;
     int64_t next_deadline_us;
     struct engine_limits limits;
-    uint32_t n_left_queue;  /* since last_left_us was looked at */
-    int64_t last_left_us;   /* when sequences left the queue last, 0 = it was empty then */
-    uint32_t n_swapped; /* waiting with their KV in host blocks */
+    uint32_t n_left_queue; /* since last_left_us was looked at */
+    int64_t last_left_us;  /* when sequences left the queue last, 0 = it was empty then */
+    uint32_t n_swapped;    /* waiting with their KV in host blocks */
     uint64_t order;
     int64_t now_us;
     struct sink **sinks; /* to flush after this input */
@@ -103,12 +103,12 @@ void admission_unseat(struct engine *e, struct group *g, struct sequence *s);
 void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s);
 
 /* tiers.c */
-struct tiers_found {    /* of a prefix, by its leading keys */
-    uint32_t n_here;    /* on the device or on the host */
-    uint32_t n_loads;   /* of those, on the host alone */
-    uint32_t n_cached;  /* of those, on the device and nobody's */
-    uint32_t n_below;   /* further ones that would be here once the disk's have come */
-    uint32_t n_coming;  /* of those, on their way already */
+struct tiers_found {   /* of a prefix, by its leading keys */
+    uint32_t n_here;   /* on the device or on the host */
+    uint32_t n_loads;  /* of those, on the host alone */
+    uint32_t n_cached; /* of those, on the device and nobody's */
+    uint32_t n_below;  /* further ones that would be here once the disk's have come */
+    uint32_t n_coming; /* of those, on their way already */
 };
 /* Goes on where kv_blocks_match ended (io->n_here, n_cached). Device blocks go to blocks [n] unless
  * that is NULL, KV_NONE for one on the host. */
@@ -156,7 +156,7 @@ void beam_learn(struct engine *e, struct group *g, struct sequence *s, const str
                 uint32_t n);
 
 /* draft.c */
-struct draft_choice { /* of one run */
+struct draft_choice {         /* of one run */
     uint32_t n_listed, n_own; /* one of them is 0 */
     uint32_t n_ahead;         /* own ones to prepare for the run after */
 };

@@ -263,6 +263,37 @@ static void load_outweighs_a_prefix(void **state)
     rig_close(&rig);
 }
 
+/* The first in the line wants the group that holds its prefix and is full; the one behind it, of
+ * the same tenant, runs on the other group at once. */
+static void nobody_waits_behind_one_who_waits_for_another_group(void **state)
+{
+    struct rig rig;
+    struct engine_config c = plain;
+    (void)state;
+    c.n_groups = 2;
+    rig_open(&rig, &c);
+    rig_up(&rig, 0, rig_info(128, 1));
+    struct rig_request *a = rig_request(1, 400, 60, 7), *b = rig_request(2, 400, 5, 7),
+                       *d = rig_request(3, 20, 5, 8);
+    submit(&rig, a);
+    for (int i = 0; i < 12; i++)
+        rig_turn(&rig); /* it has the only slot of group 0 and its whole prompt is computed */
+    struct group_info info = rig_info(128, 1);
+    info.step_tokens_max = 64;
+    rig_up(&rig, 1, info);
+    submit(&rig, b);
+    submit(&rig, d);
+    rig_turn(&rig);
+    rig_turn(&rig);
+    const struct job *job = job_find(rig.engine, 3);
+    assert_true(d->n_tokens > 0 || (job && job->sequences[0]->state == SEQUENCE_RUNNING &&
+                                    job->sequences[0]->group == 1));
+    rig_run(&rig);
+    assert_int_equal(a->n_tokens + b->n_tokens + d->n_tokens, 70);
+    rig_free(a), rig_free(b), rig_free(d);
+    rig_close(&rig);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -273,6 +304,7 @@ int main(void)
         cmocka_unit_test(waiting_times_are_told_from_the_queue),
         cmocka_unit_test(a_group_that_leaves_is_forgotten_in_the_same_step),
         cmocka_unit_test(load_outweighs_a_prefix),
+        cmocka_unit_test(nobody_waits_behind_one_who_waits_for_another_group),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
