@@ -45,6 +45,9 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->kv_cache_bytes = (uint64_t)o->kv_cache_bytes;
     out->memory_share = o->memory_utilization;
     out->host_swap_bytes = (uint64_t)o->swap_bytes;
+    out->n_blocks = (uint64_t)o->blocks_override;
+    out->kv_disk_dir = wish(o->kv_disk);
+    out->kv_disk_bytes = (uint64_t)o->kv_disk_space;
     out->n_sequences_max = (int)o->max_num_seqs;
     out->step_tokens_max = (int)o->max_num_batched_tokens;
     out->draft_tokens_max = (int)options_speculative_tokens(o);
