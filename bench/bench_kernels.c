@@ -213,8 +213,8 @@ static const struct format_row formats[] = {
     {"bf16", WEIGHT_BF16, peak_bf16, 64},  {"f32", WEIGHT_F32, peak_float, 32},
     {"f16", WEIGHT_F16, peak_float, 32},
 };
-static const int shapes[][2] = {{1152, 896},  {9728, 896},   {896, 4864},
-                                {3072, 2048}, {16384, 2048}, {2048, 8192}};
+static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
+                                {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
 static const int heights[] = {1, 4, 16, 64, 512};
 enum { N_MAX = 16384, K_MAX = 8192, M_MAX = 512 };
 
