@@ -414,8 +414,8 @@ int main(int argc, char **argv)
                                       .n_slots_max = 16,
                                       .vocab_size = 1024,
                                       .isa = bench.isa};
-    if (backend_cpu.open(&options, &bench.backend) || pool_create(bench.threads, 4096, &bench.pool))
-        die("open");
+    if (backend_cpu.open(&options, &bench.backend)) die("open");
+    bench.pool = cpu_of(bench.backend)->pool; /* one of its own would spin beside it */
     if (mem_alloc_huge(ROTATE_BYTES, (void **)&bench.memory)) die("memory");
     struct rand r = rand_seeded(7);
     for (size_t i = 0; i < ROTATE_BYTES / 4; i += 2) {
@@ -436,7 +436,6 @@ int main(int argc, char **argv)
     attentions();
     if (bench.out) fclose(bench.out);
     backend_cpu.close(bench.backend);
-    pool_destroy(bench.pool);
     mem_free_huge(bench.memory, ROTATE_BYTES);
     return 0;
 }
