@@ -55,6 +55,7 @@ static void coordinator_config_from_options(const struct options *o, const char 
         .pipeline_depth = (uint32_t)o->pipeline_depth,
         .n_speculative_tokens = (uint32_t)options_speculative_tokens(o),
         .prefix_cache = o->prefix_caching,
+        .always_offload = o->kv_offload && !strcmp(o->kv_offload, "always"),
         .record_path = o->record,
     };
 }

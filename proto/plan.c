@@ -164,6 +164,14 @@ static enum err take_all_pairs(const Heddle__Cluster__StepPlan *w, struct arena 
                    (uint32_t *[]){w->copy_from, w->copy_to}, &out->copies));
     TRY(take_pairs(arena, "extends", (size_t[]){w->n_extend_slots, w->n_extend_blocks},
                    (uint32_t *[]){w->extend_slots, w->extend_blocks}, &out->extends));
+    TRY(take_pairs(arena, "fetches", (size_t[]){w->n_fetch_disk, w->n_fetch_host},
+                   (uint32_t *[]){w->fetch_disk, w->fetch_host}, &out->fetches));
+    TRY(take_pairs(arena, "spills", (size_t[]){w->n_spill_host, w->n_spill_disk},
+                   (uint32_t *[]){w->spill_host, w->spill_disk}, &out->spills));
+    if (w->n_fetch_disk > PLAN_TRANSFERS_MAX || w->n_spill_host > PLAN_TRANSFERS_MAX)
+        FAIL(ERR_FORMAT, "plan: starts %zu fetches and %zu spills, at most %d", w->n_fetch_disk,
+             w->n_spill_host, PLAN_TRANSFERS_MAX);
+    out->n_fetches = (uint32_t)w->n_fetch_disk, out->n_spills = (uint32_t)w->n_spill_host;
     out->n_saves = (uint32_t)w->n_save_blocks, out->n_loads = (uint32_t)w->n_load_host;
     out->n_copies = (uint32_t)w->n_copy_from, out->n_extends = (uint32_t)w->n_extend_slots;
     return OK;
@@ -262,10 +270,33 @@ enum err step_result_decode(const void *bytes, size_t n, struct arena *arena,
                                 .draft_us = w->draft_us,
                                 .draft_passes = w->draft_passes,
                                 .draft_tokens = w->draft_tokens,
+                                .draft_first_us = w->draft_first_us,
                                 .n_tokens = (uint32_t)w->n_slots,
                                 .tokens = tokens,
                                 .compute_us = w->compute_us,
                                 .wait_us = w->wait_us,
                                 .collective_us = w->collective_us};
+    return OK;
+}
+
+enum err moved_decode(const void *bytes, size_t n, struct arena *arena, struct moved *out)
+{
+    ProtobufCAllocator allocator = {arena_take, arena_leave, arena};
+    const Heddle__Cluster__FromWorker *m =
+        heddle__cluster__from_worker__unpack(&allocator, n, bytes);
+    if (!m || m->kind_case != HEDDLE__CLUSTER__FROM_WORKER__KIND_MOVED || !m->moved)
+        FAIL(ERR_FORMAT, "%zu bytes are not a message of ended transfers", n);
+    const Heddle__Cluster__Moved *w = m->moved;
+    if (w->n_fetches_failed > PLAN_TRANSFERS_MAX || w->n_spills_failed > PLAN_TRANSFERS_MAX)
+        FAIL(ERR_FORMAT, "moved: %zu and %zu failures, at most %d", w->n_fetches_failed,
+             w->n_spills_failed, PLAN_TRANSFERS_MAX);
+    *out = (struct moved){.epoch = w->epoch,
+                          .n_fetched = w->fetched,
+                          .n_spilled = w->spilled,
+                          .n_fetches_failed = (uint32_t)w->n_fetches_failed,
+                          .n_spills_failed = (uint32_t)w->n_spills_failed,
+                          .fetch_ns = w->fetch_ns,
+                          .fetches_failed = w->fetches_failed,
+                          .spills_failed = w->spills_failed};
     return OK;
 }

@@ -211,6 +211,8 @@ enum err plan_encode(const struct step_plan *plan, struct buf *out)
     }
     put_uint(out, 20, plan->idle);
     if (plan->n_runs) put_own(out, plan);
+    put_pairs(out, 31, 32, plan->n_fetches, plan->fetches);
+    put_pairs(out, 33, 34, plan->n_spills, plan->spills);
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;
     return buf_err(out);
@@ -298,7 +300,33 @@ enum err step_result_encode(const struct step_result *result, bool ack_only, str
         put_uint(out, 15, result->draft_us);
         put_uint(out, 16, result->draft_passes);
         put_uint(out, 17, result->draft_tokens);
+        put_uint(out, 18, result->draft_first_us);
     }
+    close_length(out, at);
+    if (!out->failed) out->data[out->n] = 0;
+    return buf_err(out);
+}
+
+static void put_longs(struct buf *b, int field, size_t n, const uint64_t *v)
+{
+    if (!n) return;
+    size_t at = open_length(b, field);
+    for (size_t i = 0; i < n; i++) {
+        if (buf_reserve(b, VARINT_MAX)) return;
+        b->n = (size_t)(varint(b->data + b->n, v[i]) - b->data);
+    }
+    close_length(b, at);
+}
+
+enum err moved_encode(const struct moved *moved, struct buf *out)
+{
+    size_t at = open_length(out, 9);
+    put_uint(out, 1, moved->epoch);
+    put_uint(out, 2, moved->n_fetched);
+    put_uint(out, 3, moved->n_spilled);
+    put_longs(out, 4, moved->n_fetches_failed, moved->fetches_failed);
+    put_longs(out, 5, moved->n_spills_failed, moved->spills_failed);
+    put_uint(out, 6, moved->fetch_ns);
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;
     return buf_err(out);

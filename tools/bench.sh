@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Benchmarks of the CPU backend: kernels, whole model, long context, a busy neighbour, HTTP serving;
 # beside peers where they are given.
-# usage: tools/bench.sh [--peer DIR]… [--shape NAME] [--rounds N] [--formats "bf16 int8 int4"]
+# usage: tools/bench.sh [--peer DIR]… [--library KIND:PYTHON:MODEL]… [--shape NAME] [--rounds N] [--formats "bf16 int8 int4"]
 #                       [--only kernels|model|context|neighbour|serve]
 # Each DIR holds llama-bench, llama-server and llama-quantize of a peer, and VERSION, a line that names
-# it. Rounds of ours and theirs alternate; rows are appended to bench/results/cpu-*.csv with commit,
+# it. A library (ctranslate2, openvino, vllm) is measured by bench/library_peer.py in its own Python.
+# Rounds of ours and theirs alternate; rows are appended to bench/results/cpu-*.csv with commit,
 # machine and date, and bench/ratios.py compares within rounds. BENCH_ROUND names the first round.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-peers=() shape=qwen2.5-0.5b rounds=3 only=all formats="bf16 int8 int4"
+peers=() libraries=() shape=qwen2.5-0.5b rounds=3 only=all formats="bf16 int8 int4"
 while [ $# -gt 0 ]; do
   case $1 in
   --peer) peers+=("$2") && shift 2 ;;
+  --library) libraries+=("$2") && shift 2 ;;
   --shape) shape=$2 && shift 2 ;;
   --rounds) rounds=$2 && shift 2 ;;
   --formats) formats=$2 && shift 2 ;;
   --only) only=$2 && shift 2 ;;
-  *) sed -n 2,9p "$0" >&2 && exit 2 ;;
+  *) sed -n 2,10p "$0" >&2 && exit 2 ;;
   esac
 done
 bin=build/release
@@ -40,7 +42,9 @@ columns() { # columns FILE NAMES: a header where the file is new
 
 # --- peers ---
 
-peer_name() { [ -f "$1/VERSION" ] && cat "$1/VERSION" || "$1/llama-bench" --version 2>&1 | head -n 1 | tr ',' ' '; }
+peer_name() {
+  if [ -f "$1/VERSION" ]; then cat "$1/VERSION"; else "$1/llama-bench" --version 2>&1 | head -n 1 | tr ',' ' '; fi
+}
 peer_model() { # peer_model DIR FORMAT: the path of the GGUF, made once for all peers
   local dir=$1 file=$work/$shape-$2.gguf
   [ -f "$work/$shape-bf16.gguf" ] || python3 bench/make_shape.py "$shape" "$work/$shape-bf16.gguf" >&2
@@ -150,6 +154,11 @@ bench_serve() {
     mapfile -t switches < <(server_switches "$peer")
     serve_once "$(peer_name "$peer") q4_0" llama $port "$peer/llama-server" -m "$(peer_model "$peer" q4_0)" -t "$threads" -np 16 -c 8192 \
       --host 127.0.0.1 --port $port "${switches[@]}"
+  done
+  local library kind python path
+  for library in "${libraries[@]}"; do
+    IFS=: read -r kind python path <<<"$library"
+    "$python" bench/library_peer.py "$kind" "$path" --threads "$threads" 2>"$work/library.log" | grep ",16," | record cpu-serve.csv
   done
 }
 

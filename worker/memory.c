@@ -2,6 +2,7 @@
 #include "worker/memory.h"
 #include "base/log.h"
 #include "worker/graphs.h"
+#include "worker/kv_disk.h"
 #include "worker/model/decoder.h"
 #include "worker/step.h"
 
@@ -175,6 +176,7 @@ static uint64_t kv_budget(const struct worker_config *config, struct group g,
     uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes + p->draft.weight_bytes +
                     p->draft.table_bytes + p->draft.work_bytes,
              mine;
+    if (config->n_blocks) return config->n_blocks * p->block_bytes;
     if (config->kv_cache_bytes) return config->kv_cache_bytes;
     double share = config->memory_share > 0 ? config->memory_share : b->stream ? 0.9 : 0.8;
     mine = (uint64_t)(share * (double)p->memory_free) / (uint64_t)(b->stream ? 1 : local_ranks(g));
@@ -330,10 +332,18 @@ static enum err blocks_choose(const struct worker_config *config, const struct m
     /* beyond every slot at full length, blocks would only hold old prefixes: twice that is plenty
      */
     uint64_t plenty = 2 * (uint64_t)p->n_slots * need;
-    if (blocks > plenty && !config->kv_cache_bytes) blocks = plenty;
+    if (blocks > plenty && !config->kv_cache_bytes && !config->n_blocks) blocks = plenty;
     p->kv.n_blocks = (int)(blocks < most ? blocks : most);
     p->n_host_blocks = config->host_swap_bytes / p->block_bytes;
     if (p->n_host_blocks > INT32_MAX) p->n_host_blocks = INT32_MAX;
+    if (!config->kv_disk_dir || !config->kv_disk_bytes) return OK;
+    if (!p->n_host_blocks)
+        FAIL(ERR_INVALID, "--kv-disk needs --swap-bytes of at least a block (%llu bytes): blocks "
+             "reach the disk through host memory", (unsigned long long)p->block_bytes);
+    p->n_disk_blocks = kv_disk_blocks(config->kv_disk_bytes, p->block_bytes);
+    if (!p->n_disk_blocks)
+        FAIL(ERR_INVALID, "--kv-disk-space %llu holds no block of %llu bytes",
+             (unsigned long long)config->kv_disk_bytes, (unsigned long long)p->block_bytes);
     return OK;
 }
 

@@ -12,7 +12,7 @@ struct memory_plan {
     struct kv_cache_args kv; /* of this rank; n_blocks included */
     int context_max, n_slots, step_tokens_max, logits_rows_max, draft_max;
     int graph_rows_max; /* decode steps of up to as many rows are recorded; 0 = none */
-    uint64_t weight_bytes, table_bytes, work_bytes, block_bytes, n_host_blocks;
+    uint64_t weight_bytes, table_bytes, work_bytes, block_bytes, n_host_blocks, n_disk_blocks;
     uint64_t memory_free, memory_total;
     struct { /* of the draft model; group.size 0 = none. The sums above count its parts, too. */
         struct group group; /* size 1 where its heads do not divide: whole on every rank */

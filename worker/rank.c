@@ -142,6 +142,7 @@ static void info_fill(const struct worker_config *c, const struct model_config *
     out->work_bytes = p->work_bytes;
     out->block_bytes = p->block_bytes, out->n_blocks = (uint64_t)p->kv.n_blocks;
     out->n_host_blocks = p->n_host_blocks;
+    out->n_disk_blocks = p->n_disk_blocks;
     out->memory_total = p->memory_total, out->memory_free = p->memory_free;
     if (p->draft.group.size) info_fill_draft(c, p, out);
 }
@@ -208,6 +209,32 @@ static enum err weights_start(struct worker *w, const struct model_config *model
     return OK;
 }
 
+enum { MEASURED_BLOCKS = 16 };
+
+/* What it takes to move a block to the host and back; the blocks hold nothing yet. */
+static enum err copies_measure(struct worker *w)
+{
+    const struct backend_ops *ops = w->backend->ops;
+    uint64_t n = w->plan.n_host_blocks < MEASURED_BLOCKS ? w->plan.n_host_blocks : MEASURED_BLOCKS;
+    int64_t us[2] = {0, 0};
+    if (n > (uint64_t)w->plan.kv.n_blocks) n = (uint64_t)w->plan.kv.n_blocks;
+    for (int round = 0; round < 4; round++) { /* save, load, and again with everything warm */
+        int64_t begin = clock_monotonic_us();
+        for (uint64_t i = 0; i < n; i++) {
+            void *host = (char *)w->host_blocks + i * w->plan.block_bytes;
+            if (round % 2)
+                ops->kv_load(w->backend, w->decoder.kv, (int32_t)i, host);
+            else
+                ops->kv_save(w->backend, w->decoder.kv, (int32_t)i, host);
+        }
+        TRY(ops->ticket_wait(w->backend, ops->step_end(w->backend)));
+        us[round % 2] = clock_monotonic_us() - begin;
+    }
+    w->info.save_ns = (uint32_t)(us[0] * 1000 / (int64_t)n) + 1;
+    w->info.load_ns = (uint32_t)(us[1] * 1000 / (int64_t)n) + 1;
+    return OK;
+}
+
 static enum err state_start(struct worker *w)
 {
     const struct memory_plan *p = &w->plan;
@@ -218,6 +245,7 @@ static enum err state_start(struct worker *w)
         .block_size = (uint32_t)p->kv.block_size,
         .n_blocks = (uint32_t)p->kv.n_blocks,
         .n_host_blocks = (uint32_t)p->n_host_blocks,
+        .n_disk_blocks = (uint32_t)p->n_disk_blocks,
         .vocab_size = (uint32_t)w->model->config.vocab_size,
         .step_tokens_max = (uint32_t)p->step_tokens_max,
         .logprobs_max = SAMPLE_LOGPROBS_MAX,
@@ -236,6 +264,12 @@ static enum err state_start(struct worker *w)
         FAIL(ERR_NO_MEMORY, "host swap space too large");
     if (host_bytes) TRY(mem_alloc_huge(host_bytes, &w->host_blocks));
     w->host_bytes = host_bytes;
+    if (host_bytes) TRY(copies_measure(w));
+    if (p->n_disk_blocks) {
+        TRY(kv_disk_open(w->config.kv_disk_dir, p->n_disk_blocks, w->host_blocks,
+                         p->n_host_blocks, p->block_bytes, &w->disk));
+        w->info.fetch_ns = kv_disk_fetch_ns(w->disk);
+    }
     /* one chunk of the step arena now, so that usual plans never allocate */
     void *warm;
     arena_init(&w->arena, ARENA_CHUNK_BYTES, ARENA_BYTES_MAX);
@@ -311,6 +345,7 @@ void worker_destroy(struct worker *w)
         step_fini(&w->steps[i]);
     mem_free(w->copy_from);
     mem_free(w->copy_to);
+    kv_disk_close(w->disk);
     mem_free_huge(w->host_blocks, w->host_bytes);
     arena_fini(&w->arena);
     model_unload(w->model);
@@ -338,6 +373,7 @@ enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
     slots_reset(&w->slots, (uint32_t)n_blocks, (uint32_t)n_host_blocks);
     w->epoch = epoch;
     w->next_step = 0;
+    if (w->disk) kv_disk_reset(w->disk, epoch);
     decoder_collective_sizes(&w->decoder, &o.reduce_bytes_max, &o.gather_bytes_max);
     struct collective *c;
     TRY(collective_open(w->config.collective ? w->config.collective : "auto", w->backend,
@@ -378,6 +414,7 @@ enum err worker_close_group(struct worker *w)
 {
     TRY(steps_drop(w));
     atomic_store(&w->abortable, NULL);
+    if (w->disk) kv_disk_reset(w->disk, 0);
     if (w->model->group.size > 1) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     w->decoder.collective = NULL;
@@ -510,6 +547,7 @@ enum err worker_begin(struct worker *w, const struct step_plan *plan)
     s->wait_us = w->ended_us && !w->n_busy ? begun - w->ended_us : 0;
     blocks_move(w, plan);
     if (w->draft) draft_move(w->draft, &w->slots, plan, w->host_blocks);
+    if (plan->n_fetches || plan->n_spills) TRY(kv_disk_start(w->disk, plan));
     step_fill(s, &w->slots, w->config.rank == 0);
     if (w->draft) w->draft->pending = w->slots.n_ahead > 0;
     w->next_step = plan->step + 1;
@@ -528,7 +566,8 @@ static void draft_report(struct draft *d, struct step_result *out)
     out->draft_us = (uint32_t)d->us;
     out->draft_passes = d->passes;
     out->draft_tokens = d->tokens_fed;
-    d->us = d->passes = d->tokens_fed = 0;
+    out->draft_first_us = (uint32_t)d->first_us;
+    d->us = d->first_us = d->passes = d->tokens_fed = 0;
 }
 
 enum err worker_end(struct worker *w, struct step_result *out)

@@ -2,6 +2,7 @@
 #pragma once
 #include "worker/draft.h"
 #include "worker/graphs.h"
+#include "worker/kv_disk.h"
 #include "worker/memory.h"
 #include "worker/model/decoder.h"
 #include "worker/step.h"
@@ -25,6 +26,7 @@ struct worker {
     struct arena arena;           /* of the plan in hand */
     int32_t *copy_from, *copy_to; /* [n_blocks] */
     void *host_blocks;            /* [n_host_blocks][block_bytes] */
+    struct kv_disk *disk;         /* NULL = none */
     size_t host_bytes;
     uint64_t epoch, next_step; /* next_step 0 = any number may come first */
     _Atomic(struct collective *) abortable;

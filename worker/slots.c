@@ -84,6 +84,14 @@ static enum err host_block_check(const struct slots *s, uint32_t block, const ch
     return OK;
 }
 
+static enum err disk_block_check(const struct slots *s, uint32_t block, const char *what)
+{
+    if (block >= s->limits.n_disk_blocks)
+        FAIL(ERR_FORMAT, "plan: %s disk block %u, but this rank has %u", what, block,
+             s->limits.n_disk_blocks);
+    return OK;
+}
+
 static enum err tokens_copy(const struct slots *s, const int32_t *from, uint32_t n, int32_t *to)
 {
     for (uint32_t i = 0; i < n; i++) {
@@ -174,6 +182,14 @@ static enum err moves_check(const struct slots *s, const struct step_plan *p)
     for (uint32_t i = 0; i < p->n_loads; i++) {
         TRY(host_block_check(s, p->loads[i].from, "loads from"));
         TRY(block_check(s, p->loads[i].to, "loads"));
+    }
+    for (uint32_t i = 0; i < p->n_fetches; i++) {
+        TRY(disk_block_check(s, p->fetches[i].from, "fetches"));
+        TRY(host_block_check(s, p->fetches[i].to, "fetches to"));
+    }
+    for (uint32_t i = 0; i < p->n_spills; i++) {
+        TRY(host_block_check(s, p->spills[i].from, "spills"));
+        TRY(disk_block_check(s, p->spills[i].to, "spills to"));
     }
     for (uint32_t i = 0; i < p->n_copies; i++) {
         TRY(block_check(s, p->copies[i].from, "copies from"));

@@ -17,6 +17,7 @@ enum {
 
 struct slots_limits {
     uint32_t n_slots, context_max, draft_max, block_size, n_blocks, n_host_blocks, vocab_size;
+    uint32_t n_disk_blocks;
     uint32_t step_tokens_max, logprobs_max;
 };
 

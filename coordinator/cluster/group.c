@@ -53,10 +53,15 @@ static bool draft_fits(const struct group *g, const Heddle__Cluster__Join *j)
     return same && j->has_draft_model;
 }
 
+static void most32(uint32_t *most, uint32_t value)
+{
+    if (value > *most) *most = value;
+}
+
 /* What the group can do is what its weakest rank can do. */
 static struct group_info info_make(const struct cluster *c, const struct group *g)
 {
-    uint64_t blocks = UINT32_MAX, host_blocks = UINT32_MAX;
+    uint64_t blocks = UINT32_MAX, host_blocks = UINT32_MAX, disk_blocks = UINT32_MAX;
     struct group_info info = {.epoch = g->epoch,
                               .n_ranks = c->config.n_ranks,
                               .n_slots_max = UINT32_MAX,
@@ -69,6 +74,10 @@ static struct group_info info_make(const struct cluster *c, const struct group *
         const Heddle__Cluster__Join *j = g->ranks[i].stream->join->join;
         if (j->blocks_max < blocks) blocks = j->blocks_max;
         if (j->host_blocks_max < host_blocks) host_blocks = j->host_blocks_max;
+        if (j->disk_blocks_max < disk_blocks) disk_blocks = j->disk_blocks_max;
+        most32(&info.save_ns, j->save_ns);
+        most32(&info.load_ns, j->load_ns);
+        most32(&info.fetch_ns, j->fetch_ns);
         least32(&info.n_slots_max, j->slots_max);
         least32(&info.step_tokens_max, j->step_tokens_max);
         least32(&info.step_rows_max, j->step_rows_max);
@@ -82,6 +91,7 @@ static struct group_info info_make(const struct cluster *c, const struct group *
     }
     info.n_blocks = (uint32_t)blocks;
     info.n_host_blocks = (uint32_t)host_blocks;
+    info.n_disk_blocks = host_blocks ? (uint32_t)disk_blocks : 0;
     return info;
 }
 

@@ -6,7 +6,7 @@
  * budget, so a long one does not hold up the short ones behind it. */
 #include "coordinator/engine/state.h"
 
-enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 32, OVERTAKE_RATIO = 4 };
+enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 512, OVERTAKE_RATIO = 4 };
 
 /* Those whose last token the plans in flight sample: they rest until it comes. */
 static void stop_ended(struct group *g)
@@ -45,7 +45,7 @@ static void stall(struct group *g, struct sequence *s)
 
 /* Those who decode and reach the end of their last block, unless they got the next one with their
  * last result (learn.c). */
-static void extend_decoding(struct group *g)
+static void extend_decoding(struct engine *e, struct group *g)
 {
     uint64_t step = g->next_step;
     uint32_t n = 0, b = (uint32_t)(step % g->extend.n_buckets);
@@ -55,7 +55,7 @@ static void extend_decoding(struct group *g)
     }
     for (uint32_t i = 0; i < n; i++) {
         uint32_t slot = g->bucket[i];
-        if (g->due[slot].room_step == step && !admission_extend_decoding(g, g->slots[slot]))
+        if (g->due[slot].room_step == step && !admission_extend_decoding(e, g, g->slots[slot]))
             stall(g, g->slots[slot]);
         else
             group_watch_end(g, slot, step);
@@ -83,26 +83,27 @@ static void run_sampling(struct group *g, struct sequence *s, struct plan_run *r
 }
 
 /* Blocks for the drafts that come after n_tokens; how many there may be. */
-static uint32_t room_ahead(struct group *g, struct sequence *s, uint32_t n_tokens, uint32_t n_ahead)
+static uint32_t room_ahead(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tokens,
+                           uint32_t n_ahead)
 {
     uint64_t n = (uint64_t)n_tokens + n_ahead;
     if (!n_ahead || kv_blocks_available(&g->kv) <= g->running.n) return 0;
-    return admission_extend(g, s, n < s->n_end ? (uint32_t)n : s->n_end) ? n_ahead : 0;
+    return admission_extend(e, g, s, n < s->n_end ? (uint32_t)n : s->n_end) ? n_ahead : 0;
 }
 
 /* One token more, and drafts after it; false when blocks or rows are missing. */
-static bool run_next(struct group *g, struct sequence *s, const struct draft_choice *c,
-                     const int32_t *list)
+static bool run_next(struct engine *e, struct group *g, struct sequence *s,
+                     const struct draft_choice *c, const int32_t *list)
 {
     uint32_t n_drafts = c->n_listed + c->n_own;
     if (!g->n_tokens_left || !g->n_rows_left ||
-        !admission_extend(g, s, s->n_planned + 1 + n_drafts))
+        !admission_extend(e, g, s, s->n_planned + 1 + n_drafts))
         return false;
     struct plan_run *run = plan_add_run(g, s->slot, 1 + c->n_listed, 0);
     run->n_drafts = c->n_listed;
     run->drafts = list;
     run->n_own = c->n_own;
-    run->n_ahead = room_ahead(g, s, s->n_planned + 2 + n_drafts, c->n_ahead);
+    run->n_ahead = room_ahead(e, g, s, s->n_planned + 2 + n_drafts, c->n_ahead);
     s->n_drafting = n_drafts;
     s->draft_kind = c->n_own ? DRAFT_MODEL : DRAFT_NGRAM;
     if (c->n_own) g->step_kind = DRAFT_MODEL;
@@ -116,11 +117,11 @@ static bool run_next(struct group *g, struct sequence *s, const struct draft_cho
 
 static const struct draft_choice no_drafts;
 
-static void resume_stalled(struct group *g)
+static void resume_stalled(struct engine *e, struct group *g)
 {
     for (struct sequence *s = g->stalled.first, *next; s; s = next) {
         next = s->links[LINK_WORK].next;
-        if (!run_next(g, s, &no_drafts, NULL)) return;
+        if (!run_next(e, g, s, &no_drafts, NULL)) return;
     }
 }
 
@@ -142,19 +143,19 @@ static void run_ready(struct engine *e, struct group *g)
         int32_t *drafts = g->drafts + g->n_drafts;
         next = s->links[LINK_WORK].next;
         if (s->job->beam) {
-            run_next(g, s, &no_drafts, NULL);
+            run_next(e, g, s, &no_drafts, NULL);
             continue;
         }
         struct draft_choice choice;
         draft_choose(e, g, s, drafts_allowed(g, s), drafts, &choice);
         s->synced = choice.n_listed || choice.n_own || choice.n_ahead; /* or it decodes on */
-        if (s->synced && run_next(g, s, &choice, drafts)) {
+        if (s->synced && run_next(e, g, s, &choice, drafts)) {
             g->n_drafts += choice.n_listed;
             e->stats.drafts_proposed += choice.n_listed;
             continue;
         }
         s->synced = false;
-        if (run_next(g, s, &no_drafts, NULL)) continue;
+        if (run_next(e, g, s, &no_drafts, NULL)) continue;
         sequence_unlink(s, LINK_WORK);
         sequence_list_append(&g->stalled, LINK_WORK, s);
     }
@@ -196,7 +197,7 @@ static void run_chunk(struct engine *e, struct group *g, struct sequence *s, uin
     g->n_rows_left -= scores ? n : n == n_rest;
     if (n < n_rest) return;
     if (s->job->request->max_tokens) {
-        run->n_ahead = room_ahead(g, s, s->tokens.n + 1, draft_after_prompt(e, g, s));
+        run->n_ahead = room_ahead(e, g, s, s->tokens.n + 1, draft_after_prompt(e, g, s));
         s->synced |= run->n_ahead > 0;
         run_sampling(g, s, run);
         return;
@@ -221,7 +222,8 @@ static uint32_t tokens_kept(const struct group *g, const struct sequence *waitin
 
 static void run_prefills(struct engine *e, struct group *g, bool share)
 {
-    uint32_t n_kept = share ? tokens_kept(g, fair_next(&e->fair, e->now_us)) : 0;
+    struct sequence *waiting = share ? fair_next(&e->fair, e->now_us) : NULL;
+    uint32_t n_kept = waiting && place_is_for(g, waiting) ? tokens_kept(g, waiting) : 0;
     for (struct sequence *s = g->prefilling.first, *next; s && g->n_tokens_left > n_kept;
          s = next) {
         next = s->links[LINK_WORK].next;
@@ -250,10 +252,12 @@ static bool refuse_hopeless(struct engine *e, struct sequence *s)
     return true;
 }
 
-static void admit_waiting(struct engine *e, struct group *g)
+/* Returns whether somebody is left who could have run here. */
+static bool admit_waiting(struct engine *e, struct group *g)
 {
     struct sequence *s;
     uint32_t n_looked_at = 0;
+    g->n_moves_tried = 0;
     while (g->n_tokens_left && g->n_rows_left && g->prefilling.n < PREFILLS_MAX && !g->stalled.n &&
            n_looked_at++ < CANDIDATES_MAX && (s = fair_next(&e->fair, e->now_us))) {
         if (!place_accepts(e, g, s)) {
@@ -261,19 +265,22 @@ static void admit_waiting(struct engine *e, struct group *g)
             continue;
         }
         if (admission_hogs(e, g, s)) {
-            fair_skip(&e->fair, s);
+            fair_skip_lane(&e->fair, s);
             continue;
         }
         if (!admission_try(e, g, s)) break;
-        run_chunk(e, g, s, g->n_tokens_left);
+        if (s->state == SEQUENCE_RUNNING) run_chunk(e, g, s, g->n_tokens_left);
     }
+    bool backlog = e->fair.n_heap > 0;
     fair_restore(&e->fair);
+    return backlog;
 }
 
 static bool is_empty(const struct step_plan *p, uint32_t n_members)
 {
     return !n_members && !p->n_closes && !p->n_saves && !p->n_loads && !p->n_copies &&
-           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs;
+           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs &&
+           !p->n_fetches && !p->n_spills;
 }
 
 static void send(struct engine *e, struct group *g, uint32_t n_members)
@@ -292,6 +299,7 @@ static void send(struct engine *e, struct group *g, uint32_t n_members)
                         .n_drafted = g->n_step_drafted,
                         .n_ahead = g->n_step_ahead,
                         .kind = g->step_kind,
+                        .was_queued = group_in_flight(g) > 0,
                         .sent_us = e->now_us};
     g->n_syncs_last = g->n_step_syncs;
     g->next_step++;
@@ -321,13 +329,13 @@ static void fill(struct engine *e, struct group *g)
     g->n_step_tokens = g->n_step_prompt = 0;
     g->n_step_syncs = g->n_step_drafted = g->n_step_ahead = 0;
     g->step_kind = DRAFT_NGRAM;
-    resume_stalled(g);
+    resume_stalled(e, g);
     beam_fork(e, g);
     run_ready(e, g);
     run_prefills(e, g, true);
-    admit_waiting(e, g);
+    bool backlog = admit_waiting(e, g);
     run_prefills(e, g, false);
-    if (!e->fair.n_heap) return;
+    if (!backlog) return;
     e->stats.step_tokens += g->n_budget - g->n_tokens_left;
     e->stats.step_budget += g->n_budget;
 }
@@ -352,9 +360,10 @@ bool scheduler_plan(struct engine *e, struct group *g)
     admission_make_room(e, g); /* first: who is closed must not be named afterwards */
     stop_ended(g);
     stop_leaving(g);
-    extend_decoding(g);
+    extend_decoding(e, g);
     uint32_t n_members = g->n_decoding;
     fill(e, g);
+    tiers_spill(g);
     bool empty = is_empty(&g->plan, n_members);
     if (!empty) {
         send(e, g, n_members);

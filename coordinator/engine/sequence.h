@@ -14,6 +14,7 @@
 enum sequence_state {
     SEQUENCE_PARKED,   /* waits for its sibling's prompt */
     SEQUENCE_WAITING,  /* stands in a lane */
+    SEQUENCE_FETCHING, /* waits for blocks from the disk of `group` */
     SEQUENCE_RUNNING,  /* has a slot */
     SEQUENCE_DRAINING, /* its slot is closed, tokens of plans in flight may still come */
     SEQUENCE_DONE
@@ -76,7 +77,7 @@ struct sequence {
     int32_t choice;
     uint32_t n_score_next; /* prompt logprobs: the next to come from the slot */
     uint32_t n_scored;     /* of them given to the client */
-    bool elder; /* it was admitted because it had waited too long */
+    bool elder;            /* it was admitted because it had waited too long */
 
     _Alignas(64) int32_t tail[TAIL_TOKENS]; /* token i at i % TAIL_TOKENS */
     struct strip keys;                      /* struct hash128 of its first full blocks */
@@ -98,24 +99,27 @@ struct sequence {
     struct sequence *parent; /* of a beam that waits for its fork */
     uint64_t order;          /* of arrival; older ones are smaller */
     int64_t waiting_since_us;
-    struct strip host; /* uint32_t, host blocks */
+    struct strip host;              /* uint32_t, host blocks */
     uint64_t first_step, last_step; /* first and last that it samples in, in this slot */
-    uint32_t n_skips;               /* times a group left it to another that holds its prefix */
+    uint32_t placed, n_placed;      /* group + 1 that it waits for, and what it has to compute there */
     uint32_t n_host_computed;       /* tokens whose KV lies in host blocks */
     uint64_t run_step;              /* the plan whose run run_index is its own */
     uint32_t run_index;
-    double score_sum;    /* cumulative logprob */
-    struct strip scores; /* float, of buffered choices */
+    uint64_t fetch_number;  /* waits until so many fetches are done */
+    int64_t fetch_until_us; /* or until then */
+    double score_sum;       /* cumulative logprob */
+    struct strip scores;    /* float, of buffered choices */
     struct strip top_tokens, top_scores, top_counts;
     enum finish finish;
     int32_t stop_token;
     enum err error;
-    const char *error_text;       /* static */
-    bool given;                   /* among the choices emitted at the end */
-    _Alignas(64) char spread[64]; /* see below */
+    const char *error_text; /* static */
+    bool given;             /* among the choices emitted at the end */
+    bool has_fetched;       /* waited for the disk once; it does not again */
 };
-_Static_assert(sizeof(struct sequence) / 64 % 2,
-               "an odd number of lines, so that they spread over the cache");
+_Static_assert(
+    sizeof(struct sequence) / 64 % 2,
+    "an odd number of lines, so that they spread over the cache: pad it by one, or take one away");
 
 /* Tokens that may stand in its tail alone: the last ones, up to a whole line of them. */
 static inline uint32_t sequence_tail(const struct sequence *s)

@@ -57,11 +57,13 @@ static int run_seeds(uint64_t base, uint64_t n_seeds)
            " steps (%.0f/s), %" PRIu64 " requests, %" PRIu64 " refused, %" PRIu64
            " tokens, %" PRIu64 " group losses, %" PRIu64 " preemptions, %" PRIu64
            " swapped in, %" PRIu64 " forks, %" PRIu64 "/%" PRIu64 " drafts kept (%" PRIu64
-           "/%" PRIu64 " of draft models), %" PRIu64
-           " cached tokens, %.1f s of CPU\n",
+           "/%" PRIu64 " of draft models), %" PRIu64 " cached tokens, %" PRIu64
+           " of host, %" PRIu64 " of disk, %" PRIu64 " saves, %" PRIu64 " spills, %" PRIu64
+           " transfers failed, %.1f s of CPU\n",
            n_seeds, base, n_failed, sum.n_steps, (double)sum.n_steps / seconds, sum.n_accepted,
            sum.n_refused, sum.n_tokens, sum.n_losses, sum.n_preemptions, sum.n_swaps, sum.n_forks,
-           sum.n_drafts_kept, sum.n_drafts, sum.n_own_kept, sum.n_own, sum.n_hits, seconds);
+           sum.n_drafts_kept, sum.n_drafts, sum.n_own_kept, sum.n_own, sum.n_hits, sum.n_host_hits,
+           sum.n_disk_hits, sum.n_saves, sum.n_spills, sum.n_io_failures, seconds);
     return n_failed ? 1 : 0;
 }
 
@@ -75,11 +77,13 @@ int sim_main(int argc, char **argv)
         else if (!strcmp(argv[i], "--seed-base") && i + 1 < argc)
             base = strtoull(argv[++i], NULL, 10);
         else {
-            fprintf(stderr, "usage: heddle sim [--seeds N] [--seed-base B]\n"
-                            "       heddle sim --trace FILE [--groups N] [--blocks N] "
-                            "[--block-size N] [--slots N]\n"
-                            "                  [--budget TOKENS] [--requests N] [--speed X]\n"
-                            "                  [--step-us X] [--token-us X] [--row-us X]\n");
+            fprintf(stderr,
+                    "usage: heddle sim [--seeds N] [--seed-base B]\n"
+                    "       heddle sim --trace FILE [--groups N] [--blocks N] "
+                    "[--block-size N] [--slots N]\n"
+                    "                  [--budget TOKENS] [--requests N] [--speed X]\n"
+                    "                  [--step-us X] [--token-us X] [--row-us X]\n"
+                    "                  [--routers 1: and the same behind routers that guess]\n");
             return 2;
         }
     }

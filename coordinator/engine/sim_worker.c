@@ -99,10 +99,17 @@ void sim_worker_fini(struct sim_worker *w)
     mem_free(w->runs);
     mem_free(w->kv);
     mem_free(w->host);
+    mem_free(w->disk);
     mem_free(w->owner);
     mem_free(w->serial);
     arena_fini(&w->results);
     *w = (struct sim_worker){0};
+}
+
+enum err sim_worker_disk(struct sim_worker *w, uint32_t n_disk)
+{
+    w->n_disk = n_disk;
+    return MEM_NEW_ARRAY((size_t)n_disk * w->block_size, &w->disk);
 }
 
 /* Faults: the first one is kept. */
@@ -228,18 +235,80 @@ static bool apply_fork(struct sim_worker *w, const struct plan_fork *f)
     return true;
 }
 
+/* Transfers. */
+static bool is_host_moving(const struct sim_worker *w, uint32_t host, bool only_written)
+{
+    for (int kind = 0; kind < (only_written ? 1 : 2); kind++)
+        for (uint32_t i = 0; i < w->io[kind].n; i++) {
+            const struct plan_pair *p =
+                &w->io[kind].pairs[(w->io[kind].first + i) % SIM_TRANSFERS_MAX];
+            if ((kind ? p->from : p->to) == host) return true;
+        }
+    return false;
+}
+
+static bool is_disk_moving(const struct sim_worker *w, uint32_t disk)
+{
+    for (int kind = 0; kind < 2; kind++)
+        for (uint32_t i = 0; i < w->io[kind].n; i++) {
+            const struct plan_pair *p =
+                &w->io[kind].pairs[(w->io[kind].first + i) % SIM_TRANSFERS_MAX];
+            if ((kind ? p->to : p->from) == disk) return true;
+        }
+    return false;
+}
+
+static bool start_transfers(struct sim_worker *w, int kind, const struct plan_pair *pairs,
+                            uint32_t n)
+{
+    struct sim_transfers *t = &w->io[kind];
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t host = kind ? pairs[i].from : pairs[i].to;
+        uint32_t disk = kind ? pairs[i].to : pairs[i].from;
+        if (host >= w->n_host || disk >= w->n_disk || t->n == SIM_TRANSFERS_MAX)
+            return wrong(w, "transfer of host block %u and disk block %u", host, disk);
+        if (is_host_moving(w, host, false) || is_disk_moving(w, disk))
+            return wrong(w, "two transfers of host block %u or disk block %u", host, disk);
+        t->pairs[(t->first + t->n++) % SIM_TRANSFERS_MAX] = pairs[i];
+    }
+    return true;
+}
+
+void sim_worker_transfer(struct sim_worker *w, int kind, bool fails)
+{
+    struct sim_transfers *t = &w->io[kind];
+    struct plan_pair p = t->pairs[t->first];
+    uint64_t *to = (kind ? w->disk : w->host) + (size_t)p.to * w->block_size;
+    const uint64_t *from = (kind ? w->host : w->disk) + (size_t)p.from * w->block_size;
+    ASSERT(t->n);
+    t->first = (t->first + 1) % SIM_TRANSFERS_MAX;
+    t->n--;
+    memcpy(to, from, w->block_size * sizeof *to);
+    uint64_t number = kind ? w->moved.n_spilled++ : w->moved.n_fetched++;
+    if (!fails) return;
+    memset(to, 0xdd, w->block_size * sizeof *to);
+    if (kind)
+        w->failed[1][w->moved.n_spills_failed++] = number;
+    else
+        w->failed[0][w->moved.n_fetches_failed++] = number;
+}
+
 static bool apply_moves(struct sim_worker *w, const struct step_plan *p)
 {
     size_t bytes = w->block_size * sizeof *w->kv;
     for (uint32_t i = 0; i < p->n_saves; i++) {
         if (p->saves[i].to >= w->n_host || !good_block(w, p->saves[i].from, "save"))
             return wrong(w, "save");
+        if (is_host_moving(w, p->saves[i].to, false))
+            return wrong(w, "save to host block %u, which is moving", p->saves[i].to);
         memcpy(w->host + (size_t)p->saves[i].to * w->block_size,
                w->kv + (size_t)p->saves[i].from * w->block_size, bytes);
     }
     for (uint32_t i = 0; i < p->n_loads; i++) {
         if (p->loads[i].from >= w->n_host || !good_block(w, p->loads[i].to, "load"))
             return wrong(w, "load");
+        if (is_host_moving(w, p->loads[i].from, true))
+            return wrong(w, "load of host block %u, which has not come yet", p->loads[i].from);
         memcpy(w->kv + (size_t)p->loads[i].to * w->block_size,
                w->host + (size_t)p->loads[i].from * w->block_size, bytes);
     }
@@ -479,7 +548,9 @@ bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct
         return wrong(w, "step %llu after %llu", (unsigned long long)plan->step,
                      (unsigned long long)w->step);
     w->step = plan->step;
-    if (!apply_slots(w, plan) || !list_runs(w, plan)) return false;
+    if (!apply_slots(w, plan) || !start_transfers(w, 0, plan->fetches, plan->n_fetches) ||
+        !start_transfers(w, 1, plan->spills, plan->n_spills) || !list_runs(w, plan))
+        return false;
     arena_reset(&w->results);
     size_t n = 0;
     for (uint32_t i = 0; i < w->n_slots; i++)

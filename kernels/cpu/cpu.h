@@ -147,6 +147,8 @@ struct cpu_backend {
     int32_t *unit_start;      /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
+    void *moe_scratch; /* of the widest layer of experts */
+    size_t moe_scratch_bytes;
     uint64_t ticket;
 };
 
@@ -242,6 +244,12 @@ void cpu_qkv_prepare(struct backend *b, struct tensor qkv, struct kv_cache *kv,
                      const struct attention_args *args, const struct batch *batch);
 void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct kv_cache *kv,
                 const struct attention_args *args, const struct batch *batch);
+
+/* moe.c */
+enum err cpu_moe_create(struct backend *b, const struct moe_args *args, struct moe **out);
+void cpu_moe_destroy(struct backend *b, struct moe *m);
+void cpu_moe_forward(struct backend *b, struct tensor out, struct tensor x, struct tensor scores,
+                     struct moe *m);
 
 /* sample.c */
 size_t sample_scratch_bytes(int vocab_size);
