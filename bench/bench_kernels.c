@@ -213,8 +213,8 @@ static const struct format_row formats[] = {
     {"bf16", WEIGHT_BF16, peak_bf16, 64},  {"f32", WEIGHT_F32, peak_float, 32},
     {"f16", WEIGHT_F16, peak_float, 32},
 };
-static const int shapes[][2] = {{1152, 896},  {9728, 896},   {896, 4864},
-                                {3072, 2048}, {16384, 2048}, {2048, 8192}};
+static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
+                                {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
 static const int heights[] = {1, 4, 16, 64, 512};
 enum { N_MAX = 16384, K_MAX = 8192, M_MAX = 512 };
 
@@ -414,8 +414,8 @@ int main(int argc, char **argv)
                                       .n_slots_max = 16,
                                       .vocab_size = 1024,
                                       .isa = bench.isa};
-    if (backend_cpu.open(&options, &bench.backend) || pool_create(bench.threads, 4096, &bench.pool))
-        die("open");
+    if (backend_cpu.open(&options, &bench.backend)) die("open");
+    bench.pool = cpu_of(bench.backend)->pool; /* one of its own would spin beside it */
     if (mem_alloc_huge(ROTATE_BYTES, (void **)&bench.memory)) die("memory");
     struct rand r = rand_seeded(7);
     for (size_t i = 0; i < ROTATE_BYTES / 4; i += 2) {
@@ -436,7 +436,6 @@ int main(int argc, char **argv)
     attentions();
     if (bench.out) fclose(bench.out);
     backend_cpu.close(bench.backend);
-    pool_destroy(bench.pool);
     mem_free_huge(bench.memory, ROTATE_BYTES);
     return 0;
 }

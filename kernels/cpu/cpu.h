@@ -19,6 +19,7 @@ enum cpu_isa {
     CPU_ISA_AVX512,
     CPU_ISA_VNNI,
     CPU_ISA_BF16,
+    CPU_ISA_AMX,
     CPU_ISA_COUNT
 };
 
@@ -62,6 +63,7 @@ extern const struct format_info format_infos[FORMATS];
 struct activations {
     enum weight_format format;
     int n_rows, rows_max, n_row_panels;
+    bool row_major; /* AMX: words [n_rows][n_steps] instead */
     int64_t n_inputs, n_steps, n_groups;
     uint32_t *words;
     float *row_scale;    /* [n_rows]: INT8, INT4; else unused */
@@ -73,6 +75,7 @@ struct activations {
 struct panel_call {
     const uint8_t *weights;
     const uint32_t *words;
+    int64_t words_stride; /* row major: words between rows */
     int64_t n_steps;
     void *scratch; /* [rows][32] floats or int32 */
     bool first, last;
@@ -94,10 +97,11 @@ typedef void quantize_kernel(const struct activations *a, const float *x, int64_
 struct matmul_kernels {
     panel_kernel *panel[FORMATS];
     int rows_max[FORMATS];
+    bool row_major[FORMATS]; /* the panel kernel takes rows of words, see struct activations */
     quantize_kernel *pack_rows[FORMATS];
 };
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
-    matmul_bf16;
+    matmul_bf16, matmul_amx;
 
 /* Kernels of attention: see attention.h. */
 struct chunk_call;
@@ -123,6 +127,7 @@ struct row_kernels {
     void (*to_bf16)(uint16_t *out, const float *x, int64_t n);
     /* rotates the pairs (x[i], x[i + half]) by the angles of cosines c and sines s */
     void (*rotate_halves)(float *x, const float *c, const float *s, int64_t half);
+    float (*largest)(const float *x, int64_t n); /* NaN counts as -inf, +inf as FLT_MAX */
 };
 extern const struct row_kernels rows_plain, rows_avx2, rows_avx512;
 
@@ -138,8 +143,8 @@ struct cpu_backend {
     struct attention_kernels attention_kernels;
     const struct row_kernels *rows;
     const struct attention_kernels *attention; /* the above, or NULL: the reference */
-    float *attention_partial;                  /* ATTENTION_PARTIAL_BYTES */
-    int32_t *unit_start;                       /* [n_seqs_max + 1] */
+    float *attention_partial; /* ATTENTION_PARTIAL_BYTES; matmul_argmax uses it too */
+    int32_t *unit_start;      /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
     void *moe_scratch; /* of the widest layer of experts */
@@ -202,6 +207,9 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w);
 void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w);
 void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
                       enum activation kind);
+
+void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
+                       int32_t *out_index, float *out_value);
 
 /* elementwise.c */
 void cpu_embed(struct backend *b, struct tensor out, const struct weight *table,
