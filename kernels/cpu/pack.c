@@ -23,7 +23,11 @@ static const char *const format_names[FORMATS] = {"auto", "f32",  "f16", "bf16",
 #ifdef __SANITIZE_ADDRESS__
 #define EVERY_ISA
 #else
+#if defined(__SANITIZE_THREAD__)
+#define EVERY_ISA /* its resolvers would be watched before the sanitizer is there */
+#else
 #define EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#endif
 #endif
 
 static void pack_f32(uint8_t *panel, int lane, const float *x, int64_t n)
