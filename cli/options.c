@@ -83,7 +83,7 @@ const struct conf_row option_rows[] = {
     {"kv-disk", NULL, CONF_STRING, AT(kv_disk), 0, 0, NULL, NULL, DEVICE, "Device", "local directory for KV blocks that host memory gives up"},
     {"kv-disk-space", "kv-disk-bytes", CONF_BYTES, AT(kv_disk_space), 0, BIG, "0", NULL, DEVICE, "Device", "size of a rank's file there"},
     {"threads", "t", CONF_INT, AT(threads), 0, 4096, "0", NULL, DEVICE | VERB_QUANTIZE, "Device", "CPU threads of a rank, 0 = its share of the cores"},
-    {"numa", NULL, CONF_INT, AT(numa), -1, 1023, "-1", NULL, DEVICE, "Device", "NUMA node of this rank, -1 = any"},
+    {"numa", NULL, CONF_STRING, AT(numa), 0, 0, "off", NULL, DEVICE, "Device", "CPU: off, auto (ranks are dealt out to the nodes, each with the memory there) or a node's number"},
     {"isa", NULL, CONF_CHOICE, AT(isa), 0, 0, "auto", "auto reference avx2 avx512 vnni bf16 amx", DEVICE, "Device", "CPU instructions to use at most"},
     {"load-format", NULL, CONF_CHOICE, AT(load_format), 0, 0, "auto", "auto safetensors dummy", DEVICE | VERB_INSPECT | VERB_QUANTIZE, "Device", "dummy = random weights of the model's shape"},
     {"enable-deterministic-inference", "deterministic", CONF_BOOL, AT(deterministic), 0, 0, "false", NULL, DEVICE, "Device", "batch-invariant results on GPUs (CPUs always are)"},

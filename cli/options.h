@@ -34,7 +34,8 @@ struct options {
     const char *record, *kv_offload;
     /* device */
     const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *head_quantization;
-    int64_t device_index, threads, numa, block_size, blocks_override, kv_cache_bytes, swap_bytes;
+    const char *numa;
+    int64_t device_index, threads, block_size, blocks_override, kv_cache_bytes, swap_bytes;
     int64_t kv_disk_space;
     const char *kv_disk;
     double memory_utilization;

@@ -112,6 +112,20 @@ struct sample_row {
     int32_t forced_token; /* -1, or: take this token whatever the logits say (scoring a prompt) */
 };
 
+enum { MOE_EXPERTS_MAX = 1024, MOE_TOP_K_MAX = 32 };
+struct moe; /* the experts of one layer, made ready; owned by the backend that made it */
+/* A mixture of experts (Shazeer et al., "Outrageously large neural networks", 2017, section 2): each
+ * row goes through the top_k experts of the largest scores, ties to the lower expert; its results
+ * are added by the softmax of all scores, of the chosen ones alone when renormalize. */
+struct moe_args {
+    int n_experts, top_k;
+    bool renormalize;
+    enum activation kind;
+    /* [n_experts] gate|up [2 ffn][hidden] and [hidden][ffn] of this rank, all of one format, without
+     * bias; they stay the caller's and outlive what is made of them */
+    struct weight *const *up, *const *down;
+};
+
 enum { SAMPLE_LOGPROBS_MAX = 32 };
 struct sample_result {
     int32_t token;
@@ -201,8 +215,11 @@ struct backend_ops {
     enum err (*capture_end)(struct backend *b, void **out_graph);
     enum err (*replay)(struct backend *b, void *graph);
     void (*graph_destroy)(struct backend *b, void *graph);
-    /* Mixture of experts: top_k of softmax or sigmoid scores, then per-expert gated feed-forward. */
-    void (*moe_route)(struct backend *b, struct tensor weights, struct tensor experts, struct tensor scores, int top_k, bool renormalize);
+    /* Mixture of experts: set-up, and out [rows][hidden] from x [rows][hidden] and the router's scores
+     * [rows][n_experts] F32. out may not alias x. */
+    enum err (*moe_create)(struct backend *b, const struct moe_args *args, struct moe **out);
+    void (*moe_destroy)(struct backend *b, struct moe *m); /* accepts NULL */
+    void (*moe_forward)(struct backend *b, struct tensor out, struct tensor x, struct tensor scores, struct moe *m);
 
     /* Packed weights in files. NULL: this device has no layout that files hold. */
     const char *packed_layout; /* names the bytes of a packed weight; changes whenever they do */

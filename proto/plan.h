@@ -101,8 +101,9 @@ struct step_result {
     uint32_t compute_us, wait_us, collective_us;
     uint32_t n_drafted;
     struct plan_pair *drafted; /* [n_drafted] slot of a run with n_own, how many it verified */
-    /* What the draft model did since the result before: time, forward passes, tokens. */
-    uint32_t draft_us, draft_passes, draft_tokens;
+    /* The draft model's last round, if it was since the result before: time, forward passes,
+     * tokens; and the time of the first pass, which also catches up with known tokens. */
+    uint32_t draft_us, draft_passes, draft_tokens, draft_first_us;
 };
 
 /* Transfers between host and disk that a rank has ended, in the order they were started. */

@@ -300,6 +300,7 @@ enum err step_result_encode(const struct step_result *result, bool ack_only, str
         put_uint(out, 15, result->draft_us);
         put_uint(out, 16, result->draft_passes);
         put_uint(out, 17, result->draft_tokens);
+        put_uint(out, 18, result->draft_first_us);
     }
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;

@@ -176,4 +176,43 @@ VARIANTS = {
         activation_function="gelu",
         n_inner=100,
     ),
+    # experts, their weights of sum 1
+    "mixtral": dict(
+        {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling")},
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        vocab_size=131,
+        intermediate_size=44,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    ),
+    # more and smaller experts, weights as they are; norms on q and k
+    "qwen3_moe": dict(
+        {k: v for k, v in LLAMA.items() if k not in ("mlp_bias",)},
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        vocab_size=131,
+        intermediate_size=96,
+        moe_intermediate_size=36,
+        num_experts=9,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=2,
+    ),
+    # every expert for every token: arithmetic of lesser precision cannot choose others
+    "mixtral_all": dict(
+        {k: v for k, v in LLAMA.items() if k not in ("attention_bias", "mlp_bias", "rope_scaling")},
+        architectures=["MixtralForCausalLM"],
+        model_type="mixtral",
+        vocab_size=131,
+        intermediate_size=44,
+        num_local_experts=3,
+        num_experts_per_tok=3,
+        sliding_window=None,
+    ),
 }

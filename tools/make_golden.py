@@ -52,11 +52,35 @@ def weights_random(config, seed):
     return tensors
 
 
+def experts_split(tensors, config):
+    """Experts as checkpoints on the hub hold them: one matrix each, not one stack for all."""
+    out = {}
+    for name, x in tensors.items():
+        stem = name.rpartition(".experts.")[0]
+        if not stem:
+            out[name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if "num_local_experts" in config else name] = x
+            continue
+        mixtral = "num_local_experts" in config
+        if mixtral:
+            stem = stem.replace(".mlp", ".block_sparse_moe")
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        for e, matrix in enumerate(x):
+            at = f"{stem}.experts.{e}."
+            if name.endswith("down_proj"):
+                out[at + down + ".weight"] = matrix.contiguous()
+            else:
+                half = matrix.shape[0] // 2
+                out[at + gate + ".weight"] = matrix[:half].contiguous()
+                out[at + up + ".weight"] = matrix[half:].contiguous()
+    return out
+
+
 def checkpoint_write(folder, config, tensors, dtype, prefix_drop=""):
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(config, torch_dtype=str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {n.removeprefix(prefix_drop): t.to(dtype) for n, t in tensors.items()}
+    tensors = experts_split(tensors, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -210,14 +210,16 @@ enum err draft_ahead(struct draft *d, struct slots *slots)
 {
     int64_t begun = clock_monotonic_us();
     d->pending = false;
+    d->us = d->first_us = d->passes = d->tokens_fed = 0;
     list_make(d, slots);
     if (!d->n_list) return OK;
     catch_up(d, slots);
     while (d->n_seqs) {
         TRY(pass_run(d, slots));
+        if (d->passes == 1) d->first_us = clock_monotonic_us() - begun;
         continue_drafts(d, slots);
     }
-    d->us += clock_monotonic_us() - begun;
+    d->us = clock_monotonic_us() - begun;
     return OK;
 }
 
@@ -238,6 +240,8 @@ void draft_move(struct draft *d, struct slots *slots, const struct step_plan *p,
                      at + p->loads[i].from * stride);
         slots->draft_valid[p->loads[i].to] = d->host_valid[p->loads[i].from];
     }
+    for (uint32_t i = 0; i < p->n_fetches; i++) /* what comes from disk is caught up with */
+        d->host_valid[p->fetches[i].to] = 0;
     int32_t *from = d->context_len, *to = d->rows_out; /* free between rounds */
     for (uint32_t done = 0, n; done < p->n_copies; done += n) {
         n = least(p->n_copies - done, slots->limits.n_slots);
@@ -287,7 +291,7 @@ static enum err fill(struct draft *d, const struct worker_config *c, const struc
 {
     struct weights_options o = {.model_dir = c->draft_model_dir,
                                 .dummy = c->load_format && !strcmp(c->load_format, "dummy"),
-                                .seed = c->dummy_seed + 1,
+                                .seed = c->dummy_seed,
                                 .format = p->draft.format,
                                 .head_format = p->draft.head_format,
                                 .context_max = p->draft.context_max};
@@ -344,5 +348,5 @@ void draft_open_group(struct draft *d, struct collective *collective)
 {
     d->collective = d->decoder.collective = collective;
     d->pending = false;
-    d->us = d->passes = d->tokens_fed = 0;
+    d->us = d->first_us = d->passes = d->tokens_fed = 0;
 }

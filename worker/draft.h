@@ -40,7 +40,7 @@ struct draft {
     int32_t *tokens;               /* [n_slots] */
     void *agreed;                  /* device [n_slots] int32 */
     void *pieces[15];
-    int64_t us; /* what it did since they were last cleared */
+    int64_t us, first_us; /* of the last round, until told */
     uint32_t passes, tokens_fed;
 };
 

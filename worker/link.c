@@ -35,7 +35,7 @@ struct plan {
 
 struct link {
     struct link_config config;
-    char *strings[6];
+    char *strings[7];
     Heddle__Cluster__Join join;
     struct rpc_channel *channel;
     pthread_t thread;
@@ -368,8 +368,8 @@ static enum err link_init(struct link *l, const struct link_config *config)
     l->dial_ms = DIAL_MS_MIN;
     l->lost_us = clock_monotonic_us();
     TRY(join_take(l, &config->join));
-    TRY(string_take(l, 4, config->address, &address));
-    TRY(string_take(l, 5, config->token, &token));
+    TRY(string_take(l, 5, config->address, &address));
+    TRY(string_take(l, 6, config->token, &token));
     l->config.address = address;
     TRY(MEM_NEW_ARRAY(l->config.n_plans_max, &l->plans));
     struct rpc_channel_config channel = {

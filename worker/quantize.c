@@ -321,6 +321,11 @@ static enum err model_make(struct packer *p)
                                   .context_max = CONTEXT,
                                   .n_threads = c->n_threads};
     TRY(config_read(c->model_dir, &p->model_config));
+    if (p->model_config.n_experts)
+        FAIL(ERR_UNSUPPORTED,
+             "%s: models of experts are packed when they are loaded (--quantize), "
+             "not to files",
+             p->model_config.path);
     device.vocab_size = p->model_config.vocab_size;
     if (o->context_max > p->model_config.context_max) o->context_max = p->model_config.context_max;
     TRY(backend_open("cpu", &device, &p->backend));

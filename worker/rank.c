@@ -566,7 +566,8 @@ static void draft_report(struct draft *d, struct step_result *out)
     out->draft_us = (uint32_t)d->us;
     out->draft_passes = d->passes;
     out->draft_tokens = d->tokens_fed;
-    d->us = d->passes = d->tokens_fed = 0;
+    out->draft_first_us = (uint32_t)d->first_us;
+    d->us = d->first_us = d->passes = d->tokens_fed = 0;
 }
 
 enum err worker_end(struct worker *w, struct step_result *out)

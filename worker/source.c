@@ -44,8 +44,12 @@ void source_name(const struct source *s, enum role role, int layer, const char *
 {
     char stem[SOURCE_NAME_MAX - 32];
     const char *pattern = s->config->arch->names[role], *mark = strstr(pattern, "%d");
-    if (mark)
-        snprintf(stem, sizeof stem, "%.*s%d%s", (int)(mark - pattern), pattern, layer, mark + 2);
+    const char *rest = mark ? mark + 2 : NULL, *second = rest ? strstr(rest, "%d") : NULL;
+    if (second)
+        snprintf(stem, sizeof stem, "%.*s%d%.*s%d%s", (int)(mark - pattern), pattern, layer,
+                 (int)(second - rest), rest, s->expert, second + 2);
+    else if (mark)
+        snprintf(stem, sizeof stem, "%.*s%d%s", (int)(mark - pattern), pattern, layer, rest);
     else
         snprintf(stem, sizeof stem, "%s", pattern);
     /* the output projection belongs to no inner model */

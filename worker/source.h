@@ -12,6 +12,7 @@ struct source {
     const struct model_config *config;
     struct safetensors *file; /* NULL = dummy */
     uint64_t seed;
+    int expert;         /* whose matrices names mean, where a layer has several */
     const char *prefix; /* what this checkpoint puts before the stems */
     bool *used;         /* [count of tensors] */
     const struct st_tensor *taken[SOURCE_TEMPS_MAX];

@@ -397,6 +397,36 @@ static enum err attention_load(struct loader *l, int i, struct attention_args *a
     return OK;
 }
 
+/* The router is never made coarse: a choice among experts is no place to save bytes. */
+static enum weight_format router_format(enum weight_format head)
+{
+    bool coarse = head == WEIGHT_INT8 || head == WEIGHT_INT4 || head == WEIGHT_FP8;
+    return coarse ? WEIGHT_AUTO : head;
+}
+
+static enum err experts_load(struct loader *l, int i)
+{
+    static const enum role router[] = {ROLE_ROUTER}, up[] = {ROLE_W_GATE, ROLE_W_UP},
+                           down[] = {ROLE_W_DOWN};
+    const struct model_config *c = &l->m->config;
+    struct layer *layer = &l->m->layers[i];
+    if (l->is_packed) FAIL(ERR_FORMAT, "%s: experts in a file of packed weights", c->path);
+    if (!l->ops->moe_create)
+        FAIL(ERR_UNSUPPORTED, "%s: the device %s has no mixture of experts", c->path, l->ops->name);
+    TRY(weight_load(l, router, 1, i, router_format(l->options->head_format), &layer->router));
+    TRY(MEM_NEW_ARRAY(c->n_experts, &layer->experts_up));
+    TRY(MEM_NEW_ARRAY(c->n_experts, &layer->experts_down));
+    for (int e = 0; e < c->n_experts; e++) {
+        l->source.expert = e;
+        TRY(weight_load(l, up, 2, i, l->options->format, &layer->experts_up[e]));
+        TRY(weight_load(l, down, 1, i, l->options->format, &layer->experts_down[e]));
+    }
+    l->source.expert = 0;
+    struct moe_args args = {c->n_experts,  c->top_k,          c->renormalize_experts,
+                            c->activation, layer->experts_up, layer->experts_down};
+    return l->ops->moe_create(l->backend, &args, &layer->moe);
+}
+
 static enum err layer_load(struct loader *l, int i)
 {
     static const enum role separate[] = {ROLE_WQ, ROLE_WK, ROLE_WV}, fused[] = {ROLE_WQKV};
@@ -410,6 +440,7 @@ static enum err layer_load(struct loader *l, int i)
     TRY(weight_load(l, is_fused ? fused : separate, is_fused ? 1 : 3, i, format, &layer->qkv));
     TRY(weight_load(l, out, 1, i, format, &layer->out));
     TRY(norm_load(l, ROLE_FFN_NORM, i, &layer->ffn_norm));
+    if (l->m->config.n_experts) return experts_load(l, i);
     TRY(weight_load(l, is_gated ? gated : plain, is_gated ? 2 : 1, i, format, &layer->up));
     return weight_load(l, down, 1, i, format, &layer->down);
 }
@@ -530,6 +561,14 @@ enum err model_load(const struct weights_options *options, const struct model_co
     return e;
 }
 
+/* The experts' matrices of a layer; NULL, or some of them missing, when loading stopped early. */
+static void weights_destroy(struct model *m, struct weight **list)
+{
+    for (int e = 0; list && e < m->config.n_experts; e++)
+        if (list[e]) m->backend->ops->weight_destroy(m->backend, list[e]);
+    mem_free(list);
+}
+
 void model_unload(struct model *m)
 {
     if (!m) return;
@@ -538,10 +577,13 @@ void model_unload(struct model *m)
     for (size_t i = 0; i < sizeof single / sizeof *single; i++)
         if (single[i]) ops->weight_destroy(m->backend, single[i]);
     for (int i = 0; m->layers && i < m->config.n_layers; i++) {
-        struct weight *of[] = {m->layers[i].qkv, m->layers[i].out, m->layers[i].up,
-                               m->layers[i].down};
+        struct layer *layer = &m->layers[i];
+        struct weight *of[] = {layer->qkv, layer->out, layer->up, layer->down, layer->router};
+        if (layer->moe) ops->moe_destroy(m->backend, layer->moe);
         for (size_t w = 0; w < sizeof of / sizeof *of; w++)
             if (of[w]) ops->weight_destroy(m->backend, of[w]);
+        weights_destroy(m, layer->experts_up);
+        weights_destroy(m, layer->experts_down);
     }
     for (int i = 0; i < m->n_vectors; i++)
         ops->release(m->backend, m->vectors[i]);
@@ -609,7 +651,10 @@ void model_bytes_estimate(const struct model_config *config, struct group group,
             kv = shard_count(heads.kv) * config->head_dim;
     int64_t ffn = shard_count(shard_rounded(config->ffn, 128, group.rank, group.size));
     int64_t vocab = shard_count(shard_rounded(config->vocab_size, 128, group.rank, group.size));
-    double layer = (double)(q + 2 * kv + q + (config->gated ? 3 : 2) * ffn) * config->hidden;
+    int64_t n_experts = config->n_experts ? config->n_experts : 1;
+    double layer =
+        (double)(q + 2 * kv + q + (config->gated ? 3 : 2) * ffn * n_experts + config->n_experts) *
+        config->hidden;
     double weights = layer * config->n_layers * bytes_per_weight(options->format, file_dtype);
     weights +=
         (double)vocab * config->embed_dim * bytes_per_weight(options->head_format, file_dtype);

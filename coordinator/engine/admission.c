@@ -225,13 +225,13 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
     if (o.found.n_below && may_wait && tiers_fetch(e, g, s, &o.found)) return true;
     s->n_end = n_end;
     s->elder |= fair_take(&e->fair, s, e->now_us);
+    place_forget(e, s);
     admission_uncount(e, s);
     if (s->has_host && s->group != g->index) admission_drop_host(e, s);
     bool seated = group_seat(g, s);
     ASSERT(seated);
     take_table(e, g, s, &o);
     s->n_score_next = 1;
-    s->n_skips = 0;
     s->has_fetched = false;
     count_admission(e, g, s);
     open_slot(g, s);
@@ -429,7 +429,7 @@ static uint64_t blocks_demanded(const struct group *g)
 static bool class_inversion(struct engine *e, struct group *g)
 {
     struct sequence *next = fair_next(&e->fair, e->now_us);
-    struct sequence *victim = next ? newest_of_lowest_class(g) : NULL;
+    struct sequence *victim = next && place_is_for(g, next) ? newest_of_lowest_class(g) : NULL;
     if (!victim || !victim->may_preempt || victim->job->beam) return false;
     if (class_of(victim) <= next->lane->priority) return false;
     if (g->draining.n || g->kv.limbo.n) return false; /* room is on its way */
@@ -443,7 +443,7 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
 {
     struct sequence *next = fair_next(&e->fair, e->now_us), *victim = NULL;
     uint64_t n_share = (uint64_t)g->n_slots * e->n_up / (e->fair.n_active ? e->fair.n_active : 1);
-    if (!next || g->n_free_slots || g->draining.n || g->slot_limbo.n || e->fair.n_active < 2)
+    if (!next || !place_is_for(g, next) || g->n_free_slots || g->draining.n || g->slot_limbo.n || e->fair.n_active < 2)
         return NULL;
     if (next->lane->tenant->n_running >= n_share) return NULL;
     for (struct sequence *s = g->running.last; s; s = s->links[LINK_PLACE].previous)

@@ -23,7 +23,8 @@ enum {
     REST_MISSED = UINT8_MAX,
     TRY_OWN = 2,
     TRY_FOUND = 4,
-    STEPS_TO_COME = 32
+    STEPS_TO_COME = 32,
+    WAITS_MIN = 2
 };
 enum { TRIES_FEW = 3, TRIES_OWN = 5, TRIES_GROUP = 61 };
 static const float ACCEPT_FIRST = 0.7f, ACCEPT_ONE = 65535;
@@ -89,9 +90,11 @@ void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t
     if (n_kept < n_tried) learn_one(g, s, kind, false);
 }
 
-void draft_missed(struct sequence *s)
+void draft_came(struct sequence *s, uint32_t n)
 {
-    if (s->n_draft_waits)
+    if (n)
+        s->n_draft_waits = WAITS_MIN;
+    else if (s->n_draft_waits)
         s->n_draft_waits--; /* it reads a long prompt piece by piece */
     else
         s->draft_rest = REST_MISSED; /* it has not so many positions, or no room */
@@ -115,14 +118,14 @@ static uint32_t n_sampling(const struct group *g)
  * here and there; a draft model guesses for all of the group alike, so all are taken together. */
 static float time_of(const struct group *g, enum draft_kind kind, uint32_t n, uint32_t k, bool sunk)
 {
-    float plain = draft_cost_step(g, n);
-    if (kind == DRAFT_NGRAM || sunk)
-        return draft_cost_step(g, least(n + k, g->n_budget)) - plain +
-               (sunk ? 0 : draft_cost_wait(g, kind) / (float)(1 + g->n_syncs_last));
-    float passes = (float)k * draft_cost_pass(g);
-    return (draft_cost_step(g, least(n * (1 + k), g->n_budget)) - plain + passes +
-            draft_cost_wait(g, kind)) /
-           (float)n;
+    bool together = kind == DRAFT_MODEL && !sunk;
+    float plain_us = draft_cost_step(g, n);
+    float rows_us = draft_cost_step(g, least(n + (together ? n * k : k), g->n_budget)) - plain_us;
+    float wait_us = draft_cost_wait(g, kind) - draft_cost_wait(g, DRAFT_KINDS);
+    if (rows_us < 0) rows_us = 0;
+    if (sunk) return rows_us;
+    if (!together) return rows_us + wait_us / (float)(1 + g->n_syncs_last);
+    return (rows_us + wait_us + (float)k * draft_cost_pass(g)) / (float)n;
 }
 
 /* The number up to n_most that gains most, 0 when none does; out_gain_us: how much a step. A token
@@ -132,8 +135,9 @@ static uint32_t best_length(const struct group *g, const struct sequence *s, enu
 {
     uint32_t n = n_sampling(g), best = 0;
     float p = acceptance(g, s, kind), chance = 1, kept = 0;
-    float worth_us = draft_cost_step(g, n) / (float)n;
+    float worth_us = (draft_cost_step(g, n) + draft_cost_wait(g, DRAFT_KINDS)) / (float)n;
     *out_gain_us = 0;
+    if (!draft_cost_is_known(g, n)) return 0;
     for (uint32_t k = 1; k <= n_most; k++) {
         chance *= p;
         kept += chance;
@@ -148,7 +152,7 @@ static uint32_t best_length(const struct group *g, const struct sequence *s, enu
 /* The draft model reads at most so many tokens a round. */
 static uint8_t rounds_for(const struct group *g, uint32_t n_tokens)
 {
-    uint32_t n = n_tokens / g->n_budget + 1;
+    uint32_t n = n_tokens / g->n_budget + WAITS_MIN;
     return (uint8_t)least(n, UINT8_MAX);
 }
 

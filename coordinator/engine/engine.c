@@ -173,9 +173,11 @@ void engine_group_down(struct engine *e, uint32_t group, uint64_t epoch)
     struct group *g = group < e->n_groups ? e->groups[group] : NULL;
     if (!g || !g->up || g->info.epoch != epoch) return;
     e->stats.n_group_losses++;
-    for (struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
-        if (s->has_host && s->group == group) admission_drop_host(e, s);
     tiers_release(e, g, true);
+    for (struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next) {
+        if (s->has_host && s->group == group) admission_drop_host(e, s);
+        if (s->placed == group + 1) place_forget(e, s);
+    }
     for (struct sequence *s; (s = g->draining.first);) {
         admission_drop_host(e, s);
         admission_requeue(e, g, s);
@@ -320,6 +322,16 @@ static void check_running(const struct group *g, uint32_t *refs)
     }
 }
 
+static void check_placed(const struct engine *e, const struct group *g)
+{
+    uint64_t n = 0;
+    for (const struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
+        n += s->placed == g->index + 1 ? s->n_placed : 0;
+    for (const struct sequence *s = g->fetching.first; s; s = s->links[LINK_WORK].next)
+        n += s->placed ? s->n_placed : 0;
+    ASSERT_CMP(n, ==, g->n_placed_tokens);
+}
+
 /* Every private host block belongs to one sequence that waits or drains. */
 static void check_swapped(const struct engine *e, const struct group *g)
 {
@@ -337,6 +349,7 @@ void engine_check(const struct engine *e)
         const struct group *g = e->groups[i];
         uint32_t *refs;
         if (!g || !g->up) continue;
+        check_placed(e, g);
         kv_blocks_check(&g->kv);
         kv_store_check(&g->store);
         check_swapped(e, g);

@@ -51,6 +51,7 @@ struct request {
     uint32_t beam_width;  /* 0 = sampling; else beam search, n_choices best beams at the end */
     float length_penalty; /* beams: score / length ^ length_penalty */
     bool early_stopping, ignore_eos;
+    bool never_early;     /* beams: run on while the longest answer could still beat the worst finished one */
     struct sampling_params sampling; /* pointers into this request's memory; seed of choice i is
                                         seed + i */
     int32_t priority;     /* lower runs first, 0 is usual */

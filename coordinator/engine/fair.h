@@ -28,6 +28,8 @@ struct lane { /* the waiting sequences of one tenant and priority */
     struct tenant *tenant;
     int32_t priority;
     struct sequence_list waiting;
+    struct sequence *cursor; /* who is asked next in this search, NULL = the first */
+    bool searched;           /* somebody was passed over in this search */
     uint64_t key;        /* tenant->served when last looked at; it only grows */
     uint32_t heap_index; /* + 1, 0 = not in the heap */
     struct lane *next;   /* of the tenant */
@@ -43,7 +45,7 @@ struct fair {
     struct sequence_list by_age;
     int64_t starve_us;
     uint32_t n_turns; /* taken in their order since a starved one was */
-    struct lane **aside; /* lanes taken out of the heap during one search */
+    struct lane **aside; /* lanes of which somebody was passed over during one search */
     uint32_t n_aside;
 };
 
@@ -60,10 +62,11 @@ void fair_wait_urgent(struct fair *f, struct sequence *s, int64_t now_us);
 void fair_unwait(struct fair *f, struct sequence *s);
 /* The same, because its turn has come. Returns whether it came by its age alone. */
 bool fair_take(struct fair *f, struct sequence *s, int64_t now_us);
-/* Whose turn it is, or NULL. Looks further with fair_skip (this lane is passed over) until
- * fair_restore. */
+/* Whose turn it is, or NULL. Looks further with fair_skip (this one is passed over) or
+ * fair_skip_lane (all its tenant has in this class) until fair_restore. */
 struct sequence *fair_next(struct fair *f, int64_t now_us);
 void fair_skip(struct fair *f, struct sequence *s);
+void fair_skip_lane(struct fair *f, struct sequence *s);
 void fair_restore(struct fair *f);
 static inline void fair_charge(struct lane *lane, uint64_t cost)
 {

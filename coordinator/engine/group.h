@@ -22,15 +22,21 @@ struct flight { /* a plan that was sent and not answered */
     uint32_t n_ahead;     /* runs that prepare own drafts */
     uint32_t n_unused;    /* tokens kept free for own drafts that were not there; known at last */
     enum draft_kind kind; /* of its drafts; the model's where there are both */
+    bool was_queued;      /* it was sent before the plan before it was answered */
     int64_t sent_us;
 };
 
 /* What steps and drafts cost here and how often drafts are kept (draft_cost.c, draft.c). */
 enum { COST_BUCKETS = 26 };
+struct average {
+    float value;
+    uint8_t n; /* values it was made of, 0 = none */
+};
 struct draft_costs {
-    float step_us[COST_BUCKETS], step_tokens[COST_BUCKETS]; /* averages; 0 = not seen */
-    float pass_us, token_us;    /* of the draft model: one pass, one known token more in it */
-    float wait_us[DRAFT_KINDS]; /* between a result with drafts and the plan after it */
+    float factor; /* by which everything takes longer just now; 0 = nothing was measured */
+    struct average step_us[COST_BUCKETS], step_tokens[COST_BUCKETS];
+    struct average pass_us, token_us; /* of the draft model: one pass, one known token more in it */
+    struct average wait_us[DRAFT_KINDS + 1]; /* before a plan with drafts; the last: without any */
     float accept[DRAFT_KINDS];
     uint32_t n_tries[DRAFT_KINDS];
     float credit_us; /* for trying where it does not pay */
@@ -77,6 +83,8 @@ struct group {
     int64_t fetch_alarm_us;        /* when the first of them gives up waiting; 0 = none */
     uint32_t *late_slots, n_late_slots; /* [n_slots] to close with the next plan */
     uint64_t n_pending_tokens;          /* prompt tokens admitted and not planned */
+    uint64_t n_placed_tokens;           /* of those that wait and were given to this group */
+    uint32_t n_moves_tried;             /* in this plan: others' looked at closely */
     struct step_plan plan;
     uint32_t n_extends_max, n_drafts_max, n_drafts;
     int32_t *drafts; /* [n_drafts_max] of all runs of the plan */

@@ -369,12 +369,14 @@ void sequence_withdraw(struct engine *e, struct sequence *s)
 {
     if (s->state == SEQUENCE_WAITING) {
         fair_unwait(&e->fair, s);
+        place_forget(e, s);
         admission_drop_host(e, s);
     } else if (s->state == SEQUENCE_RUNNING) {
         admission_unseat(e, e->groups[s->group], s);
         group_forget(e->groups[s->group], s);
     } else if (s->state == SEQUENCE_PARKED || s->state == SEQUENCE_FETCHING) {
-        sequence_unlink(s, LINK_WORK); /* a beam on its way to a slot */
+        sequence_unlink(s, LINK_WORK); /* a beam on its way to a slot, or its blocks on theirs */
+        place_forget(e, s);
     } else if (s->state == SEQUENCE_DRAINING) {
         sequence_unlink(s, LINK_WORK);
         group_forget(e->groups[s->group], s);

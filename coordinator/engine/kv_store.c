@@ -141,7 +141,7 @@ bool kv_store_spill(struct kv_store *s, uint64_t acked_step, struct plan_pair *o
     struct hash128 lost;
     uint32_t host = s->host.lists[0].oldest;
     uint64_t n_ready = (uint64_t)s->host.n_free + s->host.lists[1].n + s->host.n_moving;
-    if (!s->disk.n_total || host == TIER_NONE || n_ready >= s->host.n_total - s->host.n_total / 4 ||
+    if (!s->disk.n_total || host == TIER_NONE || n_ready >= s->host.n_total - s->host.n_total / 8 ||
         s->host.blocks[host].busy_step > acked_step ||
         kv_queue_waiting(&s->spills) >= SPILLS_WAITING_MAX || !has_place(s))
         return false;

@@ -46,7 +46,7 @@ bool kv_store_take(struct kv_store *s, uint32_t n, uint64_t acked_step, uint32_t
  * no transfer is free. */
 bool kv_store_fetch(struct kv_store *s, struct hash128 key, uint64_t acked_step,
                     struct plan_pair *out);
-/* Starts a copy of the oldest host block that is not on disk yet, unless three quarters of the host
+/* Starts a copy of the oldest host block that is not on disk yet, unless seven eighths of the host
  * blocks could be given away at once: prompts come in bursts. */
 bool kv_store_spill(struct kv_store *s, uint64_t acked_step, struct plan_pair *out);
 static inline uint64_t kv_queue_waiting(const struct kv_queue *q)

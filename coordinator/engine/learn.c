@@ -32,7 +32,7 @@ static enum err take_drafted(struct group *g, const struct step_result *r, struc
                  g->index, slot, n);
         f->n_unused += s->n_drafting - n;
         s->n_drafting = n;
-        if (!n) draft_missed(s);
+        draft_came(s, n);
     }
     return OK;
 }
@@ -147,7 +147,7 @@ static enum err keep_score(struct engine *e, struct sequence *s, const struct st
 
 /* Appends one token; says in out_end whether the choice ends with it. */
 static inline bool take_token(struct engine *e, struct sequence *s, const struct step_token *t,
-                       struct ending *out_end)
+                              struct ending *out_end)
 {
     if (sequence_append(&e->pool, s, t->token) || (s->job->buffered && keep_score(e, s, t))) {
         *out_end = (struct ending){FINISH_ERROR, -1, ERR_NO_MEMORY, "no memory for the next token"};
@@ -237,6 +237,8 @@ static void learn_slot(struct engine *e, struct group *g, struct slot_news *news
     news->tokens += n_old;
     news->n -= n_old;
     news->n_scored -= n_old;
+    if (s->job->buffered && news->n_scored) /* the prompt's scores do not wait for the best one */
+        job_emit_choice(e, s, 0, news->tokens, news->n_scored, NULL, false);
     if (s->job->buffered && s->job->beam)
         beam_learn(e, g, s, &news->tokens[news->n_scored], news->n - news->n_scored);
     else if (news->n > news->n_scored)

@@ -17,6 +17,6 @@ enum { RECORD_MAGIC_BYTES = 8 };
 
 #define RECORD_REQUEST_FIELDS(X)                                                                   \
     X(id)                                                                                          \
-    X(max_tokens) X(n_choices) X(n_best_of) X(beam_width) X(early_stopping) X(ignore_eos)          \
+    X(max_tokens) X(n_choices) X(n_best_of) X(beam_width) X(early_stopping) X(never_early) X(ignore_eos)          \
         X(priority) X(tenant) X(tenant_weight) X(cache_salt) X(no_prefix_cache) X(deadline_us)     \
             X(arrival_us)

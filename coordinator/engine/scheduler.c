@@ -6,7 +6,7 @@
  * budget, so a long one does not hold up the short ones behind it. */
 #include "coordinator/engine/state.h"
 
-enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 32, OVERTAKE_RATIO = 4 };
+enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 512, OVERTAKE_RATIO = 4 };
 
 /* Those whose last token the plans in flight sample: they rest until it comes. */
 static void stop_ended(struct group *g)
@@ -222,7 +222,8 @@ static uint32_t tokens_kept(const struct group *g, const struct sequence *waitin
 
 static void run_prefills(struct engine *e, struct group *g, bool share)
 {
-    uint32_t n_kept = share ? tokens_kept(g, fair_next(&e->fair, e->now_us)) : 0;
+    struct sequence *waiting = share ? fair_next(&e->fair, e->now_us) : NULL;
+    uint32_t n_kept = waiting && place_is_for(g, waiting) ? tokens_kept(g, waiting) : 0;
     for (struct sequence *s = g->prefilling.first, *next; s && g->n_tokens_left > n_kept;
          s = next) {
         next = s->links[LINK_WORK].next;
@@ -251,10 +252,12 @@ static bool refuse_hopeless(struct engine *e, struct sequence *s)
     return true;
 }
 
-static void admit_waiting(struct engine *e, struct group *g)
+/* Returns whether somebody is left who could have run here. */
+static bool admit_waiting(struct engine *e, struct group *g)
 {
     struct sequence *s;
     uint32_t n_looked_at = 0;
+    g->n_moves_tried = 0;
     while (g->n_tokens_left && g->n_rows_left && g->prefilling.n < PREFILLS_MAX && !g->stalled.n &&
            n_looked_at++ < CANDIDATES_MAX && (s = fair_next(&e->fair, e->now_us))) {
         if (!place_accepts(e, g, s)) {
@@ -262,13 +265,15 @@ static void admit_waiting(struct engine *e, struct group *g)
             continue;
         }
         if (admission_hogs(e, g, s)) {
-            fair_skip(&e->fair, s);
+            fair_skip_lane(&e->fair, s);
             continue;
         }
         if (!admission_try(e, g, s)) break;
         if (s->state == SEQUENCE_RUNNING) run_chunk(e, g, s, g->n_tokens_left);
     }
+    bool backlog = e->fair.n_heap > 0;
     fair_restore(&e->fair);
+    return backlog;
 }
 
 static bool is_empty(const struct step_plan *p, uint32_t n_members)
@@ -294,6 +299,7 @@ static void send(struct engine *e, struct group *g, uint32_t n_members)
                         .n_drafted = g->n_step_drafted,
                         .n_ahead = g->n_step_ahead,
                         .kind = g->step_kind,
+                        .was_queued = group_in_flight(g) > 0,
                         .sent_us = e->now_us};
     g->n_syncs_last = g->n_step_syncs;
     g->next_step++;
@@ -327,9 +333,9 @@ static void fill(struct engine *e, struct group *g)
     beam_fork(e, g);
     run_ready(e, g);
     run_prefills(e, g, true);
-    admit_waiting(e, g);
+    bool backlog = admit_waiting(e, g);
     run_prefills(e, g, false);
-    if (!e->fair.n_heap) return;
+    if (!backlog) return;
     e->stats.step_tokens += g->n_budget - g->n_tokens_left;
     e->stats.step_budget += g->n_budget;
 }

@@ -101,7 +101,7 @@ struct sequence {
     int64_t waiting_since_us;
     struct strip host;              /* uint32_t, host blocks */
     uint64_t first_step, last_step; /* first and last that it samples in, in this slot */
-    uint32_t n_skips;               /* times a group left it to another that holds its prefix */
+    uint32_t placed, n_placed;      /* group + 1 that it waits for, and what it has to compute there */
     uint32_t n_host_computed;       /* tokens whose KV lies in host blocks */
     uint64_t run_step;              /* the plan whose run run_index is its own */
     uint32_t run_index;

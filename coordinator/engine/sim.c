@@ -139,7 +139,8 @@ static enum err answer(struct world *w, struct sim_group *g, uint32_t group, str
         w->now_us + w->step_us / 2 + (int64_t)rand_below(&w->rand, (uint64_t)w->step_us + 1);
     if (chance(w, w->slow)) at_us += 20 * w->step_us;
     r->compute_us = (uint32_t)(w->step_us * (40 + w->token_share * r->n_tokens));
-    r->draft_us = (uint32_t)(w->step_us * w->pass_share) * r->draft_passes;
+    r->draft_first_us = (uint32_t)(w->step_us * w->pass_share);
+    r->draft_us = r->draft_first_us * r->draft_passes;
     if (at_us < g->last_up_us) at_us = g->last_up_us;
     g->last_up_us = at_us;
     if (chance(w, w->loss)) return OK;

@@ -77,11 +77,13 @@ int sim_main(int argc, char **argv)
         else if (!strcmp(argv[i], "--seed-base") && i + 1 < argc)
             base = strtoull(argv[++i], NULL, 10);
         else {
-            fprintf(stderr, "usage: heddle sim [--seeds N] [--seed-base B]\n"
-                            "       heddle sim --trace FILE [--groups N] [--blocks N] "
-                            "[--block-size N] [--slots N]\n"
-                            "                  [--budget TOKENS] [--requests N] [--speed X]\n"
-                            "                  [--step-us X] [--token-us X] [--row-us X]\n");
+            fprintf(stderr,
+                    "usage: heddle sim [--seeds N] [--seed-base B]\n"
+                    "       heddle sim --trace FILE [--groups N] [--blocks N] "
+                    "[--block-size N] [--slots N]\n"
+                    "                  [--budget TOKENS] [--requests N] [--speed X]\n"
+                    "                  [--step-us X] [--token-us X] [--row-us X]\n"
+                    "                  [--routers 1: and the same behind routers that guess]\n");
             return 2;
         }
     }

@@ -266,46 +266,67 @@ static enum err read_options(int argc, char **argv, const struct trace_option *o
     return OK;
 }
 
-static enum err replay_trace(const char *path, int argc, char **argv)
+/* What a trace is played against. */
+struct setting {
+    double blocks, block_size, slots, budget, groups, limit, speed, step_us, token_us, row_us,
+        routers;
+};
+
+static enum err play(const struct trace *trace, const struct setting *set, enum router_kind router)
 {
-    struct trace trace = {0};
-    double blocks = 100000, block_size = 16, slots = 256, budget = 2048, groups = 1, limit = 1e9,
-           speed = 1;
-    double base = 10000, token = 10, row = 10;
-    const struct trace_option options[] = {
-        {"--blocks", &blocks}, {"--block-size", &block_size}, {"--slots", &slots},
-        {"--budget", &budget}, {"--groups", &groups},         {"--requests", &limit},
-        {"--speed", &speed},   {"--step-us", &base},          {"--token-us", &token},
-        {"--row-us", &row},
-    };
-    uint64_t n_hits = 0;
-    enum err e = read_options(argc, argv, options, sizeof options / sizeof *options);
-    if (!e) e = trace_read(&trace, path);
-    if (!e && trace.n_ids) e = unbounded(&trace, &n_hits);
-    if (e) goto out;
-    if (trace.n_ids)
-        printf("blocks of %d: %zu, of which a cache without bound finds %" PRIu64 " (ratio %.6f)\n",
-               (int)BLOCK_TOKENS, trace.n_ids, n_hits, (double)n_hits / (double)trace.n_ids);
-    if (trace.n > limit) trace.n = (uint32_t)limit;
-    for (uint32_t i = 0; i < trace.n; i++)
-        trace.rows[i].arrival_us = (int64_t)((double)trace.rows[i].arrival_us / speed);
-    struct timed_run run = {.cost = {base, token, row, 200},
-                            .n_groups = (uint32_t)groups,
-                            .n_blocks = (uint32_t)blocks,
-                            .block_size = (uint32_t)block_size,
-                            .n_slots = (uint32_t)slots,
-                            .n_step_tokens = (uint32_t)budget,
+    struct timed_run run = {.cost = {set->step_us, set->token_us, set->row_us, 200},
+                            .n_groups = (uint32_t)set->groups,
+                            .n_blocks = (uint32_t)set->blocks,
+                            .block_size = (uint32_t)set->block_size,
+                            .n_slots = (uint32_t)set->slots,
+                            .n_step_tokens = (uint32_t)set->budget,
                             .context_max = 1 << 20,
                             .prefix_cache = true,
-                            .requests = trace.rows,
-                            .n = trace.n,
-                            .fill = trace.n_ids ? fill_prompt : NULL,
-                            .ctx = &trace};
-    if (trace.n) e = timed_run(&run);
+                            .router = router,
+                            .requests = trace->rows,
+                            .n = trace->n,
+                            .fill = trace->n_ids ? fill_prompt : NULL,
+                            .ctx = (void *)trace};
+    if (set->routers > 0) printf("placement: %s\n", router_names[router]);
+    for (uint32_t i = 0; i < trace->n; i++)
+        trace->rows[i].n_tokens = trace->rows[i].refused = 0;
+    enum err e = timed_run(&run);
     if (!e) e = report(&run);
     mem_free(run.gaps_us);
     mem_free(run.gap_at_us);
-out:
+    return e;
+}
+
+static enum err play_all(struct trace *trace, const struct setting *set)
+{
+    uint64_t n_hits = 0;
+    uint32_t n_routers = set->routers > 0 ? ROUTER_COUNT : 1;
+    if (trace->n_ids) {
+        TRY(unbounded(trace, &n_hits));
+        printf("blocks of %d: %zu, of which a cache without bound finds %" PRIu64 " (ratio %.6f)\n",
+               (int)BLOCK_TOKENS, trace->n_ids, n_hits, (double)n_hits / (double)trace->n_ids);
+    }
+    if (trace->n > set->limit) trace->n = (uint32_t)set->limit;
+    for (uint32_t i = 0; i < trace->n; i++)
+        trace->rows[i].arrival_us = (int64_t)((double)trace->rows[i].arrival_us / set->speed);
+    for (uint32_t k = 0; k < n_routers && trace->n; k++)
+        TRY(play(trace, set, (enum router_kind)k));
+    return OK;
+}
+
+static enum err replay_trace(const char *path, int argc, char **argv)
+{
+    struct trace trace = {0};
+    struct setting set = {100000, 16, 256, 2048, 1, 1e9, 1, 10000, 10, 10, 0};
+    const struct trace_option options[] = {
+        {"--blocks", &set.blocks}, {"--block-size", &set.block_size}, {"--slots", &set.slots},
+        {"--budget", &set.budget}, {"--groups", &set.groups},         {"--requests", &set.limit},
+        {"--speed", &set.speed},   {"--step-us", &set.step_us},       {"--token-us", &set.token_us},
+        {"--row-us", &set.row_us}, {"--routers", &set.routers},
+    };
+    TRY(read_options(argc, argv, options, sizeof options / sizeof *options));
+    enum err e = trace_read(&trace, path);
+    if (!e) e = play_all(&trace, &set);
     trace_free(&trace);
     return e;
 }

@@ -136,6 +136,10 @@ bool scheduler_plan(struct engine *e, struct group *g);
 /* Whether it could ever run there. */
 bool place_can_hold(const struct engine *e, const struct group *g, const struct sequence *s);
 bool place_accepts(struct engine *e, struct group *g, struct sequence *s);
+/* Whether it was given to no other group. */
+bool place_is_for(const struct group *g, const struct sequence *s);
+/* It waits no more, or its group is gone. */
+void place_forget(struct engine *e, struct sequence *s);
 
 /* beam.c */
 enum err beam_create(struct engine *e, struct job *job);
@@ -163,12 +167,14 @@ uint32_t draft_after_prompt(const struct engine *e, const struct group *g, struc
 /* What one whose results are all in verifies next, at most n_most; list: room for n_most. */
 void draft_choose(const struct engine *e, struct group *g, struct sequence *s, uint32_t n_most,
                   int32_t *list, struct draft_choice *out);
-/* A run found none of the own drafts that it asked for. */
-void draft_missed(struct sequence *s);
+/* A run found n of the own drafts that it asked for. */
+void draft_came(struct sequence *s, uint32_t n);
 void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tried,
                  uint32_t n_kept);
 
 /* draft_cost.c: microseconds */
+/* Whether steps of that size were measured, or nothing can be. */
+bool draft_cost_is_known(const struct group *g, uint32_t n_tokens);
 float draft_cost_step(const struct group *g, uint32_t n_tokens);
 float draft_cost_pass(const struct group *g);
 float draft_cost_known(const struct group *g, uint32_t n_tokens); /* to catch up with so many */

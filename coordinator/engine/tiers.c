@@ -108,6 +108,10 @@ bool tiers_fetch(struct engine *e, struct group *g, struct sequence *s, const st
 {
     const struct hash128 *keys = s->keys.items;
     uint64_t n_coming = kv_queue_waiting(&g->store.fetches);
+    for (uint32_t i = f->n_here + f->n_below; i-- > 0;) { /* it must not push itself out */
+        uint32_t host = kv_tier_find(&g->store.host, keys[i]);
+        if (host != TIER_NONE) kv_tier_touch(&g->store.host, host, g->next_step);
+    }
     for (uint32_t i = f->n_here; i < f->n_here + f->n_below; i++) {
         struct plan_pair pair;
         uint32_t host;

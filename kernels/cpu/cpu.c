@@ -104,6 +104,7 @@ static void cpu_close(struct backend *b)
     mem_free_huge(cpu->attention_partial, ATTENTION_PARTIAL_BYTES);
     mem_free(cpu->unit_start);
     mem_free(cpu->feedback);
+    mem_free(cpu->moe_scratch);
     mem_free(cpu);
 }
 
@@ -282,6 +283,9 @@ const struct backend_ops backend_cpu = {
     .ticket_wait = cpu_ticket_wait,
     .sync = cpu_sync,
     .matmul_gated = cpu_matmul_gated,
+    .moe_create = cpu_moe_create,
+    .moe_destroy = cpu_moe_destroy,
+    .moe_forward = cpu_moe_forward,
     .packed_layout = CPU_PACKED_LAYOUT,
     .weight_export = cpu_weight_export,
     .packed_sizes = cpu_packed_sizes,

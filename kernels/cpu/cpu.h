@@ -118,6 +118,8 @@ struct row_kernels {
     /* out[i] = act(gate[i]) * up[i], or act(gate[i]) when up is NULL; out may be gate */
     void (*activate)(float *out, const float *gate, const float *up, int64_t n,
                      enum activation kind);
+    void (*blend)(float *x, const float *y, float keep, float more,
+                  int64_t n); /* x keep + y more */
     void (*to_bf16)(uint16_t *out, const float *x, int64_t n);
     /* rotates the pairs (x[i], x[i + half]) by the angles of cosines c and sines s */
     void (*rotate_halves)(float *x, const float *c, const float *s, int64_t half);
@@ -140,6 +142,8 @@ struct cpu_backend {
     int32_t *unit_start;                       /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
+    void *moe_scratch; /* of the widest layer of experts */
+    size_t moe_scratch_bytes;
     uint64_t ticket;
 };
 
@@ -148,23 +152,27 @@ static inline struct cpu_backend *cpu_of(struct backend *b)
     return (struct cpu_backend *)b;
 }
 
-/* K and V of a (layer, block, head) lie together: K tiles, V tiles, then for I8 the scales.
- * A tile is `tile` tokens. K tile: [head_dim / pair][tile][pair]. V tile: [tile /
- * v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of vdpbf16ps), else 1. */
+/* Of each (layer, head): the K of all blocks, then the V of all blocks. The K or V of a block is
+ * its tiles, then for I8 the scales of its tokens. A tile is `tile` tokens. K tile: [head_dim /
+ * pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of
+ * vdpbf16ps), else 1. */
 struct kv_cache {
     struct kv_cache_args args;
     int tile, pair, v_pair, width, element_bytes; /* width: head_dim rounded up to pair */
-    size_t v_offset, scale_offset, head_bytes, block_bytes, layer_bytes;
+    size_t half_bytes;                            /* K or V of one block and head */
+    size_t v_offset;                              /* from a block's K to its V */
+    size_t scale_offset;                          /* from a block's K or V to its scales */
+    size_t layer_bytes;
     uint8_t *data;
     size_t bytes;
     const struct row_kernels *rows;
 };
 
-/* The piece of one head of one block. */
+/* K of one head of one block; its V lies v_offset behind. */
 static inline uint8_t *kv_head(const struct kv_cache *kv, int layer, int32_t block, int head)
 {
-    return kv->data + (size_t)layer * kv->layer_bytes + (size_t)block * kv->block_bytes +
-           (size_t)head * kv->head_bytes;
+    return kv->data + (size_t)layer * kv->layer_bytes + (size_t)head * 2 * kv->v_offset +
+           (size_t)block * kv->half_bytes;
 }
 
 /* weight.c, pack.c */
@@ -228,6 +236,12 @@ void cpu_qkv_prepare(struct backend *b, struct tensor qkv, struct kv_cache *kv,
                      const struct attention_args *args, const struct batch *batch);
 void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct kv_cache *kv,
                 const struct attention_args *args, const struct batch *batch);
+
+/* moe.c */
+enum err cpu_moe_create(struct backend *b, const struct moe_args *args, struct moe **out);
+void cpu_moe_destroy(struct backend *b, struct moe *m);
+void cpu_moe_forward(struct backend *b, struct tensor out, struct tensor x, struct tensor scores,
+                     struct moe *m);
 
 /* sample.c */
 size_t sample_scratch_bytes(int vocab_size);

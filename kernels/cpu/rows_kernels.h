@@ -114,6 +114,12 @@ static void activate(float *out, const float *gate, const float *restrict up, in
         out[i] *= up[i];
 }
 
+static void blend(float *restrict x, const float *restrict y, float keep, float more, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] = x[i] * keep + y[i] * more;
+}
+
 static void to_bf16(uint16_t *restrict out, const float *restrict x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
@@ -133,4 +139,4 @@ static void rotate_halves(float *restrict x, const float *restrict c, const floa
 }
 
 #define ROW_KERNELS(NAME)                                                                          \
-    const struct row_kernels NAME = {add, norm, scale, activate, to_bf16, rotate_halves};
+    const struct row_kernels NAME = {add, norm, scale, activate, blend, to_bf16, rotate_halves};

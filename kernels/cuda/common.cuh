@@ -32,6 +32,12 @@ static __device__ __forceinline__ uint32_t bf16_pack(float low, float high)
     u.h[1] = __float2bfloat16_rn(high);
     return u.word;
 }
+static __device__ __forceinline__ float half_value(uint16_t bits)
+{
+    __half half;
+    *(uint16_t *)&half = bits;
+    return __half2float(half);
+}
 /* The value as it will be read back from BF16. */
 static __device__ __forceinline__ float bf16_round(float v) { return to_float(__float2bfloat16_rn(v)); }
 

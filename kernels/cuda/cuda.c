@@ -75,6 +75,7 @@ static void cuda_close(struct backend *base)
     cuda_free(b, b->x_8);
     cuda_free(b, b->x_scales);
     cuda_free(b, b->scratch);
+    cuda_free(b, b->moe_scratch);
     if (b->stream && !b->failed) cudaStreamDestroy(b->stream);
     if (b->side && !b->failed) cudaStreamDestroy(b->side);
     mem_free(b);
@@ -207,5 +208,7 @@ const struct backend_ops heddle_backend_cuda = {
     .capture_end = cuda_capture_end,
     .replay = cuda_replay,
     .graph_destroy = cuda_graph_destroy,
-    .moe_route = cuda_moe_route,
+    .moe_create = cuda_moe_create,
+    .moe_destroy = cuda_moe_destroy,
+    .moe_forward = cuda_moe_forward,
 };

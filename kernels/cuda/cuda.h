@@ -92,6 +92,8 @@ struct cuda_backend {
     size_t x_8_bytes;
     void *scratch; /* device: raw products before scaling, expanded weights, f16 activations */
     size_t scratch_bytes;
+    void *moe_scratch; /* device: of the widest layer of experts */
+    size_t moe_scratch_bytes;
     struct lt *lt; /* NULL: own kernels multiply */
 };
 
@@ -164,8 +166,11 @@ void cuda_activate(struct backend *base, struct tensor out, struct tensor in, en
                    bool gated);
 void cuda_gather(struct backend *base, struct tensor out, struct tensor x,
                  const struct batch *batch);
-void cuda_moe_route(struct backend *base, struct tensor weights, struct tensor experts,
-                    struct tensor scores, int top_k, bool renormalize);
+/* moe.c */
+enum err cuda_moe_create(struct backend *base, const struct moe_args *args, struct moe **out);
+void cuda_moe_destroy(struct backend *base, struct moe *m);
+void cuda_moe_forward(struct backend *base, struct tensor out, struct tensor x,
+                      struct tensor scores, struct moe *m);
 /* sample.c */
 void cuda_sample(struct backend *base, struct tensor logits, const struct sample_row *rows,
                  int n_rows, struct sample_result *results);

@@ -4,7 +4,7 @@
  * gemm.cuh. Many: the matrix is expanded to BF16 once and the library multiplies. */
 #include "kernels/cuda/gemm.cuh"
 
-int launch_gemm_int4(const struct gemm_call *call, void *stream) { return gemm_launch<true>(call, stream); }
+int launch_gemm_int4(const struct gemm_call *call, void *stream) { return gemm_launch<GEMM_INT4>(call, stream); }
 
 enum { GEMV_WARPS = 4 };
 
@@ -47,7 +47,7 @@ template <int ROWS> static __global__ void __launch_bounds__(GEMV_WARPS *WARP_LA
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         float sum = warp_sum(sums[r]);
-        if (lane == 0) out_store(c, r, col, col, sum);
+        if (lane == 0) out_store(c, r, col, sum);
     }
 }
 

@@ -136,11 +136,16 @@ struct gemm_call {
     const void *scales_16; /* f16 [n_out][n_in_padded / 128] of int4, else NULL */
     const float *bias;     /* [n_out] or NULL */
     int64_t n_in_padded;   /* multiple of GEMM_K_TILE (of 128 for int4) */
-    /* Experts: rows_of[offsets[e] .. offsets[e + 1]) are the rows of expert e, whose matrix starts
-     * e * n_out rows below w. NULL offsets: one matrix, all rows. */
+    /* Experts: rows_of[offsets[e] .. offsets[e + 1]) are the rows of expert e, whose matrix is
+     * matrices[e]. NULL matrices: one matrix, all rows. All device memory. */
+    const struct gemm_matrix *matrices;
     const int32_t *offsets, *rows_of;
     int n_experts, rows_max,
         x_rows_per; /* x row of entry i is rows_of[i] / x_rows_per; out row is rows_of[i] */
+};
+struct gemm_matrix {
+    const void *w, *scales_16;
+    const float *scales; /* [n_out] of 8-bit codes, else NULL */
 };
 enum { GEMM_K_TILE = 32, INT4_GROUP = 128, GEMV_ROWS_MAX = 4 };
 /* Every output element is summed in an order that depends on n_in alone. */
@@ -149,12 +154,18 @@ int launch_gemm_int4(const struct gemm_call *call, void *stream);
 int launch_gemv_int4(const struct gemm_call *call, void *stream);
 int launch_int4_expand(void *out_bf16, const void *w, const void *scales_16, int64_t n_out,
                        int64_t n_in_padded, void *stream);
-/* weights [rows][top_k] F32, experts [rows][top_k] I32, scores [rows][n_experts] F32. */
-int launch_moe_route(struct tensor weights, struct tensor experts, struct tensor scores, int top_k,
+/* The product of every expert with its rows, its weights as they are stored. */
+int launch_gemm_experts(const struct gemm_call *call, enum weight_format format, void *stream);
+/* scores [rows][n_experts] F32 -> weights [rows][top_k], experts [rows][top_k]. */
+int launch_moe_route(float *weights, int32_t *experts, struct tensor scores, int top_k,
                      bool renormalize, void *stream);
-/* Sorts the entries of experts [n] by expert, stable: offsets [n_experts + 1], rows_of [n]. */
+/* Sorts the entries of experts [n] by expert: offsets [n_experts + 1], rows_of [n]. Where an entry
+ * lies within its expert's is left to chance; no result depends on it. */
 int launch_moe_sort(const int32_t *experts, int n, int n_experts, int32_t *offsets,
                     int32_t *rows_of, void *stream);
+/* out[r] = sum over k of weights[r][k] * y[r * top_k + k]; y: F32, rows of y_stride. */
+int launch_moe_combine(struct tensor out, const float *y, int64_t y_stride, const float *weights,
+                       int top_k, void *stream);
 
 /* --- sample.cu -------------------------------------------------------------------------------- */
 struct sample_edit { /* one token's logit before anything else */

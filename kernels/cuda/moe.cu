@@ -1,17 +1,18 @@
-/* Mixture of experts: who works on which token. The products themselves are gemm.cuh's, grouped. */
+/* Mixture of experts: who works on which token, and what comes of it. The products between are
+ * gemm.cuh's, grouped. All grids depend on the number of rows alone, so a graph can hold them. */
 #include "kernels/cuda/common.cuh"
 
-/* One warp a row: top_k times the largest score that is left, ties to the lower expert. */
+/* One warp a row: top_k times the largest score that is left, ties to the lower expert; then their
+ * share of the softmax, of all scores or of the chosen. NaN counts as the least. */
 static __global__ void __launch_bounds__(WARP_LANES)
-    moe_route_kernel(struct tensor weights, struct tensor experts, struct tensor scores, int top_k, bool renormalize)
+    moe_route_kernel(float *weights, int32_t *experts, const float *scores, int64_t stride, int n, int top_k,
+                     bool renormalize)
 {
-    int row = blockIdx.x, lane = threadIdx.x, n = (int)scores.cols;
-    const float *from = (const float *)scores.data + row * scores.stride;
-    float *left = (float *)cuda_smem, *weight = (float *)weights.data + row * weights.stride, total = 0;
-    int32_t *expert = (int32_t *)experts.data + row * experts.stride;
-    for (int i = lane; i < n; i += WARP_LANES) left[i] = from[i];
-    __syncwarp();
-    for (int k = 0; k < top_k; k++) {
+    int row = blockIdx.x, lane = threadIdx.x;
+    const float *from = scores + row * stride;
+    float *left = (float *)cuda_smem, all = 0, chosen = 0, first = 0, mine = 0;
+    for (int i = lane; i < n; i += WARP_LANES) left[i] = from[i] == from[i] ? from[i] : -INFINITY;
+    for (int k = 0; k < top_k; k++) { /* a lane looks at its own scores alone */
         float best = -INFINITY;
         int at = n;
         for (int i = lane; i < n; i += WARP_LANES)
@@ -21,43 +22,84 @@ static __global__ void __launch_bounds__(WARP_LANES)
             int other_at = __shfl_xor_sync(FULL_WARP, at, d);
             if (other > best || (other == best && other_at < at)) best = other, at = other_at;
         }
-        if (at == n) at = 0, best = 0; /* nothing but -inf and NaN is left */
-        if (lane == 0) expert[k] = at, weight[k] = best, left[at] = -INFINITY;
-        total += best;
-        __syncwarp();
+        if (k == 0) first = at < n ? best : 0;
+        float weight = at < n ? __expf(best - first) : 0;
+        if (lane == 0) experts[row * top_k + k] = at < n ? at : k; /* nothing but -inf is left: weight 0 */
+        if (lane == k) mine = weight;
+        if (at < n && at % WARP_LANES == lane) left[at] = -INFINITY;
+        chosen += weight;
     }
-    if (renormalize && lane < top_k && total > 0) /* top_k is at most a warp */
-        weight[lane] /= total;
+    for (int i = lane; i < n && !renormalize; i += WARP_LANES) all += from[i] == from[i] ? __expf(from[i] - first) : 0;
+    all = renormalize ? chosen : warp_sum(all);
+    if (lane < top_k) weights[row * top_k + lane] = all > 0 ? mine / all : 0;
 }
 
-int launch_moe_route(struct tensor weights, struct tensor experts, struct tensor scores, int top_k,
-                     bool renormalize, void *stream)
+int launch_moe_route(float *weights, int32_t *experts, struct tensor scores, int top_k, bool renormalize, void *stream)
 {
     if (top_k > WARP_LANES) return cudaErrorInvalidValue;
     return LAUNCH(moe_route_kernel, dim3((unsigned)scores.rows), dim3(WARP_LANES), scores.cols * sizeof(float), stream,
-                  weights, experts, scores, top_k, renormalize);
+                  weights, experts, (const float *)scores.data, scores.stride, (int)scores.cols, top_k, renormalize);
 }
 
-/* One block; thread e counts expert e's entries, the offsets follow, then it lists them in order. */
-static __global__ void __launch_bounds__(1024)
+enum { SORT_THREADS = 1024 };
+
+/* One block counts, sums up, and hands out places. count: [n_experts] in shared memory. */
+static __global__ void __launch_bounds__(SORT_THREADS)
     moe_sort_kernel(const int32_t *experts, int n, int n_experts, int32_t *offsets, int32_t *rows_of)
 {
-    int *counts = (int *)cuda_smem, mine = threadIdx.x, n_mine = 0;
-    for (int i = 0; i < n && mine < n_experts; i++) n_mine += experts[i] == mine;
-    if (mine < n_experts) counts[mine] = n_mine;
+    int *count = (int *)cuda_smem, tid = threadIdx.x;
+    for (int e = tid; e < n_experts; e += SORT_THREADS) count[e] = 0;
     __syncthreads();
-    if (mine >= n_experts) return;
-    int at = 0;
-    for (int e = 0; e < mine; e++) at += counts[e];
-    offsets[mine] = at;
-    if (mine == n_experts - 1) offsets[n_experts] = at + n_mine;
-    for (int i = 0; i < n; i++)
-        if (experts[i] == mine) rows_of[at++] = i;
+    for (int i = tid; i < n; i += SORT_THREADS) atomicAdd(&count[experts[i]], 1);
+    __syncthreads();
+    if (tid < WARP_LANES) { /* each lane sums its share of the experts */
+        int each = (n_experts + WARP_LANES - 1) / WARP_LANES, first = min(n_experts, tid * each);
+        int end = min(n_experts, first + each), mine = 0;
+        for (int e = first; e < end; e++) mine += count[e];
+        int at = mine;
+        for (int d = 1; d < WARP_LANES; d <<= 1) {
+            int other = __shfl_up_sync(FULL_WARP, at, d);
+            if (tid >= d) at += other;
+        }
+        at -= mine;
+        for (int e = first; e < end; e++) {
+            int here = count[e];
+            offsets[e] = count[e] = at;
+            at += here;
+        }
+        if (tid == WARP_LANES - 1) offsets[n_experts] = at;
+    }
+    __syncthreads();
+    for (int i = tid; i < n; i += SORT_THREADS) rows_of[atomicAdd(&count[experts[i]], 1)] = i;
 }
 
 int launch_moe_sort(const int32_t *experts, int n, int n_experts, int32_t *offsets, int32_t *rows_of, void *stream)
 {
-    if (n_experts > 1024) return cudaErrorInvalidValue;
-    return LAUNCH(moe_sort_kernel, dim3(1), dim3((unsigned)((n_experts + 31) / 32 * 32)), n_experts * sizeof(int), stream,
-                  experts, n, n_experts, offsets, rows_of);
+    return LAUNCH(moe_sort_kernel, dim3(1), dim3(SORT_THREADS), n_experts * sizeof(int), stream, experts, n, n_experts,
+                  offsets, rows_of);
+}
+
+/* grid (rows, columns / 1024): four neighbours a thread; the experts in the order of their choice. */
+static __global__ void __launch_bounds__(256)
+    moe_combine_kernel(bf16 *out, int64_t out_stride, int cols, const float *y, int64_t y_stride, const float *weights,
+                       int top_k)
+{
+    int64_t row = blockIdx.x;
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4, n = min(4, cols - c);
+    float sum[4] = {0, 0, 0, 0};
+    for (int k = 0; k < top_k && n > 0; k++) {
+        const float *from = y + (row * top_k + k) * y_stride + c; /* y_stride is a multiple of 4 */
+        float4 v = *(const float4 *)from;
+        float by = weights[row * top_k + k];
+        if (by == 0) continue; /* an expert of no weight may have overflowed */
+        sum[0] += by * v.x, sum[1] += by * v.y, sum[2] += by * v.z, sum[3] += by * v.w;
+    }
+    for (int j = 0; j < n; j++) from_float(out + row * out_stride + c + j, sum[j]);
+}
+
+int launch_moe_combine(struct tensor out, const float *y, int64_t y_stride, const float *weights, int top_k, void *stream)
+{
+    dim3 grid((unsigned)out.rows, (unsigned)((out.cols + 1023) / 1024));
+    return LAUNCH(moe_combine_kernel, grid, dim3(256), 0, stream, (bf16 *)out.data, out.stride, (int)out.cols, y,
+                  y_stride, weights, top_k);
 }

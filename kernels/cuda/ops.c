@@ -79,12 +79,3 @@ void cuda_gather(struct backend *base, struct tensor out, struct tensor x,
     out.rows = batch->n_rows_out;
     LAUNCHED(b, launch_gather(out, x, b->batch.rows_out, b->stream), "gather");
 }
-
-void cuda_moe_route(struct backend *base, struct tensor weights, struct tensor experts,
-                    struct tensor scores, int top_k, bool renormalize)
-{
-    struct cuda_backend *b = cuda_of(base);
-    if (b->failed || !scores.rows) return;
-    LAUNCHED(b, launch_moe_route(weights, experts, scores, top_k, renormalize, b->stream),
-             "moe_route");
-}

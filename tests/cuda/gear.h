@@ -45,6 +45,12 @@ static inline float rounded(float v)
     return of_bf16(bf16_of(v));
 }
 
+/* Fewer cases: where every access is watched, or many mistakes are tried one after another. */
+static inline bool gear_quick(void)
+{
+    return getenv("HEDDLE_CUDA_QUICK") != NULL;
+}
+
 static inline void must(enum err e)
 {
     if (e) fail_msg("%s: %s", err_name(e), err_detail());

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Goal: the tests of the CUDA backend notice mistakes. Method: each row of MUTANTS is one mistake
 put into one source file; the file is compiled for the emulation, linked with the rest of the plugin,
-and the named test must fail. A row whose text is gone from the source is an error too.
-Usage: mutants.py CONFIG [FILE], a JSON file that the build writes. Every fifth mistake is tried;
-HEDDLE_MUTANTS=all tries every one, which takes a quarter of an hour and more."""
+and the named test must fail. A row whose text is gone from the source is an error too. Beside them,
+each barrier of each kernel is left out once, in the plugin that is watched for races.
+Usage: mutants.py CONFIG [FILE], a JSON file that the build writes. Every eighth mistake is tried;
+HEDDLE_MUTANTS=all tries every one, which takes half an hour and more."""
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -62,28 +65,48 @@ MUTANTS = [
 ]
 
 
+# Which test meets the barriers of a file.
+BARRIER_TESTS = {"attention.cu": "attention", "prefill.cu": "attention", "attention.cuh": "attention", "rope.cu": "attention",
+                 "sample.cu": "sample", "moe.cu": "moe"}
+BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+
+
+def barrier_mutants(source):
+    """A row for each barrier: the file with that one left out."""
+    rows = []
+    for name in sorted(os.listdir(source)):
+        text = open(os.path.join(source, name)).read() if name.endswith((".cu", ".cuh")) else ""
+        for found in BARRIER.finditer(text):
+            line = text.count("\n", 0, found.start()) + 1
+            without = text[:found.start()] + ";" + text[found.end():]
+            rows.append((name, "%s of line %d" % (found.group(), line), without, BARRIER_TESTS.get(name, "ops"), True))
+    return rows
+
+
 def shell(command, **kwargs):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 def sources_of(config, name, folder):
     """The files to compile when `name` is changed: itself, or one kernel that includes it."""
-    users = {"attention.cuh": ["attention.cu", "prefill.cu"], "gemm.cuh": ["gemm.cu", "gemm_int4.cu"]}
+    users = {"attention.cuh": ["attention.cu", "prefill.cu"], "gemm.cuh": ["gemm.cu", "gemm_int4.cu"],
+             "common.cuh": ["norm.cu", "act.cu"]}
     return [os.path.join(folder, f) for f in users.get(name, [name])]
 
 
 def build(config, mutant, work):
-    name, old, new, _ = mutant
+    name, old, new, watched = mutant[0], mutant[1], mutant[2], len(mutant) > 4
     folder = os.path.join(work, "kernels", "cuda")
     os.makedirs(folder)
     for f in os.listdir(config["source"]):
         text = open(os.path.join(config["source"], f)).read()
         if f == name:
-            if old not in text:
+            if not watched and old not in text:
                 return "the text is not in the source any more"
-            text = text.replace(old, new)
+            text = new if watched else text.replace(old, new)
         open(os.path.join(folder, f), "w").write(text)
-    objects = list(config["objects"])
+    objects = list(config["watched_objects" if watched else "objects"])
+    sanitize = ["-fsanitize=thread"] if watched else config["sanitize"]
     changed = sources_of(config, name, folder)
     if "attention.cu" in name or name == "prefill.cu":  # few sizes of heads in both, so that they agree
         changed = [os.path.join(folder, f) for f in ("attention.cu", "prefill.cu")]
@@ -91,7 +114,7 @@ def build(config, mutant, work):
         stem, is_c = os.path.basename(path), path.endswith(".c")
         object_path = os.path.join(work, stem + ".o")
         compiler = [config["cc"], "-std=gnu11"] if is_c else [config["cxx"], "-std=gnu++20", "-x", "c++", *config["flags"], "-DHEDDLE_HEAD_DIMS_FEW"]
-        done = shell([*compiler, "-w", "-O1", "-fPIC", "-D_GNU_SOURCE", "-ffp-contract=off", *config["sanitize"], "-I", work,
+        done = shell([*compiler, "-w", "-O1", "-fPIC", "-D_GNU_SOURCE", "-ffp-contract=off", *sanitize, "-I", work,
                       "-I", config["emu"], "-I", config["emu"] + "/include", "-I", config["root"], "-c", path, "-o", object_path])
         if done.returncode:
             return "it does not compile: " + done.stdout[-400:]
@@ -111,10 +134,8 @@ def caught(config, mutant):
         if problem:
             return problem
         env = dict(os.environ, HEDDLE_PLUGIN_DIR=work, HEDDLE_CUDA_QUICK="1", ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
-        try:
-            done = shell([config["tests"] + "/test_cuda_" + mutant[3]], env=env, timeout=150)
-        except subprocess.TimeoutExpired:
-            return None
+        limit = lambda: resource.setrlimit(resource.RLIMIT_CPU, (120, 120))  # a mutant may never end
+        done = shell([config["tests"] + "/test_cuda_" + mutant[3]], env=env, preexec_fn=limit)
         return None if done.returncode else "MISSED: test_cuda_%s passes" % mutant[3]
 
 
@@ -127,7 +148,8 @@ def main():
         if not (problem or "").startswith("MISSED"):
             print("test_cuda_%s fails without any mistake: %s" % (test, problem))
             return 1
-    chosen = MUTANTS if only or os.environ.get("HEDDLE_MUTANTS") == "all" else MUTANTS[::5]
+    chosen = MUTANTS + barrier_mutants(config["source"])
+    chosen = chosen if only or os.environ.get("HEDDLE_MUTANTS") == "all" else chosen[::8]
     for mutant in chosen:
         if only not in mutant[0]:
             continue

@@ -186,7 +186,7 @@ static void model_check(const char *model)
     w = worker_start(&g, false);
     story_run(w, prompts, STEPS_IN_FLIGHT, &replayed);
     assert_int_equal(w->graphs.n_recorded, 3); /* for 1, 2 and 4 rows */
-    int prompt_steps = 0; /* one of a single token is a step like any other */
+    int prompt_steps = 0;                      /* one of a single token is a step like any other */
     for (int q = 0; q < SEQUENCES; q++)
         prompt_steps += prompts[q]->n_ids > 1;
     assert_int_equal(w->graphs.n_replayed, STEPS - prompt_steps - 3);
@@ -199,7 +199,8 @@ static void model_check(const char *model)
 
 static void test_graphs(void **state)
 {
-    static const char *const models[] = {"llama_bf16", "llama3_bf16", "mistral_bf16", "qwen2_bf16"};
+    static const char *const models[] = {"llama_bf16", "llama3_bf16", "mistral_bf16", "qwen2_bf16",
+                                         "mixtral_all"};
     (void)state;
     for (size_t i = 0; i < sizeof models / sizeof *models; i++)
         model_check(models[i]);

@@ -2,7 +2,8 @@
  * archs.c; sharding, loading and the forward pass follow from the roles.
  *
  * Presence is meaning: Q_NORM named = heads are normed; W_GATE named = gated feed-forward; POSITION
- * named = learned positions, else rope. A table knows names and kinds, never ranks or devices. */
+ * named = learned positions, else rope; ROUTER named = a mixture of experts, whose matrices carry a
+ * second %d. A table knows names and kinds, never ranks or devices. */
 #pragma once
 #include "base/err.h"
 #include "base/json.h"
@@ -20,7 +21,8 @@ enum dim {
     DIM_KV,
     DIM_QKV,
     DIM_HEAD,
-    DIM_FFN
+    DIM_FFN,
+    DIM_EXPERTS
 };
 
 enum shard {
@@ -51,6 +53,7 @@ enum bias { BIAS_NONE, BIAS_NORM, BIAS_QKV, BIAS_OUT, BIAS_FFN };
     X(K_NORM, SHARD_NONE, DIM_HEAD, DIM_1, BIAS_NONE)                                              \
     X(WO, SHARD_IN_Q, DIM_MODEL, DIM_Q, BIAS_OUT)                                                  \
     X(FFN_NORM, SHARD_NONE, DIM_MODEL, DIM_1, BIAS_NORM)                                           \
+    X(ROUTER, SHARD_NONE, DIM_EXPERTS, DIM_MODEL, BIAS_NONE)                                       \
     X(W_GATE, SHARD_OUT_FFN, DIM_FFN, DIM_MODEL, BIAS_FFN)                                         \
     X(W_UP, SHARD_OUT_FFN, DIM_FFN, DIM_MODEL, BIAS_FFN)                                           \
     X(W_DOWN, SHARD_IN_FFN, DIM_MODEL, DIM_FFN, BIAS_FFN)                                          \
@@ -85,21 +88,24 @@ struct arch {
     bool qkv_bias, out_bias, ffn_bias; /* where config.json does not say */
     int position_offset;               /* learned positions begin at this row */
     const char *const *prefixes;       /* what a checkpoint may put before the stems; NULL-ended */
-    const char *names[ROLE_COUNT];     /* stem, %d = layer; NULL = absent */
+    const char *names[ROLE_COUNT];     /* stem, %d = layer, then expert; NULL = absent */
     /* NULL, or what the common reading of config.json cannot say. */
     enum err (*finish_config)(struct model_config *c, const json_t *json);
 };
 
-extern const struct arch arch_llama, arch_mistral, arch_qwen2, arch_qwen3, arch_gpt2, arch_opt;
+extern const struct arch arch_llama, arch_mistral, arch_qwen2, arch_qwen3, arch_gpt2, arch_opt,
+    arch_mixtral, arch_qwen3_moe;
 extern const struct arch *const archs[]; /* NULL-ended */
 
-/* What the Llama family shares. */
+/* What the Llama family shares, and its dense feed-forward. */
 #define ARCH_LLAMA_NAMES                                                                           \
+    ARCH_LLAMA_SHARED, [ROLE_W_GATE] = "layers.%d.mlp.gate_proj",                                  \
+                       [ROLE_W_UP] = "layers.%d.mlp.up_proj",                                      \
+                       [ROLE_W_DOWN] = "layers.%d.mlp.down_proj"
+#define ARCH_LLAMA_SHARED                                                                          \
     [ROLE_EMBED] = "embed_tokens", [ROLE_ATTN_NORM] = "layers.%d.input_layernorm",                 \
     [ROLE_WQ] = "layers.%d.self_attn.q_proj", [ROLE_WK] = "layers.%d.self_attn.k_proj",            \
     [ROLE_WV] = "layers.%d.self_attn.v_proj", [ROLE_WO] = "layers.%d.self_attn.o_proj",            \
-    [ROLE_FFN_NORM] = "layers.%d.post_attention_layernorm",                                        \
-    [ROLE_W_GATE] = "layers.%d.mlp.gate_proj", [ROLE_W_UP] = "layers.%d.mlp.up_proj",              \
-    [ROLE_W_DOWN] = "layers.%d.mlp.down_proj", [ROLE_FINAL_NORM] = "norm",                         \
+    [ROLE_FFN_NORM] = "layers.%d.post_attention_layernorm", [ROLE_FINAL_NORM] = "norm",            \
     [ROLE_LM_HEAD] = "lm_head"
 extern const char *const arch_prefixes_model[];

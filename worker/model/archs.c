@@ -10,5 +10,6 @@ const struct role_row roles[ROLE_COUNT] = {
 const char *const arch_prefixes_model[] = {"model.", "", NULL};
 
 const struct arch *const archs[] = {
-    &arch_llama, &arch_mistral, &arch_qwen2, &arch_qwen3, &arch_gpt2, &arch_opt, NULL,
+    &arch_llama, &arch_mistral, &arch_qwen2,     &arch_qwen3, &arch_gpt2,
+    &arch_opt,   &arch_mixtral, &arch_qwen3_moe, NULL,
 };

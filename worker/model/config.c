@@ -406,6 +406,8 @@ int64_t config_dim(const struct model_config *c, enum dim dim)
         return c->head_dim;
     case DIM_FFN:
         return c->ffn;
+    case DIM_EXPERTS:
+        return c->n_experts;
     default:
         return 1;
     }
@@ -429,7 +431,9 @@ uint64_t config_parameters(const struct model_config *c)
         uint64_t rows = (uint64_t)config_dim(c, roles[role].rows);
         uint64_t n = rows * (uint64_t)config_dim(c, roles[role].columns);
         if (config_has_bias(c, (enum role)role)) n += rows;
-        total += n * (strstr(c->arch->names[role], "%d") ? (uint64_t)c->n_layers : 1);
+        const char *layer = strstr(c->arch->names[role], "%d");
+        bool is_expert = layer && strstr(layer + 2, "%d");
+        total += n * (layer ? (uint64_t)c->n_layers : 1) * (is_expert ? (uint64_t)c->n_experts : 1);
     }
     return total;
 }

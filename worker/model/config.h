@@ -26,7 +26,9 @@ struct model_config {
     char path[CONFIG_PATH_MAX]; /* of config.json, for errors */
     const struct arch *arch;
     int n_layers, n_heads, n_kv_heads, head_dim;
-    int hidden, embed_dim, ffn, vocab_size;
+    int hidden, embed_dim, ffn, vocab_size; /* ffn: of one expert where there are several */
+    int n_experts, top_k;                   /* 0 = one dense feed-forward */
+    bool renormalize_experts;
     int context_max; /* positions that the model knows */
     int n_positions; /* rows of learned positions, offset included; 0 with rope */
     float norm_epsilon;

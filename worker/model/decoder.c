@@ -20,7 +20,10 @@ static struct widths widths_of(const struct model_config *c, struct group g,
     w.qkv = w.att + 2 * shard_count(heads.kv) * c->head_dim;
     w.ffn = shard_count(shard_rounded(c->ffn, 128, g.rank, g.size));
     int64_t before = c->gated ? w.fused ? 0 : 2 * w.ffn : w.ffn;
-    w.scratch = w.qkv + w.att > before + w.ffn ? w.qkv + w.att : before + w.ffn;
+    int64_t feed =
+        before + w.ffn; /* experts have their scratch in the backend, but for the scores */
+    if (c->n_experts) feed = (c->n_experts * 4 + 1) / (int64_t)dtype_bytes(b->activation_dtype);
+    w.scratch = w.qkv + w.att > feed ? w.qkv + w.att : feed;
     return w;
 }
 
@@ -91,29 +94,59 @@ static void swap(struct tensor *a, struct tensor *b)
     *b = t;
 }
 
-/* delta = x w^T summed over the ranks: the one place with an all-reduce in it. Where the collective
- * has memory of its own, the partial sums are written straight into it, and the sum is read there
- * unless it has to outlive the collective that follows (last). */
+/* Where partial sums go: straight into the collective's memory where it has some of its own. */
+static struct tensor partial_of(struct decoder *d, struct tensor delta)
+{
+    struct collective *c = d->collective;
+    if (d->model->group.size > 1 && c->ops->reduce_buffer) {
+        void *direct =
+            c->ops->reduce_buffer(c, (size_t)(delta.rows * delta.cols) * dtype_bytes(delta.dtype));
+        if (direct) delta.data = direct;
+    }
+    return delta;
+}
+
+/* delta = partial summed over the ranks: the one place with an all-reduce in it. The sum may stay
+ * in the collective's memory unless it has to outlive the collective that follows (last). */
+static enum err ranks_sum(struct decoder *d, struct tensor *delta, struct tensor partial, bool last)
+{
+    struct collective *c = d->collective;
+    if (d->model->group.size == 1) return OK;
+    int64_t begin = clock_monotonic_ns();
+    if (c->ops->all_reduce_near && !last)
+        TRY(c->ops->all_reduce_near(c, delta, partial));
+    else
+        TRY(c->ops->all_reduce_sum(c, *delta, partial));
+    d->collective_ns += clock_monotonic_ns() - begin;
+    return OK;
+}
+
+/* delta = x w^T, summed. */
 static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w, bool last,
                           struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
-    struct collective *c = d->collective;
-    struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden), partial = delta;
-    if (d->model->group.size > 1 && c->ops->reduce_buffer) {
-        void *direct =
-            c->ops->reduce_buffer(c, (size_t)(delta.rows * delta.cols) * dtype_bytes(delta.dtype));
-        if (direct) partial.data = direct;
-    }
+    struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden);
+    struct tensor partial = partial_of(d, delta);
     b->ops->matmul(b, partial, x, w);
-    if (d->model->group.size > 1) {
-        int64_t begin = clock_monotonic_ns();
-        if (c->ops->all_reduce_near && !last)
-            TRY(c->ops->all_reduce_near(c, &delta, partial));
-        else
-            TRY(c->ops->all_reduce_sum(c, delta, partial));
-        d->collective_ns += clock_monotonic_ns() - begin;
-    }
+    TRY(ranks_sum(d, &delta, partial, last));
+    *out_delta = delta;
+    return OK;
+}
+
+/* Each rank holds a slice of every expert and routes alike, so the sums of slices are summed as
+ * those of a dense layer are. */
+static enum err experts(struct decoder *d, const struct layer *layer, struct tensor in, bool last,
+                        struct tensor *out_delta)
+{
+    struct backend *b = d->model->backend;
+    int n = d->model->config.n_experts;
+    struct tensor scores = {d->scratch, DTYPE_F32, in.rows, n, n};
+    struct tensor delta = view(d, d->delta, in.rows, d->model->config.hidden);
+    struct tensor partial = partial_of(d, delta);
+    b->ops->matmul(b, scores, in, layer->router);
+    b->ops->moe_forward(b, partial, in, scores, layer->moe);
+    TRY(ranks_sum(d, &delta, partial, last));
     *out_delta = delta;
     return OK;
 }
@@ -123,6 +156,7 @@ static enum err feed_forward(struct decoder *d, const struct layer *layer, struc
 {
     struct backend *b = d->model->backend;
     const struct model_config *c = &d->model->config;
+    if (layer->moe) return experts(d, layer, in, last, out_delta);
     int64_t ffn = shard_count(d->model->ffn);
     struct tensor act = view(d, d->scratch, in.rows, ffn);
     if (c->gated && b->ops->matmul_gated) {

@@ -13,6 +13,10 @@ struct layer {
     struct weight *out;                        /* [hidden][n_heads * head_dim], partial sums */
     struct weight *up;   /* gate|up: [2 ffn][hidden], or [ffn][hidden] where not gated */
     struct weight *down; /* [hidden][ffn], partial sums */
+    /* With experts instead of the two above: */
+    struct weight *router;                      /* [n_experts][hidden], the same on every rank */
+    struct weight **experts_up, **experts_down; /* [n_experts] as up and down */
+    struct moe *moe;
     struct attention_args attention;
 };
 

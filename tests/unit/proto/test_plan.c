@@ -90,7 +90,7 @@ static void draw_plan(struct step_plan *p)
     for (uint32_t i = 0; i < p->n_opens; i++) {
         struct plan_open *o = &p->opens[i];
         *o = (struct plan_open){
-            number(), number(), number(), number(), rand_below(&dice, 200) ? few() : 20000,
+            number(), number(), number(), number(),   rand_below(&dice, 200) ? few() : 20000,
             few(),    NULL,     NULL,     {.seed = 0}};
         o->tokens = words(o->n_tokens);
         o->blocks = words(o->n_blocks);
@@ -107,8 +107,9 @@ static void draw_plan(struct step_plan *p)
     bool drafts = rand_below(&dice, 2), own = rand_below(&dice, 2);
     for (uint32_t i = 0; i < p->n_runs; i++) {
         struct plan_run *r = &p->runs[i];
-        *r = (struct plan_run){number(), number(), (uint32_t)rand_below(&dice, 4),
-                               drafts ? few() : 0, NULL, own ? few() : 0, own ? number() : 0};
+        *r = (struct plan_run){number(),           number(), (uint32_t)rand_below(&dice, 4),
+                               drafts ? few() : 0, NULL,     own ? few() : 0,
+                               own ? number() : 0};
         r->drafts = words(r->n_drafts);
     }
 }
@@ -317,6 +318,7 @@ static void draw_result(struct step_result *r)
         for (uint32_t i = 0; i < r->n_drafted; i++)
             r->drafted[i] = (struct plan_pair){number(), few()};
         r->draft_us = number(), r->draft_passes = few(), r->draft_tokens = number();
+        r->draft_first_us = number();
     }
     bool plain = rand_below(&dice, 2);
     for (uint32_t i = 0; i < r->n_tokens; i++) {
@@ -348,7 +350,8 @@ static void results_come_back(void **state)
         assert_int_equal(step_result_decode(bytes.data, bytes.n, &arena, &back), OK);
         assert_true(back.epoch == r.epoch && back.step == r.step &&
                     back.compute_us == r.compute_us && back.draft_us == r.draft_us &&
-                    back.draft_passes == r.draft_passes && back.draft_tokens == r.draft_tokens);
+                    back.draft_passes == r.draft_passes && back.draft_tokens == r.draft_tokens &&
+                    back.draft_first_us == r.draft_first_us);
         assert_int_equal(back.n_drafted, r.n_drafted);
         for (uint32_t i = 0; i < r.n_drafted; i++)
             assert_memory_equal(&back.drafted[i], &r.drafted[i], sizeof r.drafted[i]);

@@ -20,8 +20,9 @@ static const char *models[64] = {"llama",          "llama_bf16",   "llama3",    
                                  "llama3_sharded", "qwen2",        "qwen2_bf16", "qwen2_heads14",
                                  "qwen3",          "qwen3_bf16",   "mistral",    "mistral_bf16",
                                  "gpt2",           "gpt2_bf16",    "opt",        "opt_bf16",
-                                 "opt_post",       "qwen2_window", "llama_yarn", "gpt2_scales"};
-static int n_models = 20;
+                                 "opt_post",       "qwen2_window", "llama_yarn", "gpt2_scales",
+                                 "mixtral",        "qwen3_moe"};
+static int n_models = 22;
 
 static void models_choose(char *list)
 {
