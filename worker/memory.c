@@ -359,7 +359,8 @@ static void format_choose(struct group g, const struct backend *b, const struct 
         weights_measure(model, g, p);
     }
     log_info("quantization: %s chosen by itself (weights %.2f GiB of %.2f free)",
-             weight_format_name(p->format), gib(p->weight_bytes), gib(mine));
+             weight_format_name(p->format ? p->format : stored_format(p->file_dtype)),
+             gib(p->weight_bytes), gib(mine));
 }
 
 /* How the draft model is stored and kept: its own flag, its own file, else as the target's flag. */

@@ -34,6 +34,7 @@ struct entry {
 
 struct packer {
     const struct quantize_config *config;
+    struct weights_options options;
     struct model_config model_config;
     struct backend *backend;
     struct model *model;
@@ -295,11 +296,16 @@ static enum err format_read(const char *option, const char *word, enum weight_fo
     return OK;
 }
 
+static enum err formats_read(const struct quantize_config *c, struct weights_options *out)
+{
+    TRY(format_read("--format", c->format, &out->format));
+    return format_read("--head-format", c->head_format, &out->head_format);
+}
+
 static enum err model_make(struct packer *p)
 {
     const struct quantize_config *c = p->config;
-    struct weights_options o = {
-        .model_dir = c->model_dir, .dummy = c->dummy, .seed = c->seed, .context_max = CONTEXT};
+    struct weights_options *o = &p->options;
     struct backend_options device = {.n_threads = c->n_threads,
                                      .numa_node = -1,
                                      .n_slots_max = 1,
@@ -307,8 +313,13 @@ static enum err model_make(struct packer *p)
                                      .n_rows_max = 1};
     bool packed = false;
     struct packed_file already;
-    TRY(format_read("--format", c->format, &o.format));
-    TRY(format_read("--head-format", c->head_format, &o.head_format));
+    *o = (struct weights_options){.model_dir = c->model_dir,
+                                  .dummy = c->dummy,
+                                  .seed = c->seed,
+                                  .format = o->format,
+                                  .head_format = o->head_format,
+                                  .context_max = CONTEXT,
+                                  .n_threads = c->n_threads};
     TRY(config_read(c->model_dir, &p->model_config));
     if (p->model_config.n_experts)
         FAIL(ERR_UNSUPPORTED,
@@ -316,7 +327,7 @@ static enum err model_make(struct packer *p)
              "not to files",
              p->model_config.path);
     device.vocab_size = p->model_config.vocab_size;
-    if (o.context_max > p->model_config.context_max) o.context_max = p->model_config.context_max;
+    if (o->context_max > p->model_config.context_max) o->context_max = p->model_config.context_max;
     TRY(backend_open("cpu", &device, &p->backend));
     if (!c->dummy) {
         struct safetensors *probe;
@@ -326,7 +337,7 @@ static enum err model_make(struct packer *p)
         TRY(e);
     }
     if (packed) FAIL(ERR_INVALID, "%s: its weights are quantized already", c->model_dir);
-    TRY(model_load(&o, &p->model_config, (struct group){0, 1}, p->backend, &p->model));
+    TRY(model_load(o, &p->model_config, (struct group){0, 1}, p->backend, &p->model));
     p->model_config.tied = p->model->config.tied;
     return source_init(&p->source, &p->model_config, p->model->file, c->seed);
 }
@@ -343,6 +354,7 @@ enum err model_quantize(const struct quantize_config *config, struct quantize_re
     p->end = &p->first;
     arena_init(&p->arena, 1 << 16, 0);
     buf_init(&p->digests, 0);
+    TRY_OUT(formats_read(&c, &p->options));
     TRY_OUT(out_check(&c));
     TRY_OUT(model_make(p));
     TRY_OUT(entries_make(p));
