@@ -160,7 +160,7 @@ static void report(const struct bench_case *c, double time, double rate, double 
 {
     double by_bytes = c->bytes / rate, by_compute = c->operations / peak;
     double bound = by_bytes > by_compute ? by_bytes : by_compute;
-    printf("%-10s %-16s M=%-4d %9.1f us  %6.1f GB/s of %5.1f = %3.0f%%   %7.0f GOP/s of %5.0f = "
+    printf("%-9s %-30s M=%-4d %9.1f us  %6.1f GB/s of %5.1f = %3.0f%%   %7.0f GOP/s of %5.0f = "
            "%3.0f%%   bound %3.0f%%\n",
            c->kind, c->name, c->m, time * 1e6, c->bytes / time * 1e-9, rate * 1e-9,
            100 * by_bytes / time, c->operations / time * 1e-9, peak * 1e-9, 100 * by_compute / time,
@@ -213,8 +213,8 @@ static const struct format_row formats[] = {
     {"bf16", WEIGHT_BF16, peak_bf16, 64},  {"f32", WEIGHT_F32, peak_float, 32},
     {"f16", WEIGHT_F16, peak_float, 32},
 };
-static const int shapes[][2] = {{1152, 896},  {9728, 896},   {896, 4864},
-                                {3072, 2048}, {16384, 2048}, {2048, 8192}};
+static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
+                                {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
 static const int heights[] = {1, 4, 16, 64, 512};
 enum { N_MAX = 16384, K_MAX = 8192, M_MAX = 512 };
 
@@ -306,15 +306,19 @@ static void attention_run(void *arg, int turn)
     backend_cpu.attend(bench.backend, c->out, c->qkv, c->kv, &c->args, &c->batch);
 }
 
-/* One sequence at a time over a rotating set of contexts, whose blocks lie in random order. */
+/* One sequence at a time over a rotating set of contexts, whose blocks lie in random order, or,
+ * with a minus before the block size, one after another. */
 static void attention_shape(int n_kv, int group, int head_dim, int context, int block_size,
                             enum dtype dtype)
 {
+    bool in_order = block_size < 0;
+    block_size = abs(block_size);
     char name[64];
     static int32_t starts[2] = {0, 1}, position, length, slot;
     static const int32_t ids[1];
     static float row[256 * 512], out[256 * 512];
-    snprintf(name, sizeof name, "%dx%dx%d/%d b%d", n_kv, group, head_dim, context, block_size);
+    snprintf(name, sizeof name, "%dx%dx%d/%d %s %s%d", n_kv, group, head_dim, context,
+             dtype_name(dtype), in_order ? "in order " : "b", block_size);
     if (!wanted("attention", name)) return;
     struct kv_cache_args args = {1, n_kv, head_dim, block_size, 0, dtype};
     size_t context_bytes =
@@ -329,6 +333,7 @@ static void attention_shape(int n_kv, int group, int head_dim, int context, int 
     for (int32_t i = 0; i < args.n_blocks; i++) {
         int32_t at = (int32_t)rand_below(&r, (uint64_t)i + 1);
         c.tables[i] = c.tables[at], c.tables[at] = i;
+        if (in_order) c.tables[i] = i;
     }
     int n_heads = n_kv * group, width = (n_heads + 2 * n_kv) * head_dim;
     for (int i = 0; i < width; i++)
@@ -361,12 +366,15 @@ static void attention_shape(int n_kv, int group, int head_dim, int context, int 
 static void attentions(void)
 {
     static const int models[][3] = {{2, 7, 64}, {8, 4, 64}, {8, 4, 128}},
-                     contexts[] = {4096, 16384}, sizes[] = {16, 32, 64, 256};
+                     contexts[] = {4096, 16384}, sizes[] = {16, 32, 64, 256, -32};
     for (int m = 0; m < 3; m++)
         for (int c = 0; c < 2; c++)
-            for (int s = 0; s < 4; s++)
+            for (int s = 0; s < 5; s++) {
                 attention_shape(models[m][0], models[m][1], models[m][2], contexts[c], sizes[s],
                                 DTYPE_BF16);
+                attention_shape(models[m][0], models[m][1], models[m][2], contexts[c], sizes[s],
+                                DTYPE_I8);
+            }
 }
 
 static void arguments(int argc, char **argv)
@@ -406,8 +414,8 @@ int main(int argc, char **argv)
                                       .n_slots_max = 16,
                                       .vocab_size = 1024,
                                       .isa = bench.isa};
-    if (backend_cpu.open(&options, &bench.backend) || pool_create(bench.threads, 4096, &bench.pool))
-        die("open");
+    if (backend_cpu.open(&options, &bench.backend)) die("open");
+    bench.pool = cpu_of(bench.backend)->pool; /* one of its own would spin beside it */
     if (mem_alloc_huge(ROTATE_BYTES, (void **)&bench.memory)) die("memory");
     struct rand r = rand_seeded(7);
     for (size_t i = 0; i < ROTATE_BYTES / 4; i += 2) {
@@ -428,7 +436,6 @@ int main(int argc, char **argv)
     attentions();
     if (bench.out) fclose(bench.out);
     backend_cpu.close(bench.backend);
-    pool_destroy(bench.pool);
     mem_free_huge(bench.memory, ROTATE_BYTES);
     return 0;
 }

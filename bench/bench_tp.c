@@ -1,9 +1,10 @@
-/* What tensor parallelism on one host costs: decode of the real worker as one rank with N threads,
- * and as N ranks (processes) with one thread each over shared memory, in turns.
+/* What tensor parallelism on one host costs: the real worker as one rank with N threads, and as N
+ * ranks (processes) with one thread each over shared memory, in turns. Each round reads a prompt in
+ * one step, then decodes.
  *
  * usage: bench_tp MODEL_DIR [ranks [tokens [rounds]]]; dummy weights. One CSV row a round: model,
- * ranks, tokens/s of one rank with N threads, tokens/s of N ranks, ratio, microseconds a step in
- * collectives. */
+ * ranks, decoded tokens/s of one rank with N threads, of N ranks, their ratio, microseconds of a
+ * step in collectives; the same four of the prompt. */
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/mem.h"
@@ -17,13 +18,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { RANKS_MAX = 16, TOKENS_MAX = 4096, PROMPT = 16 };
+enum { RANKS_MAX = 16, TOKENS_MAX = 4096, PROMPT = 256 };
 
 /* What the processes share: a meeting place, and each round's medians. */
 struct hall {
     pthread_barrier_t ranks, all;
     char bytes[RANKS_MAX][BOOTSTRAP_BYTES_MAX];
-    double step_us, collective_us;
+    double step_us, collective_us, prompt_us, prompt_collective_us;
     int size, rounds, tokens;
     const char *model;
 };
@@ -67,8 +68,8 @@ static struct worker *rank_create(const struct hall *h, int rank, int size, int 
     c.n_threads = threads;
     c.load_format = "dummy";
     c.n_sequences_max = 1;
-    c.step_tokens_max = 64;
-    c.context_max = PROMPT + h->tokens * (h->rounds + 1) + 64;
+    c.step_tokens_max = PROMPT;
+    c.context_max = PROMPT + h->tokens + 64;
     snprintf(key, sizeof key, "bench-tp-%d", (int)getppid());
     struct bootstrap boot = {.group_key = key, .exchange = exchange, .ctx = seat};
     die(worker_create(&c, &w));
@@ -90,10 +91,12 @@ static int64_t step(struct worker *w, struct step_plan plan, int64_t *collective
     return clock_monotonic_ns() - begin;
 }
 
-static void open_sequence(struct worker *w)
+/* Microseconds of a step that reads a whole prompt. */
+static double prefill(struct worker *w, double *out_collective_us)
 {
     static int32_t tokens[PROMPT], blocks[4096];
-    int64_t ignored = 0;
+    static uint32_t slot;
+    int64_t collective_us = 0;
     int n = (w->info.context_max - 1) / w->info.block_size + 1;
     for (int i = 0; i < PROMPT; i++)
         tokens[i] = i + 3;
@@ -109,7 +112,15 @@ static void open_sequence(struct worker *w)
     sampling_params_default(&open.sampling);
     open.sampling.temperature = 0;
     open.sampling.n_logprobs = open.sampling.n_prompt_logprobs = -1;
-    step(w, (struct step_plan){.n_opens = 1, .opens = &open, .n_runs = 1, .runs = &run}, &ignored);
+    struct step_plan plan = {.n_closes = step_number > 0,
+                             .closes = &slot,
+                             .n_opens = 1,
+                             .opens = &open,
+                             .n_runs = 1,
+                             .runs = &run};
+    int64_t ns = step(w, plan, &collective_us);
+    *out_collective_us = (double)collective_us;
+    return (double)ns * 1e-3;
 }
 
 static int compare(const void *a, const void *b)
@@ -134,11 +145,13 @@ static void rank_process(struct hall *h, int rank)
 {
     struct seat seat = {h, rank};
     struct worker *w = rank_create(h, rank, h->size, 1, &seat);
-    double collective_us;
-    open_sequence(w);
+    double collective_us, prompt_us, prompt_collective_us;
+    prefill(w, &prompt_collective_us);
     pthread_barrier_wait(&h->all);
     for (int round = 0; round < h->rounds; round++) {
         pthread_barrier_wait(&h->all); /* the single rank has had its turn */
+        prompt_us = prefill(w, &prompt_collective_us);
+        if (rank == 0) h->prompt_us = prompt_us, h->prompt_collective_us = prompt_collective_us;
         double us = decode(w, h->tokens, &collective_us);
         if (rank == 0) h->step_us = us, h->collective_us = collective_us;
         pthread_barrier_wait(&h->all);
@@ -174,14 +187,16 @@ int main(int argc, char **argv)
     struct seat seat = {h, 0};
     double ignored;
     struct worker *w = rank_create(h, 0, 1, h->size, &seat);
-    open_sequence(w);
+    prefill(w, &ignored);
     pthread_barrier_wait(&h->all);
     for (int round = 0; round < h->rounds; round++) {
+        double prompt_us = prefill(w, &ignored);
         double one_us = decode(w, h->tokens, &ignored);
         pthread_barrier_wait(&h->all);
         pthread_barrier_wait(&h->all);
-        printf("%s,%d,%.2f,%.2f,%.3f,%.1f\n", h->model, h->size, 1e6 / one_us, 1e6 / h->step_us,
-               one_us / h->step_us, h->collective_us);
+        printf("%s,%d,%.2f,%.2f,%.3f,%.1f,%.1f,%.1f,%.3f,%.1f\n", h->model, h->size, 1e6 / one_us,
+               1e6 / h->step_us, one_us / h->step_us, h->collective_us, PROMPT * 1e6 / prompt_us,
+               PROMPT * 1e6 / h->prompt_us, prompt_us / h->prompt_us, h->prompt_collective_us);
         fflush(stdout);
     }
     while (wait(NULL) > 0)

@@ -3,6 +3,7 @@
 same shape with random weights as GGUF for peers that read only that.
 
 usage: bench/make_shape.py NAME DIR            config.json and a synthetic tokenizer
+       bench/make_shape.py NAME DIR weights    and model.safetensors, bf16 (needs numpy)
        bench/make_shape.py NAME FILE.gguf      bf16 weights (needs numpy)
 """
 import json
@@ -143,7 +144,55 @@ def make_gguf(name, path):
             f.write(b"\0" * (-f.tell() % ALIGN))
 
 
+def checkpoint_tensors(shape):
+    arch, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, tied, bias, _, _ = shape
+    yield "model.embed_tokens.weight", (vocab, hidden)
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        yield at + "input_layernorm.weight", (hidden,)
+        for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            yield f"{at}self_attn.{part}_proj.weight", (rows * head_dim, hidden)
+            if bias:
+                yield f"{at}self_attn.{part}_proj.bias", (rows * head_dim,)
+        yield at + "self_attn.o_proj.weight", (hidden, heads * head_dim)
+        yield at + "post_attention_layernorm.weight", (hidden,)
+        yield at + "mlp.gate_proj.weight", (ffn, hidden)
+        yield at + "mlp.up_proj.weight", (ffn, hidden)
+        yield at + "mlp.down_proj.weight", (hidden, ffn)
+    yield "model.norm.weight", (hidden,)
+    if not tied:
+        yield "lm_head.weight", (vocab, hidden)
+
+
+def make_weights(name, folder):
+    import numpy as np
+    tensors, header, at = list(checkpoint_tensors(SHAPES[name])), {}, 0
+    for tensor, dims in tensors:
+        n = 2 * int(np.prod(dims))
+        header[tensor] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [at, at + n]}
+        at += n
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 64)
+    random = np.random.default_rng(1)
+    block = (random.standard_normal(1 << 22, dtype=np.float32) * np.float32(0.02)).view(np.uint32)
+    block = ((block + 0x8000) >> 16).astype(np.uint16).tobytes()
+    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+        f.write(struct.pack("<Q", len(raw)) + raw)
+        for tensor, dims in tensors:
+            rest = 2 * int(np.prod(dims))
+            if len(dims) == 1:
+                f.write((b"\x80\x3f" if "norm" in tensor else b"\0\0") * dims[0])
+                continue
+            while rest:
+                f.write(block[:rest])
+                rest -= min(rest, len(block))
+
+
 if __name__ == "__main__":
+    if sys.argv[3:] == ["weights"] and sys.argv[1] in SHAPES:
+        make_folder(*sys.argv[1:3])
+        make_weights(*sys.argv[1:3])
+        sys.exit()
     if len(sys.argv) != 3 or sys.argv[1] not in SHAPES:
         sys.exit(__doc__ + "names: " + " ".join(SHAPES))
     (make_gguf if sys.argv[2].endswith(".gguf") else make_folder)(*sys.argv[1:])

@@ -82,6 +82,18 @@ int verb_inspect(struct conf *c, struct options *o)
     return e ? verb_fail("inspect") : 0;
 }
 
+static void print_plan_draft(const struct worker_info *m)
+{
+    char weights[32], tables[32], work[32], block[32];
+    if (!*m->draft_name) return;
+    print_bytes(weights, m->draft_weight_bytes);
+    print_bytes(tables, m->draft_table_bytes);
+    print_bytes(work, m->draft_work_bytes);
+    print_bytes(block, m->draft_block_bytes);
+    printf("  draft model  %10s  %s, %s; embeddings %s, work space %s, %s of each KV block\n", weights, m->draft_name,
+           m->draft_format, tables, work, block);
+}
+
 static void print_plan(const struct worker_info *m)
 {
     char weights[32], tables[32], work[32], blocks[32], total[32], free_bytes[32];
@@ -89,12 +101,14 @@ static void print_plan(const struct worker_info *m)
     print_bytes(tables, m->table_bytes);
     print_bytes(work, m->work_bytes);
     print_bytes(blocks, m->block_bytes * m->n_blocks);
-    print_bytes(total, m->weight_bytes + m->work_bytes + m->block_bytes * m->n_blocks);
+    print_bytes(total, m->weight_bytes + m->work_bytes + m->draft_weight_bytes + m->draft_work_bytes +
+                           m->block_bytes * m->n_blocks);
     print_bytes(free_bytes, m->memory_free);
     print_model(m);
     printf("rank %d of %d on %s\n", m->rank, m->size, m->device);
     printf("  weights      %10s  %s\n  embeddings   %10s  read row by row\n", weights, m->weight_format, tables);
     printf("  work space   %10s  %d sequences, %d tokens a step\n", work, m->n_slots_max, m->step_tokens_max);
+    print_plan_draft(m);
     printf("  KV cache     %10s  %llu blocks of %d tokens, %s: %llu tokens\n", blocks, (unsigned long long)m->n_blocks,
            m->block_size, m->kv_format, (unsigned long long)m->n_blocks * (unsigned)m->block_size);
     printf("  together     %10s  of %s free\n", total, free_bytes);

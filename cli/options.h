@@ -31,10 +31,13 @@ struct options {
     int64_t max_num_seqs, max_num_batched_tokens, max_model_len, max_num_queued_reqs, max_num_queued_tokens;
     int64_t pipeline_depth, speculative_tokens;
     bool prefix_caching;
-    const char *record;
+    const char *record, *kv_offload;
     /* device */
-    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *head_quantization;
-    int64_t device_index, threads, numa, block_size, blocks_override, kv_cache_bytes, swap_bytes;
+    const char *device, *dtype, *quantization, *kv_cache_dtype, *load_format, *isa, *draft_model, *draft_quantization, *draft_policy, *head_quantization;
+    const char *numa;
+    int64_t device_index, threads, block_size, blocks_override, kv_cache_bytes, swap_bytes;
+    int64_t kv_disk_space;
+    const char *kv_disk;
     double memory_utilization;
     int64_t seed;
     bool deterministic, enforce_eager;
@@ -45,6 +48,12 @@ struct options {
     bool special_tokens, json, stats;
     const char *output;
 };
+
+/* Drafts of a run: with a draft model 4 where nobody said a number. */
+static inline int64_t options_speculative_tokens(const struct options *o)
+{
+    return o->draft_model && !o->speculative_tokens ? 4 : o->speculative_tokens;
+}
 
 extern const struct conf_row option_rows[];
 extern const int n_option_rows;

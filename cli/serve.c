@@ -53,8 +53,10 @@ static void coordinator_config_from_options(const struct options *o, const char 
         .n_queued_max = (uint32_t)o->max_num_queued_reqs,
         .n_queued_tokens_max = (uint64_t)o->max_num_queued_tokens,
         .pipeline_depth = (uint32_t)o->pipeline_depth,
-        .n_speculative_tokens = (uint32_t)o->speculative_tokens,
+        .n_speculative_tokens = (uint32_t)options_speculative_tokens(o),
+        .draft_always = !strcmp(o->draft_policy, "always"),
         .prefix_cache = o->prefix_caching,
+        .always_offload = o->kv_offload && !strcmp(o->kv_offload, "always"),
         .record_path = o->record,
     };
 }

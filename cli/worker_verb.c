@@ -2,6 +2,7 @@
 #include "base/log.h"
 #include "cli/device_options.h"
 #include "cli/verbs.h"
+#include "parallel/numa.h"
 
 #include <sched.h>
 #include <stdio.h>
@@ -44,26 +45,48 @@ void worker_config_from_options(const struct options *o, const char *model, stru
     out->kv_cache_bytes = (uint64_t)o->kv_cache_bytes;
     out->memory_share = o->memory_utilization;
     out->host_swap_bytes = (uint64_t)o->swap_bytes;
+    out->n_blocks = (uint64_t)o->blocks_override;
+    out->kv_disk_dir = wish(o->kv_disk);
+    out->kv_disk_bytes = (uint64_t)o->kv_disk_space;
     out->n_sequences_max = (int)o->max_num_seqs;
     out->step_tokens_max = (int)o->max_num_batched_tokens;
-    out->draft_tokens_max = (int)o->speculative_tokens;
+    out->draft_tokens_max = (int)options_speculative_tokens(o);
+    out->draft_model_dir = o->draft_model;
+    /* "none" is a wish here: the draft model as it is stored, though the model is not */
+    out->draft_quantization = !strcmp(o->draft_quantization, "same") ? NULL : o->draft_quantization;
     out->context_max = (int)o->max_model_len;
     out->load_format = o->load_format;
     out->dummy_seed = (uint64_t)o->seed;
 }
 
-/* Threads of a rank that was given none: the cores it may use, shared with the ranks beside it. */
-static int threads_share(void)
+/* A number from the first of the variables that has one, else otherwise. */
+static int number_from(const char *const *names, int least, int otherwise)
 {
-    static const char *const names[] = {"HEDDLE_LOCAL_RANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"};
-    cpu_set_t cores;
-    long ranks = 0;
-    int n = sched_getaffinity(0, sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
-    for (size_t i = 0; i < sizeof names / sizeof *names && ranks < 1; i++) {
-        const char *text = getenv(names[i]);
-        ranks = text ? strtol(text, NULL, 10) : 0;
+    for (; *names; names++) {
+        const char *text = getenv(*names);
+        char *end;
+        long n = text ? strtol(text, &end, 10) : -1;
+        if (text && end != text && n >= least && n <= 4096) return (int)n;
     }
-    return ranks < 1 || ranks > n ? (ranks < 1 ? n : 1) : n / (int)ranks;
+    return otherwise;
+}
+
+/* Takes this rank's cores of the host; threads of a rank that was given none: those cores, shared
+ * with the ranks beside it. */
+static enum err place_rank(const struct options *o, struct worker_config *config)
+{
+    static const char *const counts[] = {"HEDDLE_LOCAL_RANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", NULL};
+    static const char *const places[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", NULL};
+    bool one_host = getenv("HEDDLE_LOCAL_RANKS") != NULL; /* all replicas are on it */
+    int n_local = number_from(counts, 1, 1), wish, n_sharing;
+    int local = one_host ? config->replica * config->size + config->rank : number_from(places, 0, config->rank);
+    cpu_set_t cores;
+    TRY(numa_wish_read(o->numa, &wish));
+    TRY(numa_bind(wish, local, n_local > local ? n_local : local + 1, &n_sharing));
+    if (o->device_index < 0 && one_host) config->device_index = local;
+    int n = sched_getaffinity(0, sizeof cores, &cores) ? 1 : CPU_COUNT(&cores);
+    if (!config->n_threads) config->n_threads = n_sharing >= n ? 1 : n / (n_sharing < 1 ? 1 : n_sharing);
+    return OK;
 }
 
 int verb_worker(struct conf *c, struct options *o)
@@ -77,7 +100,6 @@ int verb_worker(struct conf *c, struct options *o)
     else if (!o->coordinator) e = err_set(ERR_INVALID, "--coordinator HOST:PORT is needed");
     worker_config_from_options(o, model, &config);
     config.coordinator = o->coordinator;
-    if (!config.n_threads) config.n_threads = threads_share();
     config.patience_ms = (int)o->reconnect_timeout * 1000;
     config.tls_ca = o->cluster_ca_certs;
     config.tls_cert = o->cluster_certfile;
@@ -98,10 +120,9 @@ int verb_worker(struct conf *c, struct options *o)
         if (config.size != o->tp)
             e = err_set(ERR_INVALID, "%d ranks were started, but --tensor-parallel-size is %d", config.size, (int)o->tp);
     }
-    if (o->device_index < 0 && getenv("HEDDLE_LOCAL_RANKS")) /* all replicas are on this host */
-        config.device_index = config.replica * config.size + config.rank;
     snprintf(who, sizeof who, "worker %d.%d", config.replica, config.rank);
     log_set_who(who);
+    if (!e) e = place_rank(o, &config);
     if (!e) e = worker_run(&config);
     if (!e) return 0;
     verb_fail(who);

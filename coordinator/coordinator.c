@@ -135,6 +135,13 @@ static void step_result(void *ctx, uint32_t group, uint64_t epoch, const void *b
     engine_loop_result(c->engine, group, epoch, bytes, n);
 }
 
+static void blocks_moved(void *ctx, uint32_t group, uint64_t epoch, uint32_t rank,
+                         const void *bytes, size_t n)
+{
+    struct coordinator *c = ctx;
+    engine_loop_moved(c->engine, group, epoch, rank, bytes, n);
+}
+
 static void cluster_show(void *ctx, struct front_cluster *out)
 {
     struct coordinator *c = ctx;
@@ -230,7 +237,9 @@ static enum err engine_open(struct coordinator *c)
                                    .n_queued_tokens_max = config->n_queued_tokens_max,
                                    .pipeline_depth = config->pipeline_depth,
                                    .prefix_cache = config->prefix_cache,
+                                   .always_offload = config->always_offload,
                                    .n_speculative_tokens = config->n_speculative_tokens,
+                                   .draft_always = config->draft_always,
                                    .record_path = config->record_path,
                                    .step_timeout_us =
                                        (int64_t)config->watchdog_timeout_s * 1000000};
@@ -256,7 +265,12 @@ static enum err cluster_open(struct coordinator *c)
                                              .key_file = config->cluster_key},
                                      .n_groups = config->dp > 0 ? (uint32_t)config->dp : 1,
                                      .n_ranks = config->tp > 0 ? (uint32_t)config->tp : 1};
-    struct cluster_hooks hooks = {group_up, group_down, step_result, c, rank_stuck};
+    struct cluster_hooks hooks = {.group_up = group_up,
+                                  .group_down = group_down,
+                                  .result = step_result,
+                                  .moved = blocks_moved,
+                                  .rank_stuck = rank_stuck,
+                                  .ctx = c};
     TRY(cluster_create(&cluster, &hooks, &c->cluster));
     pthread_rwlock_wrlock(&c->door);
     c->door_open = true;

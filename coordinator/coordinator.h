@@ -28,8 +28,9 @@ struct coordinator_config { /* strings stay the caller's; NULL and 0 mean the de
     int watchdog_timeout_s;
     /* engine */
     uint32_t n_sequences_max, step_tokens_max, context_max, n_queued_max, pipeline_depth, n_speculative_tokens;
+    bool draft_always;
     uint64_t n_queued_tokens_max;
-    bool prefix_cache;
+    bool prefix_cache, always_offload;
     const char *record_path;
     /* Called once the workers' port listens, before the model's files are read: `heddle serve`
      * starts its ranks here, so that they load while the tokenizer does. Not NULL-safe fields above are already checked. May be NULL. */

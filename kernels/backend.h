@@ -210,6 +210,10 @@ struct backend_ops {
     /* --- optional: NULL means the caller composes it from the above --- */
     /* matmul with w = gate|up, then activate gated, in one pass. */
     void (*matmul_gated)(struct backend *b, struct tensor out, struct tensor x, const struct weight *w, enum activation kind);
+    /* For each row of x w^T + bias its largest element and the lowest index that has it, by the rules
+     * of greedy sampling, without writing the row. out_index, out_value: host [rows]; they may be read
+     * when the operation returns, so this is for backends that run in place. */
+    void (*matmul_argmax)(struct backend *b, struct tensor x, const struct weight *w, int32_t *out_index, float *out_value);
     /* Records the operations between begin and end as one graph, replayable with the same shapes. */
     enum err (*capture_begin)(struct backend *b);
     enum err (*capture_end)(struct backend *b, void **out_graph);

@@ -3,7 +3,8 @@
  * Each rank publishes its vector in a slot, raises its flag to the number of the operation, waits
  * for everybody's flag and sums all slots itself (one-shot); from four ranks up it sums one slice
  * and the slices are then copied (two-shot). Slots come in two sets used in turn: a rank that
- * raises its flag to e + 1 has finished reading e, so one wait an operation is enough.
+ * raises its flag to e + 1 has finished reading e, so one wait an operation is enough. Long vectors
+ * that lie in the slots already are summed in place, a slice a rank, and read there by all.
  *
  * Waiting: spin, then yield, then sleep in the kernel. A peer that dies lets go of its lock on the
  * segment (the kernel sees to that); who waits for it finds out, raises the abort word for all, and
@@ -29,6 +30,7 @@
 enum {
     LINE = 64,
     TWO_SHOT_FROM = 4,
+    NEAR_BYTES_MIN = 1 << 16, /* below, a second wait costs more than the sums */
     SLOT_BYTES_MAX = 2 << 20, /* longer tensors go in pieces, which also stay in the cache */
     SLOT_BYTES_MIN = 1 << 16,
     SPINS = 4000,
@@ -209,6 +211,36 @@ static enum err shm_all_reduce(struct collective *c, struct tensor out, struct t
         TRY(reduce_piece(s, (float *)out.data + at, (const float *)x.data + at,
                          n - at < most ? n - at : most));
     return OK;
+}
+
+/* Rank r sums slice r of all slots into the first one. */
+static enum err reduce_in_place(struct shm *s, int64_t n, void **out_sum)
+{
+    uint32_t operation = ++s->operation;
+    int size = s->head.group.size, rank = s->head.group.rank;
+    const float *parts[COLLECTIVE_RANKS_MAX];
+    int64_t begin = n * rank / size / 16 * 16, end = n * (rank + 1) / size / 16 * 16;
+    if (rank == size - 1) end = n;
+    for (int r = 0; r < size; r++)
+        parts[r] = (const float *)slot_of(s, operation, r) + begin;
+    float *sums = (float *)slot_of(s, operation, 0);
+    TRY(publish_and_wait(s, operation));
+    sum_in_rank_order(sums + begin, parts, size, end - begin);
+    raise_flag(s, &s->segment->ranks[rank].reduced, operation);
+    for (int r = 0; r < size; r++)
+        TRY(wait_flag(s, &s->segment->ranks[r].reduced, operation, r));
+    *out_sum = sums;
+    return OK;
+}
+
+static enum err shm_all_reduce_near(struct collective *c, struct tensor *out, struct tensor x)
+{
+    struct shm *s = shm_of(c);
+    size_t bytes = (size_t)(x.rows * x.cols) * sizeof(float);
+    bool inside = x.data == slot_of(s, s->operation + 1, c->group.rank);
+    if (bytes < NEAR_BYTES_MIN || bytes > s->slot_bytes || !inside)
+        return shm_all_reduce(c, *out, x);
+    return reduce_in_place(s, x.rows * x.cols, &out->data);
 }
 
 static void *shm_reduce_buffer(struct collective *c, size_t bytes)
@@ -430,4 +462,5 @@ const struct collective_ops coll_shm = {
     .close = shm_close,
     .abort = shm_abort,
     .reduce_buffer = shm_reduce_buffer,
+    .all_reduce_near = shm_all_reduce_near,
 };

@@ -66,6 +66,9 @@ struct collective_ops {
     /* May be NULL, may return NULL. Memory of `bytes` into which this rank may write the x of its
      * next all_reduce_sum, which then need not copy it. Ask again before each all_reduce_sum. */
     void *(*reduce_buffer)(struct collective *c, size_t bytes);
+    /* May be NULL. As all_reduce_sum, but the sum may stay where the ranks made it: then out->data is
+     * changed to memory of the collective, to be read only and before the next operation. */
+    enum err (*all_reduce_near)(struct collective *c, struct tensor *out, struct tensor x);
 };
 
 /* Common head of every collective; an implementation embeds it first. */

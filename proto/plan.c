@@ -129,6 +129,8 @@ static enum err take_runs(const Heddle__Cluster__StepPlan *w, struct arena *aren
     TRY(same_length("run_tokens", n, w->n_run_tokens));
     TRY(same_length("run_flags", n, w->n_run_flags));
     if (w->n_run_drafts) TRY(same_length("run_drafts", n, w->n_run_drafts));
+    if (w->n_run_own) TRY(same_length("run_own", n, w->n_run_own));
+    if (w->n_run_ahead) TRY(same_length("run_ahead", n, w->n_run_ahead));
     TRY(arena_alloc_array(arena, n, sizeof *out->runs, (void **)&out->runs));
     for (size_t i = 0; i < n; i++) {
         uint32_t n_drafts = w->n_run_drafts ? w->run_drafts[i] : 0;
@@ -140,7 +142,9 @@ static enum err take_runs(const Heddle__Cluster__StepPlan *w, struct arena *aren
                               .n_tokens = w->run_tokens[i],
                               .flags = w->run_flags[i],
                               .n_drafts = n_drafts,
-                              .drafts = n_drafts ? (const int32_t *)w->drafts + used : NULL};
+                              .drafts = n_drafts ? (const int32_t *)w->drafts + used : NULL,
+                              .n_own = w->n_run_own ? w->run_own[i] : 0,
+                              .n_ahead = w->n_run_ahead ? w->run_ahead[i] : 0};
         used += n_drafts;
     }
     if (used != w->n_drafts)
@@ -160,6 +164,14 @@ static enum err take_all_pairs(const Heddle__Cluster__StepPlan *w, struct arena 
                    (uint32_t *[]){w->copy_from, w->copy_to}, &out->copies));
     TRY(take_pairs(arena, "extends", (size_t[]){w->n_extend_slots, w->n_extend_blocks},
                    (uint32_t *[]){w->extend_slots, w->extend_blocks}, &out->extends));
+    TRY(take_pairs(arena, "fetches", (size_t[]){w->n_fetch_disk, w->n_fetch_host},
+                   (uint32_t *[]){w->fetch_disk, w->fetch_host}, &out->fetches));
+    TRY(take_pairs(arena, "spills", (size_t[]){w->n_spill_host, w->n_spill_disk},
+                   (uint32_t *[]){w->spill_host, w->spill_disk}, &out->spills));
+    if (w->n_fetch_disk > PLAN_TRANSFERS_MAX || w->n_spill_host > PLAN_TRANSFERS_MAX)
+        FAIL(ERR_FORMAT, "plan: starts %zu fetches and %zu spills, at most %d", w->n_fetch_disk,
+             w->n_spill_host, PLAN_TRANSFERS_MAX);
+    out->n_fetches = (uint32_t)w->n_fetch_disk, out->n_spills = (uint32_t)w->n_spill_host;
     out->n_saves = (uint32_t)w->n_save_blocks, out->n_loads = (uint32_t)w->n_load_host;
     out->n_copies = (uint32_t)w->n_copy_from, out->n_extends = (uint32_t)w->n_extend_slots;
     return OK;
@@ -248,12 +260,43 @@ enum err step_result_decode(const void *bytes, size_t n, struct arena *arena,
     }
     if (n_used != w->n_logprobs || n_top_used != w->n_top_tokens)
         FAIL(ERR_FORMAT, "result: logprobs that belong to no token");
+    struct plan_pair *drafted;
+    TRY(take_pairs(arena, "drafted", (size_t[]){w->n_drafted_slots, w->n_drafted},
+                   (uint32_t *[]){w->drafted_slots, w->drafted}, &drafted));
     *out = (struct step_result){.epoch = w->epoch,
                                 .step = w->step,
+                                .n_drafted = (uint32_t)w->n_drafted,
+                                .drafted = drafted,
+                                .draft_us = w->draft_us,
+                                .draft_passes = w->draft_passes,
+                                .draft_tokens = w->draft_tokens,
+                                .draft_first_us = w->draft_first_us,
                                 .n_tokens = (uint32_t)w->n_slots,
                                 .tokens = tokens,
                                 .compute_us = w->compute_us,
                                 .wait_us = w->wait_us,
                                 .collective_us = w->collective_us};
+    return OK;
+}
+
+enum err moved_decode(const void *bytes, size_t n, struct arena *arena, struct moved *out)
+{
+    ProtobufCAllocator allocator = {arena_take, arena_leave, arena};
+    const Heddle__Cluster__FromWorker *m =
+        heddle__cluster__from_worker__unpack(&allocator, n, bytes);
+    if (!m || m->kind_case != HEDDLE__CLUSTER__FROM_WORKER__KIND_MOVED || !m->moved)
+        FAIL(ERR_FORMAT, "%zu bytes are not a message of ended transfers", n);
+    const Heddle__Cluster__Moved *w = m->moved;
+    if (w->n_fetches_failed > PLAN_TRANSFERS_MAX || w->n_spills_failed > PLAN_TRANSFERS_MAX)
+        FAIL(ERR_FORMAT, "moved: %zu and %zu failures, at most %d", w->n_fetches_failed,
+             w->n_spills_failed, PLAN_TRANSFERS_MAX);
+    *out = (struct moved){.epoch = w->epoch,
+                          .n_fetched = w->fetched,
+                          .n_spilled = w->spilled,
+                          .n_fetches_failed = (uint32_t)w->n_fetches_failed,
+                          .n_spills_failed = (uint32_t)w->n_spills_failed,
+                          .fetch_ns = w->fetch_ns,
+                          .fetches_failed = w->fetches_failed,
+                          .spills_failed = w->spills_failed};
     return OK;
 }

@@ -11,7 +11,10 @@
 #include "base/buf.h"
 #include <stdint.h>
 
-enum { PLAN_PROTOCOL = 1 };
+enum {
+    PLAN_PROTOCOL = 1,
+    PLAN_TRANSFERS_MAX = 1024 /* between host and disk, of a kind, under way at once */
+};
 
 struct sampling_params {
     float temperature; /* 0 = greedy */
@@ -48,10 +51,15 @@ struct plan_fork {
 enum { PLAN_RUN_STAY = 1, PLAN_RUN_SAMPLE = 2 };
 /* The slot computes its next n_tokens tokens: known ones, then the drafts (which come after its last
  * known token). With SAMPLE the token after the last is sampled. With drafts, each is kept while it
- * equals the sample at its place, so a run gives 1 to n_drafts + 1 tokens. */
+ * equals the sample at its place, so a run gives 1 to n_drafts + 1 tokens.
+ *
+ * A worker with a draft model guesses by itself: n_ahead > 0 asks it to have so many drafts of its
+ * own after this run, n_own > 0 to verify up to so many of those it has, beyond n_tokens. Both are
+ * wishes: a run without them, or with fewer, gives the same tokens in more steps. */
 struct plan_run {
     uint32_t slot, n_tokens, flags, n_drafts;
     const int32_t *drafts; /* [n_drafts] */
+    uint32_t n_own, n_ahead; /* n_own only without n_drafts */
 };
 struct plan_pair { /* blocks moved, or a slot and its new block */
     uint32_t from, to;
@@ -70,6 +78,9 @@ struct step_plan {
     uint32_t *pauses;           /* slots that leave the decode set */
     struct plan_run *runs;
     bool idle;                  /* the decode set rests in this step */
+    uint32_t n_fetches, n_spills;
+    struct plan_pair *fetches;  /* started: disk block -> host block */
+    struct plan_pair *spills;   /* started: host block -> disk block */
 };
 
 enum { STEP_TOKEN_SCORED = 1 }; /* the logprob of a prompt token, not a new token */
@@ -88,6 +99,18 @@ struct step_result {
     uint32_t n_tokens;
     struct step_token *tokens; /* [n_tokens], grouped by slot in the order they follow each other */
     uint32_t compute_us, wait_us, collective_us;
+    uint32_t n_drafted;
+    struct plan_pair *drafted; /* [n_drafted] slot of a run with n_own, how many it verified */
+    /* The draft model's last round, if it was since the result before: time, forward passes,
+     * tokens; and the time of the first pass, which also catches up with known tokens. */
+    uint32_t draft_us, draft_passes, draft_tokens, draft_first_us;
+};
+
+/* Transfers between host and disk that a rank has ended, in the order they were started. */
+struct moved {
+    uint64_t epoch, n_fetched, n_spilled; /* since the epoch began */
+    uint32_t n_fetches_failed, n_spills_failed, fetch_ns;
+    const uint64_t *fetches_failed, *spills_failed; /* numbers from 0, of the new ones */
 };
 
 /* Appends the bytes of a heddle.cluster.ToWorker with this plan. Allocates only in the buffer. */
@@ -96,3 +119,6 @@ enum err plan_encode(const struct step_plan *plan, struct buf *out);
 enum err plan_decode(const void *bytes, size_t n, struct arena *arena, struct step_plan *out);
 enum err step_result_encode(const struct step_result *result, bool ack_only, struct buf *out);
 enum err step_result_decode(const void *bytes, size_t n, struct arena *arena, struct step_result *out);
+/* The bytes of a FromWorker with a Moved. */
+enum err moved_encode(const struct moved *moved, struct buf *out);
+enum err moved_decode(const void *bytes, size_t n, struct arena *arena, struct moved *out);

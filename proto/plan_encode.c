@@ -28,8 +28,7 @@ static char *varint(char *p, uint64_t v)
 static inline char *small_varint(char *p, uint32_t v)
 {
     uint32_t n = 1 + (v >= 1u << 7) + (v >= 1u << 14) + (v >= 1u << 21);
-    uint32_t bytes =
-        (v & 0x7f) | (v & 0x3f80) << 1 | (v & 0x1fc000) << 2 | (v & 0xfe00000) << 3;
+    uint32_t bytes = (v & 0x7f) | (v & 0x3f80) << 1 | (v & 0x1fc000) << 2 | (v & 0xfe00000) << 3;
     bytes |= 0x00808080u & ((1u << 8 * (n - 1)) - 1);
     memcpy(p, &bytes, sizeof bytes);
     return p + n;
@@ -162,6 +161,16 @@ static void put_pairs(struct buf *b, int field_from, int field_to, size_t n,
     put_words(b, field_to, n, n ? &p->to : NULL, sizeof *p);
 }
 
+/* Wishes to the worker's draft model; left out where there is none. */
+static void put_own(struct buf *b, const struct step_plan *plan)
+{
+    uint32_t own = 0, ahead = 0;
+    for (uint32_t i = 0; i < plan->n_runs; i++)
+        own |= plan->runs[i].n_own, ahead |= plan->runs[i].n_ahead;
+    if (own) put_words(b, 21, plan->n_runs, &plan->runs->n_own, sizeof *plan->runs);
+    if (ahead) put_words(b, 22, plan->n_runs, &plan->runs->n_ahead, sizeof *plan->runs);
+}
+
 static void put_drafts(struct buf *b, const struct step_plan *plan)
 {
     uint64_t n = 0;
@@ -200,6 +209,9 @@ enum err plan_encode(const struct step_plan *plan, struct buf *out)
         put_drafts(out, plan);
     }
     put_uint(out, 20, plan->idle);
+    if (plan->n_runs) put_own(out, plan);
+    put_pairs(out, 31, 32, plan->n_fetches, plan->fetches);
+    put_pairs(out, 33, 34, plan->n_spills, plan->spills);
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;
     return buf_err(out);
@@ -283,7 +295,37 @@ enum err step_result_encode(const struct step_result *result, bool ack_only, str
         put_uint(out, 10, result->compute_us);
         put_uint(out, 11, result->wait_us);
         put_uint(out, 12, result->collective_us);
+        put_pairs(out, 13, 14, result->n_drafted, result->drafted);
+        put_uint(out, 15, result->draft_us);
+        put_uint(out, 16, result->draft_passes);
+        put_uint(out, 17, result->draft_tokens);
+        put_uint(out, 18, result->draft_first_us);
     }
+    close_length(out, at);
+    if (!out->failed) out->data[out->n] = 0;
+    return buf_err(out);
+}
+
+static void put_longs(struct buf *b, int field, size_t n, const uint64_t *v)
+{
+    if (!n) return;
+    size_t at = open_length(b, field);
+    for (size_t i = 0; i < n; i++) {
+        if (buf_reserve(b, VARINT_MAX)) return;
+        b->n = (size_t)(varint(b->data + b->n, v[i]) - b->data);
+    }
+    close_length(b, at);
+}
+
+enum err moved_encode(const struct moved *moved, struct buf *out)
+{
+    size_t at = open_length(out, 9);
+    put_uint(out, 1, moved->epoch);
+    put_uint(out, 2, moved->n_fetched);
+    put_uint(out, 3, moved->n_spilled);
+    put_longs(out, 4, moved->n_fetches_failed, moved->fetches_failed);
+    put_longs(out, 5, moved->n_spills_failed, moved->spills_failed);
+    put_uint(out, 6, moved->fetch_ns);
     close_length(out, at);
     if (!out->failed) out->data[out->n] = 0;
     return buf_err(out);

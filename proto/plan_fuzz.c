@@ -24,6 +24,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     buf_clear(&bytes);
     if (!step_result_decode(data, size, &arena, &result))
         (void)step_result_encode(&result, false, &bytes);
+    struct moved moved;
+    buf_clear(&bytes);
+    if (!moved_decode(data, size, &arena, &moved)) (void)moved_encode(&moved, &bytes);
     buf_fini(&bytes);
     buf_fini(&twice);
     arena_fini(&arena);

@@ -35,7 +35,7 @@ struct plan {
 
 struct link {
     struct link_config config;
-    char *strings[6];
+    char *strings[7];
     Heddle__Cluster__Join join;
     struct rpc_channel *channel;
     pthread_t thread;
@@ -335,6 +335,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
     TRY(string_take(l, 1, from->model_name, &j->model_name));
     TRY(string_take(l, 2, from->host, &j->host));
     TRY(string_take(l, 3, from->device, &j->device));
+    TRY(string_take(l, 4, from->draft_digest, &j->draft_digest));
     if (from->rank >= from->size || from->size > LINK_RANKS_MAX)
         FAIL(ERR_INVALID, "rank %u of %u; at most %d ranks", from->rank, from->size,
              LINK_RANKS_MAX);
@@ -348,6 +349,8 @@ static enum err join_take(struct link *l, const struct link_join *from)
     j->window = from->window, j->draft_tokens_max = from->draft_tokens_max,
     j->has_draft_model = from->has_draft_model;
     j->blocks_max = from->blocks_max, j->host_blocks_max = from->host_blocks_max;
+    j->disk_blocks_max = from->disk_blocks_max;
+    j->save_ns = from->save_ns, j->load_ns = from->load_ns, j->fetch_ns = from->fetch_ns;
     j->weight_bytes = from->weight_bytes, j->block_bytes = from->block_bytes;
     if (getrandom(&j->incarnation, sizeof j->incarnation, 0) != sizeof j->incarnation)
         FAIL(ERR_IO, "the system gives no random numbers");
@@ -365,8 +368,8 @@ static enum err link_init(struct link *l, const struct link_config *config)
     l->dial_ms = DIAL_MS_MIN;
     l->lost_us = clock_monotonic_us();
     TRY(join_take(l, &config->join));
-    TRY(string_take(l, 4, config->address, &address));
-    TRY(string_take(l, 5, config->token, &token));
+    TRY(string_take(l, 5, config->address, &address));
+    TRY(string_take(l, 6, config->token, &token));
     l->config.address = address;
     TRY(MEM_NEW_ARRAY(l->config.n_plans_max, &l->plans));
     struct rpc_channel_config channel = {

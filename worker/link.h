@@ -21,11 +21,12 @@
 
 /* What this rank tells of itself; the words of heddle.cluster.Join. Strings are copied. */
 struct link_join {
-    const char *model_digest, *model_name, *host, *device;
+    const char *model_digest, *model_name, *host, *device, *draft_digest;
     uint32_t replica, rank, size;
     uint32_t block_size, slots_max, step_tokens_max, step_rows_max, context_max, vocab_size, window;
     uint32_t draft_tokens_max;
-    uint64_t blocks_max, host_blocks_max, weight_bytes, block_bytes;
+    uint64_t blocks_max, host_blocks_max, disk_blocks_max, weight_bytes, block_bytes;
+    uint32_t save_ns, load_ns, fetch_ns;
     bool has_draft_model;
 };
 
@@ -79,7 +80,8 @@ enum { LINK_EXCHANGE_BYTES_MAX = 64 << 10, LINK_RANKS_MAX = 256 };
 enum err link_exchange(struct link *l, const char *key, const void *mine, size_t n,
                        int64_t timeout_us, struct span out_all[]);
 enum err link_ready(struct link *l, uint64_t epoch);
-/* Bytes of a FromWorker (step_result_encode: rank 0's result or another's ack). Copies. ERR_PEER
+/* Bytes of a FromWorker (step_result_encode: rank 0's result or another's ack; moved_encode, from
+ * any thread). Copies. ERR_PEER
  * when the stream is lost: the worker goes on to link_next. */
 enum err link_send_result(struct link *l, const void *bytes, size_t n);
 /* This rank cannot go on (device lost, out of memory): said before exit or before a new Welcome. */

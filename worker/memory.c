@@ -2,6 +2,7 @@
 #include "worker/memory.h"
 #include "base/log.h"
 #include "worker/graphs.h"
+#include "worker/kv_disk.h"
 #include "worker/model/decoder.h"
 #include "worker/step.h"
 
@@ -172,7 +173,10 @@ static uint64_t sequence_blocks(const struct memory_plan *p)
 static uint64_t kv_budget(const struct worker_config *config, struct group g,
                           const struct backend *b, const struct memory_plan *p)
 {
-    uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes, mine;
+    uint64_t used = p->weight_bytes + p->table_bytes + p->work_bytes + p->draft.weight_bytes +
+                    p->draft.table_bytes + p->draft.work_bytes,
+             mine;
+    if (config->n_blocks) return config->n_blocks * p->block_bytes;
     if (config->kv_cache_bytes) return config->kv_cache_bytes;
     double share = config->memory_share > 0 ? config->memory_share : b->stream ? 0.9 : 0.8;
     mine = (uint64_t)(share * (double)p->memory_free) / (uint64_t)(b->stream ? 1 : local_ranks(g));
@@ -264,10 +268,11 @@ static void advice_find(struct advice *a)
     p.kv_dtype = DTYPE_I8;
     advice_try(a, p, a->group.size, "--kv-cache-dtype int8");
     p = *a->plan;
+    bool whole = p.format <= WEIGHT_BF16; /* not in fewer bits already */
     p.format = p.head_format = WEIGHT_INT8;
-    advice_try(a, p, a->group.size, "--quantization int8");
+    if (whole) advice_try(a, p, a->group.size, "--quantization int8");
     p.format = WEIGHT_INT4;
-    advice_try(a, p, a->group.size, "--quantization int4");
+    if (whole) advice_try(a, p, a->group.size, "--quantization int4");
     for (int size = a->group.size * 2; size <= 8; size *= 2) {
         bool found = strstr(a->words, "--tp") != NULL;
         snprintf(option, sizeof option, "--tp %d", size);
@@ -327,10 +332,18 @@ static enum err blocks_choose(const struct worker_config *config, const struct m
     /* beyond every slot at full length, blocks would only hold old prefixes: twice that is plenty
      */
     uint64_t plenty = 2 * (uint64_t)p->n_slots * need;
-    if (blocks > plenty && !config->kv_cache_bytes) blocks = plenty;
+    if (blocks > plenty && !config->kv_cache_bytes && !config->n_blocks) blocks = plenty;
     p->kv.n_blocks = (int)(blocks < most ? blocks : most);
     p->n_host_blocks = config->host_swap_bytes / p->block_bytes;
     if (p->n_host_blocks > INT32_MAX) p->n_host_blocks = INT32_MAX;
+    if (!config->kv_disk_dir || !config->kv_disk_bytes) return OK;
+    if (!p->n_host_blocks)
+        FAIL(ERR_INVALID, "--kv-disk needs --swap-bytes of at least a block (%llu bytes): blocks "
+             "reach the disk through host memory", (unsigned long long)p->block_bytes);
+    p->n_disk_blocks = kv_disk_blocks(config->kv_disk_bytes, p->block_bytes);
+    if (!p->n_disk_blocks)
+        FAIL(ERR_INVALID, "--kv-disk-space %llu holds no block of %llu bytes",
+             (unsigned long long)config->kv_disk_bytes, (unsigned long long)p->block_bytes);
     return OK;
 }
 
@@ -349,9 +362,83 @@ static void format_choose(struct group g, const struct backend *b, const struct 
              weight_format_name(p->format), gib(p->weight_bytes), gib(mine));
 }
 
+/* How the draft model is stored and kept: its own flag, its own file, else as the target's flag. */
+static enum err draft_formats(const struct worker_config *config, const struct model_config *draft,
+                              const struct backend *b, bool *out_auto, struct memory_plan *out)
+{
+    struct worker_config own = *config;
+    struct safetensors *file = NULL;
+    struct packed_file packed;
+    bool dummy = config->load_format && !strcmp(config->load_format, "dummy"), is_packed = false;
+    enum err e = OK;
+    *out = (struct memory_plan){.file_dtype = draft->dtype};
+    own.model_dir = config->draft_model_dir;
+    if (config->draft_quantization)
+        own.quantization = config->draft_quantization, own.head_quantization = NULL;
+    if (!dummy) TRY(safetensors_open(config->draft_model_dir, &file));
+    if (file && safetensors_count(file)) {
+        enum st_dtype t = safetensors_at(file, 0)->dtype;
+        out->file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
+    }
+    TRY_OUT(formats_read(&own, out_auto, out));
+    if (file) TRY_OUT(packed_read(file, &is_packed, &packed));
+    if (is_packed) TRY_OUT(packed_formats(&own, &packed, out_auto, out));
+    TRY_OUT(kv_dtype_read(&own, b, out));
+out:
+    safetensors_close(file);
+    return e;
+}
+
+/* What the draft model takes beside the target: weights, work space, its part of each block. Its
+ * passes need no larger collective than the target's, so that ranks with and without one agree. */
+static enum err draft_measure(const struct worker_config *config, const struct model_config *model,
+                              const struct model_config *draft, struct group g, struct backend *b,
+                              struct memory_plan *p)
+{
+    struct memory_plan formats;
+    bool automatic, divides = !shard_check(draft->n_heads, draft->n_kv_heads, draft->ffn,
+                                           draft->vocab_size, g.size);
+    TRY(draft_formats(config, draft, b, &automatic, &formats));
+    p->draft.file_dtype = formats.file_dtype;
+    p->draft.group = divides ? g : (struct group){0, 1};
+    p->draft.format = automatic ? p->format : formats.format;
+    p->draft.head_format = automatic ? p->head_format : formats.head_format;
+    p->draft.context_max =
+        draft->context_max < p->context_max ? draft->context_max : p->context_max;
+    p->draft.rows_max = p->n_slots < p->logits_rows_max ? p->n_slots : p->logits_rows_max;
+    p->draft.n_tokens_max = draft->hidden > model->hidden
+                                ? (int)((int64_t)p->step_tokens_max * model->hidden / draft->hidden)
+                                : p->step_tokens_max;
+    if (p->draft.n_tokens_max < p->n_slots)
+        FAIL(ERR_UNSUPPORTED, "the draft model %s is too wide for %s: hidden size %d and %d",
+             draft->path, model->path, draft->hidden, model->hidden);
+    struct weights_options o = {.format = p->draft.format,
+                                .head_format = p->draft.head_format,
+                                .context_max = p->draft.context_max};
+    model_bytes_estimate(draft, p->draft.group, &o, formats.file_dtype, &p->draft.weight_bytes,
+                         &p->draft.table_bytes);
+    p->draft.work_bytes =
+        decoder_bytes(draft, p->draft.group, b, p->draft.n_tokens_max, p->draft.rows_max);
+    struct shard_heads heads =
+        shard_heads(draft->n_heads, draft->n_kv_heads, p->draft.group.rank, p->draft.group.size);
+    p->draft.kv = (struct kv_cache_args){.n_layers = draft->n_layers,
+                                         .n_kv_heads = (int)shard_count(heads.kv),
+                                         .head_dim = draft->head_dim,
+                                         .block_size = p->kv.block_size,
+                                         .n_blocks = 1,
+                                         .dtype = formats.kv_dtype};
+    p->draft.block_bytes = b->ops->kv_bytes(b, &p->draft.kv);
+    if (!p->draft.block_bytes)
+        FAIL(ERR_UNSUPPORTED,
+             "the draft model %s: a KV cache of %s in blocks of %d is not possible", draft->path,
+             dtype_name(formats.kv_dtype), p->kv.block_size);
+    p->block_bytes += p->draft.block_bytes;
+    return OK;
+}
+
 enum err memory_plan(const struct worker_config *config, const struct model_config *model,
-                     const struct safetensors *file, struct group g, struct backend *b,
-                     struct memory_plan *out)
+                     const struct model_config *draft, const struct safetensors *file,
+                     struct group g, struct backend *b, struct memory_plan *out)
 {
     struct memory_plan p = {.file_dtype = model->dtype};
     struct packed_file packed;
@@ -377,7 +464,9 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
         snprintf(why, sizeof why, "%s", err_detail());
         FAIL(ERR_UNSUPPORTED, "this device cannot keep the KV cache: %s", why);
     }
+    if (draft) TRY(draft_measure(config, model, draft, g, b, &p));
     TRY(blocks_choose(config, model, g, b, &p));
+    p.draft.kv.n_blocks = p.kv.n_blocks;
     *out = p;
     return OK;
 }

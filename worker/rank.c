@@ -61,10 +61,29 @@ static enum err backend_start(const struct worker_config *c, const struct model_
     return backend_open(c->device ? c->device : "auto", &o, out);
 }
 
+struct models { /* as their config.json say; large, so never on the stack */
+    struct model_config target, draft;
+};
+
+static enum err draft_config_read(const struct worker_config *c, const struct model_config *model,
+                                  struct model_config *out)
+{
+    TRY(config_read(c->draft_model_dir, out));
+    if (out->vocab_size != model->vocab_size)
+        FAIL(ERR_INVALID,
+             "the draft model %s has a vocabulary of %d tokens, the model %s one of %d: they must "
+             "be the same",
+             c->draft_model_dir, out->vocab_size, c->model_dir, model->vocab_size);
+    if (!c->draft_tokens_max)
+        FAIL(ERR_INVALID, "--draft-model %s without --speculative-tokens", c->draft_model_dir);
+    return OK;
+}
+
 /* Reads headers and plans the memory with a backend opened for measuring only. */
-static enum err plan_make(const struct worker_config *c, struct model_config *model,
+static enum err plan_make(const struct worker_config *c, struct models *models,
                           struct memory_plan *out)
 {
+    struct model_config *model = &models->target;
     struct safetensors *file = NULL;
     struct backend *b = NULL;
     struct worker_config probe = *c;
@@ -72,23 +91,41 @@ static enum err plan_make(const struct worker_config *c, struct model_config *mo
     TRY(sizes_check(c));
     TRY(config_read(c->model_dir, model));
     TRY(shard_check(model->n_heads, model->n_kv_heads, model->ffn, model->vocab_size, c->size));
+    if (c->draft_model_dir) TRY(draft_config_read(c, model, &models->draft));
     if (!is_dummy(c)) TRY_OUT(safetensors_open(c->model_dir, &file));
     probe.n_threads = 1;
     TRY_OUT(backend_start(&probe, model, NULL, &b));
-    TRY_OUT(memory_plan(c, model, file, (struct group){c->rank, c->size}, b, out));
+    TRY_OUT(memory_plan(c, model, c->draft_model_dir ? &models->draft : NULL, file,
+                        (struct group){c->rank, c->size}, b, out));
 out:
     safetensors_close(file);
     if (b) b->ops->close(b);
     return e;
 }
 
+static void folder_name(const char *dir, char *out, size_t size)
+{
+    const char *slash = strrchr(dir, '/');
+    snprintf(out, size, "%s", slash && slash[1] ? slash + 1 : dir);
+}
+
+static void info_fill_draft(const struct worker_config *c, const struct memory_plan *p,
+                            struct worker_info *out)
+{
+    struct memory_plan formats = {.format = p->draft.format, .head_format = p->draft.head_format};
+    folder_name(c->draft_model_dir, out->draft_name, sizeof out->draft_name);
+    formats.file_dtype = p->draft.file_dtype;
+    memory_format_words(&formats, out->draft_format, sizeof out->draft_format);
+    out->draft_weight_bytes = p->draft.weight_bytes, out->draft_table_bytes = p->draft.table_bytes;
+    out->draft_work_bytes = p->draft.work_bytes, out->draft_block_bytes = p->draft.block_bytes;
+    out->window = 0; /* the draft model may look back further: blocks are kept */
+}
+
 static void info_fill(const struct worker_config *c, const struct model_config *m,
                       const struct memory_plan *p, struct worker_info *out)
 {
-    const char *slash = strrchr(c->model_dir, '/');
     memset(out, 0, sizeof *out);
-    snprintf(out->model_name, sizeof out->model_name, "%s",
-             slash && slash[1] ? slash + 1 : c->model_dir);
+    folder_name(c->model_dir, out->model_name, sizeof out->model_name);
     snprintf(out->arch_name, sizeof out->arch_name, "%s", m->arch->hf_name);
     snprintf(out->kv_format, sizeof out->kv_format, "%s", dtype_name(p->kv_dtype));
     memory_format_words(p, out->weight_format, sizeof out->weight_format);
@@ -105,17 +142,22 @@ static void info_fill(const struct worker_config *c, const struct model_config *
     out->work_bytes = p->work_bytes;
     out->block_bytes = p->block_bytes, out->n_blocks = (uint64_t)p->kv.n_blocks;
     out->n_host_blocks = p->n_host_blocks;
+    out->n_disk_blocks = p->n_disk_blocks;
     out->memory_total = p->memory_total, out->memory_free = p->memory_free;
+    if (p->draft.group.size) info_fill_draft(c, p, out);
 }
 
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out)
 {
     struct worker_config c = *config;
-    struct model_config model;
+    struct models *models;
     struct memory_plan plan;
     TRY(worker_rank_find(&c));
-    TRY(plan_make(&c, &model, &plan));
-    info_fill(&c, &model, &plan, out);
+    TRY(MEM_NEW(&models));
+    enum err e = plan_make(&c, models, &plan);
+    if (!e) info_fill(&c, &models->target, &plan, out);
+    mem_free(models);
+    if (e) return e;
     snprintf(out->device, sizeof out->device, "%s", config->device ? config->device : "auto");
     return OK;
 }
@@ -167,6 +209,32 @@ static enum err weights_start(struct worker *w, const struct model_config *model
     return OK;
 }
 
+enum { MEASURED_BLOCKS = 16 };
+
+/* What it takes to move a block to the host and back; the blocks hold nothing yet. */
+static enum err copies_measure(struct worker *w)
+{
+    const struct backend_ops *ops = w->backend->ops;
+    uint64_t n = w->plan.n_host_blocks < MEASURED_BLOCKS ? w->plan.n_host_blocks : MEASURED_BLOCKS;
+    int64_t us[2] = {0, 0};
+    if (n > (uint64_t)w->plan.kv.n_blocks) n = (uint64_t)w->plan.kv.n_blocks;
+    for (int round = 0; round < 4; round++) { /* save, load, and again with everything warm */
+        int64_t begin = clock_monotonic_us();
+        for (uint64_t i = 0; i < n; i++) {
+            void *host = (char *)w->host_blocks + i * w->plan.block_bytes;
+            if (round % 2)
+                ops->kv_load(w->backend, w->decoder.kv, (int32_t)i, host);
+            else
+                ops->kv_save(w->backend, w->decoder.kv, (int32_t)i, host);
+        }
+        TRY(ops->ticket_wait(w->backend, ops->step_end(w->backend)));
+        us[round % 2] = clock_monotonic_us() - begin;
+    }
+    w->info.save_ns = (uint32_t)(us[0] * 1000 / (int64_t)n) + 1;
+    w->info.load_ns = (uint32_t)(us[1] * 1000 / (int64_t)n) + 1;
+    return OK;
+}
+
 static enum err state_start(struct worker *w)
 {
     const struct memory_plan *p = &w->plan;
@@ -177,6 +245,7 @@ static enum err state_start(struct worker *w)
         .block_size = (uint32_t)p->kv.block_size,
         .n_blocks = (uint32_t)p->kv.n_blocks,
         .n_host_blocks = (uint32_t)p->n_host_blocks,
+        .n_disk_blocks = (uint32_t)p->n_disk_blocks,
         .vocab_size = (uint32_t)w->model->config.vocab_size,
         .step_tokens_max = (uint32_t)p->step_tokens_max,
         .logprobs_max = SAMPLE_LOGPROBS_MAX,
@@ -195,6 +264,12 @@ static enum err state_start(struct worker *w)
         FAIL(ERR_NO_MEMORY, "host swap space too large");
     if (host_bytes) TRY(mem_alloc_huge(host_bytes, &w->host_blocks));
     w->host_bytes = host_bytes;
+    if (host_bytes) TRY(copies_measure(w));
+    if (p->n_disk_blocks) {
+        TRY(kv_disk_open(w->config.kv_disk_dir, p->n_disk_blocks, w->host_blocks,
+                         p->n_host_blocks, p->block_bytes, &w->disk));
+        w->info.fetch_ns = kv_disk_fetch_ns(w->disk);
+    }
     /* one chunk of the step arena now, so that usual plans never allocate */
     void *warm;
     arena_init(&w->arena, ARENA_CHUNK_BYTES, ARENA_BYTES_MAX);
@@ -217,29 +292,39 @@ static enum err memory_words_add(const struct worker *w, enum err e)
                    w->config.rank, why, plan);
 }
 
+static enum err draft_start(struct worker *w, const struct model_config *model)
+{
+    TRY(draft_create(&w->config, &w->plan, model, w->backend, &w->slots, &w->draft));
+    w->info.draft_weight_bytes = w->draft->model->weight_bytes;
+    w->info.draft_table_bytes = w->draft->model->table_bytes;
+    snprintf(w->info.draft_digest, sizeof w->info.draft_digest, "%s", w->draft->model->digest);
+    return OK;
+}
+
 enum err worker_create(const struct worker_config *config, struct worker **out)
 {
     struct worker *w;
-    struct model_config *model = NULL;
+    struct models *models = NULL;
     enum err e = OK;
     TRY(MEM_NEW(&w));
     w->config = *config;
     TRY_OUT(worker_rank_find(&w->config));
-    TRY_OUT(MEM_NEW(&model));
-    TRY_OUT(plan_make(&w->config, model, &w->plan));
-    info_fill(&w->config, model, &w->plan, &w->info);
-    TRY_OUT(backend_start(&w->config, model, &w->plan, &w->backend));
+    TRY_OUT(MEM_NEW(&models));
+    TRY_OUT(plan_make(&w->config, models, &w->plan));
+    info_fill(&w->config, &models->target, &w->plan, &w->info);
+    TRY_OUT(backend_start(&w->config, &models->target, &w->plan, &w->backend));
     if (w->backend->stream)
         snprintf(w->info.device, sizeof w->info.device, "%s, GPU %d", w->backend->ops->name,
                  w->config.device_index);
     else
         device_words(w, w->info.device, sizeof w->info.device);
-    TRY_OUT(weights_start(w, model));
+    TRY_OUT(weights_start(w, &models->target));
     TRY_OUT(state_start(w));
+    if (w->plan.draft.group.size) TRY_OUT(draft_start(w, &models->draft));
     *out = w;
     w = NULL;
 out:
-    mem_free(model);
+    mem_free(models);
     if (e) e = memory_words_add(w, e);
     char why[1024];
     snprintf(why, sizeof why, "%s", e ? err_detail() : "");
@@ -254,11 +339,13 @@ void worker_destroy(struct worker *w)
     collective_close(w->decoder.collective);
     if (w->decoder.kv) w->backend->ops->kv_destroy(w->backend, w->decoder.kv);
     if (w->decoder.model) decoder_fini(&w->decoder);
+    draft_destroy(w->draft);
     slots_fini(&w->slots);
     for (int i = 0; i < STEPS_IN_FLIGHT; i++)
         step_fini(&w->steps[i]);
     mem_free(w->copy_from);
     mem_free(w->copy_to);
+    kv_disk_close(w->disk);
     mem_free_huge(w->host_blocks, w->host_bytes);
     arena_fini(&w->arena);
     model_unload(w->model);
@@ -286,12 +373,14 @@ enum err worker_open_group(struct worker *w, uint64_t epoch, uint64_t n_blocks,
     slots_reset(&w->slots, (uint32_t)n_blocks, (uint32_t)n_host_blocks);
     w->epoch = epoch;
     w->next_step = 0;
+    if (w->disk) kv_disk_reset(w->disk, epoch);
     decoder_collective_sizes(&w->decoder, &o.reduce_bytes_max, &o.gather_bytes_max);
     struct collective *c;
     TRY(collective_open(w->config.collective ? w->config.collective : "auto", w->backend,
                         w->model->group, boot, &o, &c));
     atomic_store(&w->abortable, c);
     w->decoder.collective = c;
+    if (w->draft) draft_open_group(w->draft, c);
     if (boot) w->ended = boot->ended, w->ended_ctx = boot->ctx;
     return OK;
 }
@@ -325,9 +414,11 @@ enum err worker_close_group(struct worker *w)
 {
     TRY(steps_drop(w));
     atomic_store(&w->abortable, NULL);
+    if (w->disk) kv_disk_reset(w->disk, 0);
     if (w->model->group.size > 1) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     w->decoder.collective = NULL;
+    if (w->draft) draft_open_group(w->draft, NULL);
     return OK;
 }
 
@@ -430,12 +521,23 @@ static enum err epoch_check(const struct worker *w, const struct step_plan *p)
     return OK;
 }
 
+enum err worker_draft(struct worker *w)
+{
+    if (!w->draft || !w->draft->pending) return OK;
+    for (int i = 0; i < w->n_busy; i++)
+        TRY(step_wait(w, &w->steps[(w->first_busy + i) % STEPS_IN_FLIGHT]));
+    TRY(draft_ahead(w->draft, &w->slots));
+    if (!w->n_busy) w->ended_us = clock_monotonic_us(); /* what follows is waiting for a plan */
+    return OK;
+}
+
 enum err worker_begin(struct worker *w, const struct step_plan *plan)
 {
-    int64_t begun = clock_monotonic_us();
     struct step *oldest = &w->steps[w->first_busy], *s;
     ASSERT_CMP(w->n_busy, <, STEPS_IN_FLIGHT);
     TRY(epoch_check(w, plan));
+    TRY(worker_draft(w));
+    int64_t begun = clock_monotonic_us();
     if (w->n_busy && (!w->backend->stream || step_blocks(oldest, plan))) TRY(step_wait(w, oldest));
     TRY(slots_apply(&w->slots, plan));
     s = &w->steps[(w->first_busy + w->n_busy) % STEPS_IN_FLIGHT];
@@ -444,7 +546,10 @@ enum err worker_begin(struct worker *w, const struct step_plan *plan)
     s->begun_us = begun;
     s->wait_us = w->ended_us && !w->n_busy ? begun - w->ended_us : 0;
     blocks_move(w, plan);
+    if (w->draft) draft_move(w->draft, &w->slots, plan, w->host_blocks);
+    if (plan->n_fetches || plan->n_spills) TRY(kv_disk_start(w->disk, plan));
     step_fill(s, &w->slots, w->config.rank == 0);
+    if (w->draft) w->draft->pending = w->slots.n_ahead > 0;
     w->next_step = plan->step + 1;
     w->decoder.collective_ns = 0;
     enum err e = step_compute(w, s);
@@ -454,6 +559,15 @@ enum err worker_begin(struct worker *w, const struct step_plan *plan)
     s->busy = true;
     w->n_busy++;
     return e;
+}
+
+static void draft_report(struct draft *d, struct step_result *out)
+{
+    out->draft_us = (uint32_t)d->us;
+    out->draft_passes = d->passes;
+    out->draft_tokens = d->tokens_fed;
+    out->draft_first_us = (uint32_t)d->first_us;
+    d->us = d->first_us = d->passes = d->tokens_fed = 0;
 }
 
 enum err worker_end(struct worker *w, struct step_result *out)
@@ -470,7 +584,10 @@ enum err worker_end(struct worker *w, struct step_result *out)
         .compute_us = (uint32_t)(now - (s->begun_us > w->ended_us ? s->begun_us : w->ended_us)),
         .wait_us = (uint32_t)s->wait_us,
         .collective_us = (uint32_t)s->collective_us,
+        .n_drafted = s->n_drafted,
+        .drafted = s->drafted,
     };
+    if (w->draft) draft_report(w->draft, out);
     s->busy = false;
     w->first_busy = (w->first_busy + 1) % STEPS_IN_FLIGHT;
     w->n_busy--;

@@ -38,6 +38,7 @@ void slots_fini(struct slots *s)
 {
     for (int i = 0; i < 5; i++)
         mem_free(s->pieces[i]);
+    mem_free(s->draft_valid);
     mem_free(s->all);
     mem_free(s->runs);
     mem_free(s->named);
@@ -52,7 +53,8 @@ void slots_reset(struct slots *s, uint32_t n_blocks, uint32_t n_host_blocks)
         s->all[i].open = s->all[i].decoding = false;
         s->all[i].generation++;
     }
-    s->n_runs = s->n_run_tokens = 0;
+    if (s->draft_valid) memset(s->draft_valid, 0, n_blocks * sizeof *s->draft_valid);
+    s->n_runs = s->n_run_tokens = s->n_ahead = 0;
 }
 
 /* --- small checks --- */
@@ -79,6 +81,14 @@ static enum err host_block_check(const struct slots *s, uint32_t block, const ch
     if (block >= s->limits.n_host_blocks)
         FAIL(ERR_FORMAT, "plan: %s host block %u, but this group has %u", what, block,
              s->limits.n_host_blocks);
+    return OK;
+}
+
+static enum err disk_block_check(const struct slots *s, uint32_t block, const char *what)
+{
+    if (block >= s->limits.n_disk_blocks)
+        FAIL(ERR_FORMAT, "plan: %s disk block %u, but this rank has %u", what, block,
+             s->limits.n_disk_blocks);
     return OK;
 }
 
@@ -173,6 +183,14 @@ static enum err moves_check(const struct slots *s, const struct step_plan *p)
         TRY(host_block_check(s, p->loads[i].from, "loads from"));
         TRY(block_check(s, p->loads[i].to, "loads"));
     }
+    for (uint32_t i = 0; i < p->n_fetches; i++) {
+        TRY(disk_block_check(s, p->fetches[i].from, "fetches"));
+        TRY(host_block_check(s, p->fetches[i].to, "fetches to"));
+    }
+    for (uint32_t i = 0; i < p->n_spills; i++) {
+        TRY(host_block_check(s, p->spills[i].from, "spills"));
+        TRY(disk_block_check(s, p->spills[i].to, "spills to"));
+    }
     for (uint32_t i = 0; i < p->n_copies; i++) {
         TRY(block_check(s, p->copies[i].from, "copies from"));
         TRY(block_check(s, p->copies[i].to, "copies to"));
@@ -198,6 +216,13 @@ static enum err empty_slot_get(struct slots *s, uint32_t index, struct slot **ou
     return OK;
 }
 
+static void slot_born(struct slot *t)
+{
+    t->open = true;
+    t->generation++;
+    t->n_drafts = t->n_ahead = t->n_draft_computed = t->n_draft_marked = 0;
+}
+
 static enum err open_one(struct slots *s, const struct plan_open *o)
 {
     struct slot *t;
@@ -211,8 +236,7 @@ static enum err open_one(struct slots *s, const struct plan_open *o)
     TRY(tokens_copy(s, o->tokens, o->n_tokens, t->tokens));
     TRY(blocks_copy(s, o->blocks, o->n_blocks, t));
     TRY(sampling_copy(s, &o->sampling, t));
-    t->open = true;
-    t->generation++;
+    slot_born(t);
     return OK;
 }
 
@@ -234,8 +258,7 @@ static enum err fork_one(struct slots *s, const struct plan_fork *f)
     TRY(tokens_copy(s, f->append, f->n_append, t->tokens + f->n_tokens));
     TRY(blocks_copy(s, f->blocks, f->n_blocks, t));
     TRY(sampling_copy(s, &from->sampling, t));
-    t->open = true;
-    t->generation++;
+    slot_born(t);
     return OK;
 }
 
@@ -279,6 +302,28 @@ static enum err run_check(const struct slots *s, const struct slot_run *r)
     return OK;
 }
 
+static uint32_t least(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* As many of the slot's own drafts as were asked for, are there and have room. */
+static enum err own_take(const struct slots *s, const struct plan_run *asked, struct slot_run *r)
+{
+    const struct slot *t = &s->all[r->slot];
+    if (asked->n_own > s->limits.draft_max || asked->n_ahead > s->limits.draft_max ||
+        ((asked->n_own || asked->n_ahead) && !r->sample) || (asked->n_own && r->n_drafts))
+        FAIL(ERR_FORMAT, "plan: slot %u runs %u own drafts and prepares %u (at most %u, sampling)",
+             r->slot, asked->n_own, asked->n_ahead, s->limits.draft_max);
+    r->own = asked->n_own;
+    if (!asked->n_own) return OK;
+    uint32_t n_room =
+        least(t->n_tokens_max - t->n_known - 1, t->n_blocks * s->limits.block_size - t->n_known);
+    r->n_drafts = least(least(asked->n_own, t->n_drafts), n_room);
+    r->n_tokens += r->n_drafts;
+    return OK;
+}
+
 static int run_compare(const void *a, const void *b)
 {
     uint32_t x = ((const struct slot_run *)a)->slot, y = ((const struct slot_run *)b)->slot;
@@ -289,16 +334,22 @@ static int run_compare(const void *a, const void *b)
 static enum err runs_list(struct slots *s, const struct step_plan *p)
 {
     memset(s->named, 0, s->limits.n_slots * sizeof *s->named);
-    s->n_runs = 0;
+    s->n_runs = s->n_ahead = 0;
     for (uint32_t i = 0; i < p->n_runs; i++) {
         const struct plan_run *r = &p->runs[i];
         struct slot *t;
         TRY(slot_get(s, r->slot, "runs", &t));
         if (s->named[r->slot]) FAIL(ERR_FORMAT, "plan: runs slot %u twice", r->slot);
         s->named[r->slot] = true;
-        s->runs[s->n_runs++] = (struct slot_run){r->slot, r->n_tokens, r->n_drafts,
-                                                 (r->flags & PLAN_RUN_SAMPLE) != 0, r->drafts};
+        s->runs[s->n_runs++] = (struct slot_run){.slot = r->slot,
+                                                 .n_tokens = r->n_tokens,
+                                                 .n_drafts = r->n_drafts,
+                                                 .sample = (r->flags & PLAN_RUN_SAMPLE) != 0,
+                                                 .drafts = r->drafts};
         TRY(run_check(s, &s->runs[s->n_runs - 1]));
+        TRY(own_take(s, r, &s->runs[s->n_runs - 1]));
+        t->n_ahead = r->n_ahead;
+        s->n_ahead += r->n_ahead > 0;
     }
     for (uint32_t i = 0; !p->idle && i < s->limits.n_slots; i++) {
         if (!s->all[i].open || !s->all[i].decoding || s->named[i]) continue;

@@ -17,6 +17,7 @@ enum {
 
 struct slots_limits {
     uint32_t n_slots, context_max, draft_max, block_size, n_blocks, n_host_blocks, vocab_size;
+    uint32_t n_disk_blocks;
     uint32_t step_tokens_max, logprobs_max;
 };
 
@@ -24,6 +25,9 @@ struct slot {
     bool open, decoding; /* decoding: runs one token a step without being named */
     uint32_t generation; /* counts openings, so that a late result finds its own sequence only */
     uint32_t n_prompt, n_known, n_computed, n_tokens_max, n_blocks;
+    /* Of the draft model (draft.h): drafts behind the known tokens, how many are wanted after this
+     * step, leading tokens whose KV it has computed, and how far draft_valid says so. */
+    uint32_t n_drafts, n_ahead, n_draft_computed, n_draft_marked;
     int32_t *tokens;                 /* [context_max + draft_max + 1], n_known of them valid */
     int32_t *blocks;                 /* [blocks_per_slot], n_blocks of them valid */
     struct sampling_params sampling; /* its arrays are the four below */
@@ -35,7 +39,8 @@ struct slot {
 struct slot_run {
     uint32_t slot, n_tokens, n_drafts;
     bool sample;
-    const int32_t *drafts; /* [n_drafts], the plan's */
+    const int32_t *drafts; /* [n_drafts], the plan's; NULL: the slot's own */
+    bool own;              /* the plan asked for own drafts; n_drafts is what became of it */
 };
 
 struct slots {
@@ -44,8 +49,12 @@ struct slots {
     struct slot *all;      /* [n_slots] */
     struct slot_run *runs; /* [n_slots] of the last plan, ascending slots */
     uint32_t n_runs, n_run_tokens;
-    bool *named;     /* [n_slots] scratch */
-    void *pieces[5]; /* the arrays behind all slots */
+    bool *named; /* [n_slots] scratch */
+    /* [n_blocks] leading tokens of a block whose KV the draft model has computed as well as the
+     * target; NULL: there is none. */
+    uint16_t *draft_valid;
+    uint32_t n_ahead; /* slots of the last plan that want drafts after it */
+    void *pieces[5];  /* the arrays behind all slots */
 };
 
 enum err slots_init(struct slots *s, const struct slots_limits *limits);

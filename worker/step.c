@@ -1,6 +1,7 @@
 /* Runs -> flat arrays -> samples -> tokens. */
 #include "worker/step.h"
 #include "base/mem.h"
+#include "worker/draft.h"
 
 #include <string.h>
 
@@ -10,7 +11,7 @@ enum err step_init(struct step *s, const struct slots *slots)
     const struct {
         size_t count, bytes;
         void **out;
-    } arrays[14] = {
+    } arrays[15] = {
         {t, 4, (void **)&s->token_ids},
         {t, 4, (void **)&s->token_slot},
         {t, 4, (void **)&s->positions},
@@ -25,9 +26,10 @@ enum err step_init(struct step *s, const struct slots *slots)
         {t, sizeof *s->sample_rows, (void **)&s->sample_rows},
         {t, sizeof *s->results, (void **)&s->results},
         {t, sizeof *s->tokens, (void **)&s->tokens},
+        {n, sizeof *s->drafted, (void **)&s->drafted},
     };
     memset(s, 0, sizeof *s);
-    for (int i = 0; i < 14; i++) {
+    for (int i = 0; i < 15; i++) {
         enum err e = mem_alloc_array(arrays[i].count, arrays[i].bytes, &s->pieces[i]);
         if (e) {
             step_fini(s);
@@ -40,7 +42,7 @@ enum err step_init(struct step *s, const struct slots *slots)
 
 void step_fini(struct step *s)
 {
-    for (int i = 0; i < 14; i++)
+    for (int i = 0; i < 15; i++)
         mem_free(s->pieces[i]);
     memset(s, 0, sizeof *s);
 }
@@ -58,9 +60,8 @@ static void row_scored(const struct slot *t, uint32_t index, struct sample_row *
                                .forced_token = t->tokens[index]};
 }
 
-/* n_before: known tokens that the row's token follows. */
-static void row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, bool feeds,
-                        bool speaks, struct sample_row *out)
+void step_row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, bool feeds,
+                      bool speaks, struct sample_row *out)
 {
     const struct sampling_params *p = &t->sampling;
     int32_t n_output = (int32_t)(n_before - t->n_prompt);
@@ -121,8 +122,8 @@ static void run_rows(struct step *s, uint32_t run, const struct slot *t, uint32_
         struct step_row *row =
             row_add(s, first_token + r->n_tokens - n_sampled + d, run, t, t->n_known + d);
         row->draft = d;
-        row_sampled(t, r->slot, t->n_known + d, !r->n_drafts, speaks,
-                    &s->sample_rows[s->n_rows - 1]);
+        step_row_sampled(t, r->slot, t->n_known + d, !r->n_drafts, speaks,
+                         &s->sample_rows[s->n_rows - 1]);
         s->needs_host = s->needs_host || r->n_drafts;
     }
 }
@@ -163,14 +164,17 @@ void step_fill(struct step *s, struct slots *slots, bool speaks)
 {
     uint32_t n_tokens = 0;
     s->n_runs = slots->n_runs;
-    s->n_rows = s->n_tokens_out = 0;
+    s->n_rows = s->n_tokens_out = s->n_drafted = 0;
     s->needs_host = s->settled = false;
     memcpy(s->runs, slots->runs, s->n_runs * sizeof *s->runs);
     tables_fill(s, slots);
     for (uint32_t i = 0; i < s->n_runs; i++) {
         const struct slot_run *r = &s->runs[i];
         struct slot *t = &slots->all[r->slot];
-        if (r->n_drafts) memcpy(t->tokens + t->n_known, r->drafts, r->n_drafts * sizeof *r->drafts);
+        if (r->drafts) memcpy(t->tokens + t->n_known, r->drafts, r->n_drafts * sizeof *r->drafts);
+        if (r->own) s->drafted[s->n_drafted++] = (struct plan_pair){r->slot, r->n_drafts};
+        t->n_drafts = 0;
+        draft_written(slots, t, t->n_computed, t->n_computed + r->n_tokens);
         s->runs[i].drafts = NULL; /* the plan's memory; the slot has them now */
         s->kept_known[i] = t->n_known;
         s->seq_start[i] = (int32_t)n_tokens;
@@ -179,7 +183,9 @@ void step_fill(struct step *s, struct slots *slots, bool speaks)
         n_tokens += r->n_tokens;
         t->n_computed += r->n_tokens;
         s->context_len[i] = (int32_t)t->n_computed;
-        if (r->sample && !r->n_drafts) t->tokens[t->n_known++] = TOKEN_PENDING;
+        if (!r->sample || r->n_drafts) continue;
+        t->tokens[t->n_known++] = TOKEN_PENDING;
+        draft_kept(t);
     }
     s->seq_start[s->n_runs] = (int32_t)n_tokens;
     s->batch = (struct batch){
@@ -249,6 +255,7 @@ static bool draft_settle(struct step *s, struct slot *t, uint32_t row)
     t->tokens[known + r->draft] = token;
     t->n_known = known + r->draft + 1;
     t->n_computed = t->n_known - 1;
+    draft_kept(t);
     return goes_on;
 }
 
@@ -277,6 +284,6 @@ bool step_blocks(const struct step *s, const struct step_plan *next)
     if (!s->busy || s->settled) return false;
     if (s->needs_host || next->n_forks) return true;
     for (uint32_t i = 0; i < next->n_runs; i++)
-        if (next->runs[i].n_drafts) return true;
+        if (next->runs[i].n_drafts || next->runs[i].n_own) return true;
     return false;
 }

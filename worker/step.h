@@ -28,13 +28,18 @@ struct step {
     struct sample_row *sample_rows;   /* [step_tokens_max] */
     struct sample_result *results;    /* [step_tokens_max] */
     struct step_token *tokens;        /* [step_tokens_max] of the result */
-    uint32_t n_runs, n_rows, n_tokens_out;
-    void *pieces[14];
+    struct plan_pair *drafted;        /* [n_slots] of the result */
+    uint32_t n_runs, n_rows, n_tokens_out, n_drafted;
+    void *pieces[15];
     int64_t begun_us, wait_us, collective_us;
 };
 
 enum err step_init(struct step *s, const struct slots *slots);
 void step_fini(struct step *s); /* accepts zeroed memory */
+/* The row that decides the token after n_before known ones (and drafts) of a slot. feeds: the token
+ * goes to the device's feedback table; speaks: with the logprobs asked for. */
+void step_row_sampled(const struct slot *t, uint32_t slot, uint32_t n_before, bool feeds,
+                      bool speaks, struct sample_row *out);
 /* Fills everything from the runs that slots_apply listed, and moves the slots on: computed counts,
  * and a pending token where one is sampled. speaks: this rank answers with logprobs. */
 void step_fill(struct step *s, struct slots *slots, bool speaks);

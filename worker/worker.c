@@ -110,7 +110,9 @@ static enum err step_answer(struct loop *l)
     TRY(worker_end(l->worker, &result));
     buf_clear(&l->result);
     TRY(step_result_encode(&result, l->worker->config.rank != 0, &l->result));
-    return link_send_result(l->link, l->result.data, l->result.n);
+    TRY(link_send_result(l->link, l->result.data, l->result.n));
+    /* The coordinator plans meanwhile. With a step under way it waits until that has ended. */
+    return l->worker->n_busy ? OK : worker_draft(l->worker);
 }
 
 static enum err plan_run(struct loop *l, const struct link_event *event)
@@ -214,8 +216,14 @@ static void join_words(const struct worker *w, struct link_join *out, char *host
         .draft_tokens_max = (uint32_t)i->draft_tokens_max,
         .blocks_max = i->n_blocks,
         .host_blocks_max = i->n_host_blocks,
+        .disk_blocks_max = i->n_disk_blocks,
+        .save_ns = i->save_ns,
+        .load_ns = i->load_ns,
+        .fetch_ns = i->fetch_ns,
         .weight_bytes = i->weight_bytes,
         .block_bytes = i->block_bytes,
+        .has_draft_model = w->draft != NULL,
+        .draft_digest = i->draft_digest,
     };
 }
 
@@ -226,6 +234,16 @@ static void signals_take(struct sigaction old[2])
     sigemptyset(&action.sa_mask);
     sigaction(SIGTERM, &action, &old[0]);
     sigaction(SIGINT, &action, &old[1]);
+}
+
+/* On the disk's thread. When the stream is lost the epoch ends, and with it the transfers. */
+static void tell_moved(void *ctx, const struct moved *moved)
+{
+    struct loop *l = ctx;
+    struct buf bytes;
+    buf_init(&bytes, 0);
+    if (!moved_encode(moved, &bytes)) (void)link_send_result(l->link, bytes.data, bytes.n);
+    buf_fini(&bytes);
 }
 
 static enum err worker_serve(struct loop *l)
@@ -239,7 +257,9 @@ static enum err worker_serve(struct loop *l)
                                          .key_file = l->worker->config.tls_key}};
     join_words(l->worker, &config.join, host, sizeof host);
     TRY(link_open(&config, &l->link));
+    if (l->worker->disk) kv_disk_listen(l->worker->disk, tell_moved, l);
     enum err e = loop_run(l);
+    if (l->worker->disk) kv_disk_listen(l->worker->disk, NULL, NULL);
     char why[512];
     snprintf(why, sizeof why, "%s", e ? err_detail() : asked_to_stop ? "asked to stop" : "drained");
     link_leave(l->link, why, LEAVE_MS);

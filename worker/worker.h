@@ -35,13 +35,19 @@ struct worker_config {
     const char *kv_dtype;     /* "auto" (NULL), "f32", "f16", "bf16", "int8", "fp8" */
     int block_size;           /* tokens of a KV block, 0 = the backend's own */
     uint64_t kv_cache_bytes;  /* of this rank, 0 = memory_share decides */
+    uint64_t n_blocks;        /* the same, as a number of blocks; goes before kv_cache_bytes */
     double memory_share;      /* of the free memory for weights, KV and work space; 0 = 0.9, on the
                                  CPU 0.8 but at most 4 GiB of KV */
-    uint64_t host_swap_bytes; /* host memory of this rank for swapped blocks */
+    uint64_t host_swap_bytes; /* host memory of this rank for blocks that leave the device */
+    const char *kv_disk_dir;  /* local directory for blocks that leave the host's memory, NULL = none */
+    uint64_t kv_disk_bytes;   /* size of this rank's file there */
     int n_sequences_max;      /* slots; 0 = 256 */
     int step_tokens_max;      /* 0 = 2048 on a GPU, 48 beside the decodes on a CPU */
     int step_rows_max;    /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
     int draft_tokens_max; /* drafts verified in one run, 0 = none */
+    const char *draft_model_dir;    /* a small model of the same vocabulary that guesses; NULL = none */
+    const char *draft_quantization; /* its weights, as `quantization`; NULL = the same */
+    bool draft_greedy; /* it takes its best token instead of drawing as the target will */
     int context_max;      /* 0 = the model's, as far as memory allows one sequence */
     const char *load_format; /* "auto" (NULL), "safetensors", "dummy" */
     uint64_t dummy_seed;
@@ -72,8 +78,12 @@ struct worker_info {
     uint64_t weight_bytes; /* resident on this rank; also read once by each decode step */
     uint64_t table_bytes;  /* embeddings whose rows are read one by one */
     uint64_t work_bytes;   /* activations and scratch */
-    uint64_t block_bytes, n_blocks, n_host_blocks;
+    uint64_t block_bytes, n_blocks, n_host_blocks, n_disk_blocks;
+    uint32_t save_ns, load_ns, fetch_ns; /* measured, of a block: to the host, back, disk to host */
     uint64_t memory_total, memory_free; /* of the device before loading */
+    /* The draft model, "" = none; block_bytes counts its part of a block. */
+    char draft_name[128], draft_format[32], draft_digest[33];
+    uint64_t draft_weight_bytes, draft_table_bytes, draft_work_bytes, draft_block_bytes;
 };
 /* Reads config.json and the tensors' headers only. */
 enum err worker_plan_memory(const struct worker_config *config, struct worker_info *out);

@@ -24,6 +24,9 @@ struct cluster_hooks {
     /* May be NULL. A rank was lost while its process still held the stream, and has not come back
      * within stuck_ms: it hangs, and whoever started it should end it. From the cluster's thread. */
     void (*rank_stuck)(void *ctx, uint32_t group, uint32_t rank, const char *host, uint32_t pid);
+    /* Bytes of a FromWorker with a rank's Moved, of the group's living epoch; may be NULL. */
+    void (*moved)(void *ctx, uint32_t group, uint64_t epoch, uint32_t rank, const void *bytes,
+                  size_t n);
 };
 
 struct cluster_config {

@@ -19,7 +19,8 @@ enum {
     FROM_EXCHANGE,
     FROM_HEARTBEAT,
     FROM_LEAVE,
-    FROM_FAULT
+    FROM_FAULT,
+    FROM_MOVED
 };
 enum {
     CLUSTER_PROTOCOL = 1,

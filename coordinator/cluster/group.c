@@ -41,10 +41,27 @@ static void least32(uint32_t *least, uint32_t value)
     if (value < *least) *least = value;
 }
 
+/* Ranks whose draft models differ would verify different drafts: such a group uses none. */
+static bool draft_fits(const struct group *g, const Heddle__Cluster__Join *j)
+{
+    const Heddle__Cluster__Join *first = g->ranks[0].stream->join->join;
+    bool same = !strcmp(j->draft_digest, first->draft_digest);
+    if (!same && (j->has_draft_model || first->has_draft_model))
+        log_warn("group %u: rank %u has %s draft model, rank 0 %s: it is not used", g->index,
+                 j->rank, !j->has_draft_model ? "no" : first->has_draft_model ? "another" : "a",
+                 first->has_draft_model ? "one" : "none");
+    return same && j->has_draft_model;
+}
+
+static void most32(uint32_t *most, uint32_t value)
+{
+    if (value > *most) *most = value;
+}
+
 /* What the group can do is what its weakest rank can do. */
 static struct group_info info_make(const struct cluster *c, const struct group *g)
 {
-    uint64_t blocks = UINT32_MAX, host_blocks = UINT32_MAX;
+    uint64_t blocks = UINT32_MAX, host_blocks = UINT32_MAX, disk_blocks = UINT32_MAX;
     struct group_info info = {.epoch = g->epoch,
                               .n_ranks = c->config.n_ranks,
                               .n_slots_max = UINT32_MAX,
@@ -57,19 +74,24 @@ static struct group_info info_make(const struct cluster *c, const struct group *
         const Heddle__Cluster__Join *j = g->ranks[i].stream->join->join;
         if (j->blocks_max < blocks) blocks = j->blocks_max;
         if (j->host_blocks_max < host_blocks) host_blocks = j->host_blocks_max;
+        if (j->disk_blocks_max < disk_blocks) disk_blocks = j->disk_blocks_max;
+        most32(&info.save_ns, j->save_ns);
+        most32(&info.load_ns, j->load_ns);
+        most32(&info.fetch_ns, j->fetch_ns);
         least32(&info.n_slots_max, j->slots_max);
         least32(&info.step_tokens_max, j->step_tokens_max);
         least32(&info.step_rows_max, j->step_rows_max);
         least32(&info.context_max, j->context_max);
         least32(&info.draft_tokens_max, j->draft_tokens_max);
         if (j->block_bytes > info.block_bytes) info.block_bytes = j->block_bytes;
-        info.has_draft_model &= j->has_draft_model != 0;
+        info.has_draft_model &= draft_fits(g, j);
         info.window = j->window;
         info.block_size = j->block_size;
         info.vocab_size = j->vocab_size;
     }
     info.n_blocks = (uint32_t)blocks;
     info.n_host_blocks = (uint32_t)host_blocks;
+    info.n_disk_blocks = host_blocks ? (uint32_t)disk_blocks : 0;
     return info;
 }
 

@@ -285,8 +285,22 @@ static bool on_step(struct cluster *c, struct stream *s, const struct envelope *
     return true;
 }
 
+/* Ended transfers: whether they are news of the living epoch. */
+static bool on_moved(struct cluster *c, struct stream *s, const struct envelope *envelope,
+                     uint64_t *out_epoch)
+{
+    struct group *g = &c->groups[s->group];
+    uint64_t epoch = 0;
+    if (envelope_number(envelope->body, 1, &epoch)) {
+        rank_lose(c, g, s->rank, true, "rank %u broke the protocol: a malformed message", s->rank);
+        return false;
+    }
+    *out_epoch = epoch;
+    return g->state == CLUSTER_GROUP_UP && epoch == g->epoch;
+}
+
 static void on_message_locked(struct cluster *c, struct stream *s, struct span bytes,
-                              bool *out_result, uint64_t *out_epoch)
+                              bool *out_result, bool *out_moved, uint64_t *out_epoch)
 {
     struct envelope envelope;
     int64_t now_us = clock_monotonic_us();
@@ -303,6 +317,10 @@ static void on_message_locked(struct cluster *c, struct stream *s, struct span b
     if (joined) c->groups[s->group].ranks[s->rank].heard_us = now_us;
     if (joined && (envelope.kind == FROM_RESULT || envelope.kind == FROM_ACK)) {
         *out_result = on_step(c, s, &envelope, now_us, out_epoch);
+        return;
+    }
+    if (joined && envelope.kind == FROM_MOVED) {
+        *out_moved = on_moved(c, s, &envelope, out_epoch);
         return;
     }
     Heddle__Cluster__FromWorker *m = NULL;
@@ -351,13 +369,15 @@ void cluster_stream_message(struct rpc_call *call, void *ctx, struct span bytes)
 {
     struct cluster *c = ctx;
     struct stream *s = rpc_user(call);
-    bool result = false;
+    bool result = false, moved = false;
     uint64_t epoch = 0;
     if (!s) return;
     pthread_mutex_lock(&c->mutex);
-    on_message_locked(c, s, bytes, &result, &epoch);
-    uint32_t group = s->group;
+    on_message_locked(c, s, bytes, &result, &moved, &epoch);
+    uint32_t group = s->group, rank = s->rank;
     pthread_mutex_unlock(&c->mutex);
+    if (moved && c->hooks.moved)
+        c->hooks.moved(c->hooks.ctx, group, epoch, rank, bytes.data, bytes.n);
     if (result) c->hooks.result(c->hooks.ctx, group, epoch, bytes.data, bytes.n);
 }
 

@@ -149,7 +149,7 @@ static size_t record_run(struct cluster *c, const uint8_t *data, size_t size)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct cluster *c;
-    struct cluster_hooks hooks = {on_up, on_down, on_result, NULL};
+    struct cluster_hooks hooks = {.group_up = on_up, .group_down = on_down, .result = on_result};
     /* The clock's part is played by OP_TICK alone. */
     struct cluster_config config = {.address = "local:fuzz",
                                     .n_groups = 1,

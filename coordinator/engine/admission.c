@@ -9,8 +9,6 @@
 #include <string.h>
 
 enum { SPARE_SHARE = 16, RESERVED_TOKENS = 1 << 12 };
-/* Moving a block to the host and back, against computing it again. */
-enum { HOST_BYTES_PER_US = 8000 };
 
 static uint32_t blocks_for(const struct group *g, uint32_t n_tokens)
 {
@@ -21,6 +19,7 @@ static void uncount(struct engine *e, struct sequence *s)
 {
     if (!s->counted) return;
     s->counted = false;
+    e->n_left_queue++;
     e->limits.n_queued--;
     e->limits.n_queued_tokens -= s->n_prompt;
 }
@@ -49,7 +48,7 @@ static uint32_t blocks_reserved(const struct group *g)
 struct offer { /* where an admission's blocks come from */
     uint32_t n_table,
         n_shared;             /* blocks of the table; leading ones found or taken from a sibling */
-    uint32_t n_shared_cached; /* of those found, how many nobody holds now */
+    struct tiers_found found; /* of the n_shared ones, if no sibling gives them */
     uint32_t n_computed;
     struct sequence *sibling;
 };
@@ -83,19 +82,26 @@ static struct offer make_offer(struct engine *e, struct group *g, struct sequenc
         o.n_computed = s->tokens.n - 1;
     } else if (!s->job->no_match &&
                !sequence_hash(&e->pool, s, block_size, e->config.hash_salt, n_keys)) {
-        o.n_shared =
-            kv_blocks_match(&g->kv, s->keys.items, n_keys, &o.n_shared_cached, sequence_blocks(s));
+        o.found.n_here =
+            kv_blocks_match(&g->kv, s->keys.items, n_keys, &o.found.n_cached, sequence_blocks(s));
+        if (g->store.host.n_total)
+            tiers_look(e, g, s->keys.items, n_keys, sequence_blocks(s), &o.found);
+        o.n_shared = o.found.n_here;
         o.n_computed = o.n_shared * block_size;
     }
     return o;
 }
 
-static void take_shared(struct group *g, struct sequence *s, const struct offer *o)
+static void take_shared(struct engine *e, struct group *g, struct sequence *s,
+                        const struct offer *o)
 {
     uint32_t *table = sequence_blocks(s);
     if (!o->sibling) {
-        for (uint32_t i = 0; i < o->n_shared; i++)
-            kv_blocks_ref(&g->kv, table[i]); /* found by the offer */
+        for (uint32_t i = 0; i < o->n_shared; i++) /* found by the offer */
+            if (table[i] != KV_NONE) kv_blocks_ref(&g->kv, table[i]);
+        if (!o->found.n_loads) return;
+        tiers_hold(g, s->keys.items, table, o->n_shared);
+        tiers_load(e, g, s->keys.items, table, o->n_shared);
         return;
     }
     for (uint32_t i = 0; i < o->n_shared; i++) {
@@ -109,8 +115,9 @@ static void load_host(struct engine *e, struct group *g, struct sequence *s)
     const uint32_t *host = s->host.items;
     for (uint32_t i = 0; i < s->host.n; i++) {
         plan_add_load(g, host[i], sequence_blocks(s)[i]);
-        kv_blocks_give_host(&g->kv, host[i], g->next_step);
+        kv_tier_give(&g->store.host, host[i], g->next_step);
     }
+    g->store.n_loads += s->host.n;
     s->host.n = 0;
     s->has_host = false;
     e->n_swapped--;
@@ -120,9 +127,9 @@ static void load_host(struct engine *e, struct group *g, struct sequence *s)
 static void take_table(struct engine *e, struct group *g, struct sequence *s, const struct offer *o)
 {
     uint32_t *table = sequence_blocks(s);
-    take_shared(g, s, o);
+    take_shared(e, g, s, o);
     for (uint32_t i = o->n_shared; i < o->n_table; i++) {
-        table[i] = kv_blocks_take(&g->kv);
+        table[i] = tiers_take_block(e, g);
         ASSERT(table[i] != KV_NONE);
     }
     s->blocks.n = o->n_table;
@@ -211,18 +218,21 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
     uint32_t n_end = n_most < capacity ? (uint32_t)n_most : capacity;
     if (!reserve_memory(e, g, s, n_end)) return false;
     struct offer o = make_offer(e, g, s);
-    uint64_t n_need =
-        o.n_table - o.n_shared + o.n_shared_cached + (g->running.n ? blocks_reserved(g) : 0);
+    uint64_t n_need = o.n_table - o.n_shared + o.found.n_loads + o.found.n_cached +
+                      (g->running.n ? blocks_reserved(g) : 0);
     if (!g->n_free_slots || n_need > kv_blocks_available(&g->kv)) return false;
+    bool may_wait = !s->has_fetched && !s->has_host && !s->job->beam;
+    if (o.found.n_below && may_wait && tiers_fetch(e, g, s, &o.found)) return true;
     s->n_end = n_end;
-    fair_unwait(&e->fair, s);
+    s->elder |= fair_take(&e->fair, s, e->now_us);
+    place_forget(e, s);
     admission_uncount(e, s);
     if (s->has_host && s->group != g->index) admission_drop_host(e, s);
     bool seated = group_seat(g, s);
     ASSERT(seated);
     take_table(e, g, s, &o);
     s->n_score_next = 1;
-    s->n_skips = 0;
+    s->has_fetched = false;
     count_admission(e, g, s);
     open_slot(g, s);
     struct sequence *before = g->prefilling.last; /* the less served first */
@@ -234,7 +244,7 @@ bool admission_try(struct engine *e, struct group *g, struct sequence *s)
     return true;
 }
 
-bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens)
+bool admission_extend(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tokens)
 {
     uint32_t n_want = blocks_for(g, n_tokens), n_have = s->blocks.n;
     if (n_want <= n_have) return true;
@@ -243,7 +253,7 @@ bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens)
         return false;
     ASSERT_CMP(n_want, <=, s->blocks.capacity);
     for (uint32_t i = n_have; i < n_want; i++) {
-        uint32_t block = kv_blocks_take(&g->kv);
+        uint32_t block = tiers_take_block(e, g);
         sequence_blocks(s)[i] = block;
         plan_add_extend(g, s->slot, block);
     }
@@ -251,9 +261,9 @@ bool admission_extend(struct group *g, struct sequence *s, uint32_t n_tokens)
     return true;
 }
 
-bool admission_extend_decoding(struct group *g, struct sequence *s)
+bool admission_extend_decoding(struct engine *e, struct group *g, struct sequence *s)
 {
-    if (!admission_extend(g, s, s->blocks.n * g->info.block_size + 1)) return false;
+    if (!admission_extend(e, g, s, s->blocks.n * g->info.block_size + 1)) return false;
     g->due[s->slot].room_step += g->info.block_size;
     return true;
 }
@@ -294,14 +304,12 @@ void admission_slide(struct group *g, struct sequence *s, uint32_t n_computed)
 }
 
 /* Whether moving its KV to the host and back is cheaper than computing it again. */
-static bool swap_pays(const struct group *g, const struct sequence *s, uint32_t n_computed)
+static bool swap_pays(const struct engine *e, const struct group *g, const struct sequence *s,
+                      uint32_t n_computed)
 {
     uint32_t n_blocks = blocks_for(g, n_computed);
-    if (!n_blocks || n_blocks > g->kv.n_host_free || s->n_window_freed || s->job->beam)
-        return false;
-    if (g->plan.n_saves + n_blocks > g->info.n_host_blocks) return false;
-    uint64_t swap_us = 2 * (uint64_t)n_blocks * g->info.block_bytes / HOST_BYTES_PER_US;
-    return swap_us < (uint64_t)n_computed * g->token_ns / 1000;
+    if (!n_blocks || !g->store.host.n_total || s->n_window_freed || s->job->beam) return false;
+    return tiers_swap_pays(e, g, n_blocks, n_computed);
 }
 
 static void save_to_host(struct engine *e, struct group *g, struct sequence *s, uint32_t n_computed)
@@ -309,10 +317,10 @@ static void save_to_host(struct engine *e, struct group *g, struct sequence *s, 
     uint32_t n_blocks = blocks_for(g, n_computed);
     if (strip_reserve(&e->pool, &s->host, n_blocks, sizeof(uint32_t))) return;
     uint32_t *host = s->host.items;
-    for (uint32_t i = 0; i < n_blocks; i++) {
-        host[i] = kv_blocks_take_host(&g->kv);
+    if (!kv_store_take(&g->store, n_blocks, g->acked_step, host)) return;
+    for (uint32_t i = 0; i < n_blocks; i++)
         plan_add_save(g, sequence_blocks(s)[i], host[i]);
-    }
+    g->store.n_saves += n_blocks;
     s->host.n = n_blocks;
     s->n_host_computed = n_computed;
     s->has_host = true;
@@ -326,7 +334,7 @@ void admission_drop_host(struct engine *e, struct sequence *s)
     struct group *g = e->groups[s->group];
     const uint32_t *host = s->host.items;
     for (uint32_t i = 0; i < s->host.n; i++)
-        kv_blocks_give_host(&g->kv, host[i], group_last_step(g));
+        kv_tier_give(&g->store.host, host[i], group_last_step(g));
     s->host.n = 0;
     s->has_host = false;
     e->n_swapped--;
@@ -343,14 +351,17 @@ void admission_requeue(struct engine *e, struct group *g, struct sequence *s)
         return;
     }
     s->synced = false;
-    fair_wait(&e->fair, s, e->now_us);
+    if (s->elder)
+        fair_wait_urgent(&e->fair, s, e->now_us); /* it waited long enough once */
+    else
+        fair_wait(&e->fair, s, e->now_us);
 }
 
 void admission_preempt(struct engine *e, struct group *g, struct sequence *s)
 {
     ASSERT(g->building);
     uint32_t n_computed = sequence_planned(s, g->next_step);
-    if (swap_pays(g, s, n_computed)) save_to_host(e, g, s, n_computed);
+    if (swap_pays(e, g, s, n_computed)) save_to_host(e, g, s, n_computed);
     admission_unseat(e, g, s);
     e->stats.n_preemptions++;
     s->state = SEQUENCE_DRAINING;
@@ -381,12 +392,18 @@ void admission_unseat_late(struct engine *e, struct group *g, struct sequence *s
     group_unseat_late(g, s);
 }
 
+/* Who starved once keeps its place: else every request of a higher class would take it again. */
+static int32_t class_of(const struct sequence *s)
+{
+    return s->elder ? INT32_MIN : s->lane->priority;
+}
+
 static struct sequence *newest_of_lowest_class(const struct group *g)
 {
     struct sequence *victim = NULL;
     for (struct sequence *s = g->running.first; s; s = s->links[LINK_PLACE].next)
-        if (!victim || s->lane->priority > victim->lane->priority ||
-            (s->lane->priority == victim->lane->priority && s->order > victim->order))
+        if (!victim || class_of(s) > class_of(victim) ||
+            (class_of(s) == class_of(victim) && s->order > victim->order))
             victim = s;
     return victim;
 }
@@ -412,9 +429,9 @@ static uint64_t blocks_demanded(const struct group *g)
 static bool class_inversion(struct engine *e, struct group *g)
 {
     struct sequence *next = fair_next(&e->fair, e->now_us);
-    struct sequence *victim = next ? newest_of_lowest_class(g) : NULL;
+    struct sequence *victim = next && place_is_for(g, next) ? newest_of_lowest_class(g) : NULL;
     if (!victim || !victim->may_preempt || victim->job->beam) return false;
-    if (victim->lane->priority <= next->lane->priority) return false;
+    if (class_of(victim) <= next->lane->priority) return false;
     if (g->draining.n || g->kv.limbo.n) return false; /* room is on its way */
     return !g->n_free_slots ||
            blocks_for(g, next->tokens.n) + blocks_reserved(g) > kv_blocks_available(&g->kv);
@@ -426,19 +443,21 @@ static struct sequence *share_inversion(struct engine *e, struct group *g)
 {
     struct sequence *next = fair_next(&e->fair, e->now_us), *victim = NULL;
     uint64_t n_share = (uint64_t)g->n_slots * e->n_up / (e->fair.n_active ? e->fair.n_active : 1);
-    if (!next || g->n_free_slots || g->draining.n || g->slot_limbo.n || e->fair.n_active < 2)
+    if (!next || !place_is_for(g, next) || g->n_free_slots || g->draining.n || g->slot_limbo.n ||
+        e->fair.n_active < 2)
         return NULL;
     if (next->lane->tenant->n_running >= n_share) return NULL;
     for (struct sequence *s = g->running.last; s; s = s->links[LINK_PLACE].previous)
         if (s->may_preempt && !s->job->beam && s->lane->tenant->n_running > n_share + 1 &&
-            s->lane->priority >= next->lane->priority && (!victim || s->order > victim->order))
+            class_of(s) >= next->lane->priority && (!victim || s->order > victim->order))
             victim = s;
     return victim;
 }
 
 bool admission_is_stuck(const struct group *g)
 {
-    return g->running.n > 1 && g->stalled.n == g->running.n && !group_in_flight(g) && !g->kv.limbo.n;
+    return g->running.n > 1 && g->stalled.n == g->running.n && !group_in_flight(g) &&
+           !g->kv.limbo.n;
 }
 
 /* The newest of the lowest class leaves, but not again before it has made progress; unless nobody

@@ -4,8 +4,8 @@
  * where E is the number of stop ids, at least 1: so W remain even when all stops are among them.
  * Those among the first W that end (a stop id, or the length) are finished with sum / length ^
  * penalty and kept while they are among the W best; the first W of the others run on. It ends when
- * no running beam can beat the worst finished one, by the rule `early_stopping=False` of that
- * library, or with early_stopping as soon as W are finished.
+ * no running beam can beat the worst finished one, by the rules `early_stopping=False` or "never"
+ * of that library, or with early_stopping as soon as W are finished.
  *
  * A beam is a sequence. The first child of a beam keeps its sequence and blocks; the others share
  * its full blocks and get a copy of the last one. A child whose token is not the one that the slot
@@ -236,6 +236,8 @@ static bool is_over(const struct job *job, uint32_t n_running)
     if (job->request->early_stopping) return true;
     const struct sequence *s = job->sequences[b->chosen[0].parent];
     double length = (double)sequence_generated(s) + 1;
+    if (job->request->never_early && job->request->length_penalty > 0)
+        length = (double)(s->n_end - s->n_prompt);
     return b->chosen[0].score / pow(length, (double)job->request->length_penalty) <=
            b->finished[b->width - 1].score;
 }
@@ -432,7 +434,7 @@ static void fork_child(struct engine *e, struct group *g, struct sequence *s)
         kv_blocks_ref(&g->kv, sequence_blocks(s)[i]);
     }
     if (n_copied) {
-        sequence_blocks(s)[n_shared] = kv_blocks_take(&g->kv);
+        sequence_blocks(s)[n_shared] = tiers_take_block(e, g);
         plan_add_copy(g, sequence_blocks(parent)[n_shared], sequence_blocks(s)[n_shared]);
     }
     s->blocks.n = n_shared + n_copied;

@@ -30,6 +30,7 @@ enum err engine_create(const struct engine_config *config, const struct engine_h
         engine_destroy(e);
         return err;
     }
+    if (config->starve_us > 0) e->fair.starve_us = config->starve_us;
     *out = e;
     return OK;
 }
@@ -140,7 +141,20 @@ static enum err group_start(struct engine *e, uint32_t group, const struct group
     if (e->config.step_tokens_max) n_budget = least(n_budget, e->config.step_tokens_max);
     uint32_t n_slots = least(info->n_slots_max, least(info->step_rows_max, n_budget));
     if (e->config.n_sequences_max) n_slots = least(n_slots, e->config.n_sequences_max);
-    return group_init(e->groups[group], group, info, n_slots, n_budget, e->config.pipeline_depth);
+    TRY(group_init(e->groups[group], group, info, n_slots, n_budget, e->config.pipeline_depth));
+    e->groups[group]->costs.ignored = e->config.draft_always;
+    return OK;
+}
+
+static void count_moves(const struct group *g, struct engine_stats *s)
+{
+    const struct kv_store *t = &g->store;
+    uint64_t bytes = g->info.block_bytes * t->n_ranks;
+    s->n_saves += t->n_saves, s->save_bytes += t->n_saves * bytes;
+    s->n_loads += t->n_loads, s->load_bytes += t->n_loads * bytes;
+    s->n_fetches += t->n_fetches, s->fetch_bytes += t->n_fetches * bytes;
+    s->n_spills += t->n_spills, s->spill_bytes += t->n_spills * bytes;
+    s->n_fetches_failed += t->n_fetches_failed, s->n_spills_failed += t->n_spills_failed;
 }
 
 void engine_group_up(struct engine *e, uint32_t group, const struct group_info *info)
@@ -161,8 +175,11 @@ void engine_group_down(struct engine *e, uint32_t group, uint64_t epoch)
     struct group *g = group < e->n_groups ? e->groups[group] : NULL;
     if (!g || !g->up || g->info.epoch != epoch) return;
     e->stats.n_group_losses++;
-    for (struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
+    tiers_release(e, g, true);
+    for (struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next) {
         if (s->has_host && s->group == group) admission_drop_host(e, s);
+        if (s->placed == group + 1) place_forget(e, s);
+    }
     for (struct sequence *s; (s = g->draining.first);) {
         admission_drop_host(e, s);
         admission_requeue(e, g, s);
@@ -172,6 +189,7 @@ void engine_group_down(struct engine *e, uint32_t group, uint64_t epoch)
         admission_unseat(e, g, s);
         admission_requeue(e, g, s);
     }
+    count_moves(g, &e->stats);
     group_fini(g);
     e->n_up--;
 }
@@ -215,18 +233,37 @@ static void watch(struct engine *e)
     }
 }
 
+/* How fast the queue is left, while somebody stands in it: what a refused client is told. */
+static void note_leaving(struct engine *e)
+{
+    struct engine_limits *l = &e->limits;
+    if (!e->n_left_queue) return;
+    if (e->last_left_us && e->now_us > e->last_left_us) {
+        uint64_t ns = (uint64_t)(e->now_us - e->last_left_us) * 1000 / e->n_left_queue;
+        l->leave_ns = l->leave_ns ? (7 * l->leave_ns + ns) / 8 : ns;
+    }
+    e->last_left_us = l->n_queued ? e->now_us : 0;
+    e->n_left_queue = 0;
+}
+
 bool engine_step(struct engine *e, int64_t now_us)
 {
     bool sent = false, again;
     e->now_us = now_us;
     end_late(e);
     watch(e);
+    for (uint32_t i = 0; i < e->n_groups; i++) {
+        struct group *g = e->groups[i];
+        if (g && g->up && g->fetch_alarm_us && g->fetch_alarm_us <= now_us)
+            tiers_release(e, g, false);
+    }
     do { /* one plan a group in turn, so that the first does not take all that waits */
         again = false;
         for (uint32_t i = 0; i < e->n_groups; i++)
             if (e->groups[i] && scheduler_plan(e, e->groups[i])) again = true;
         sent |= again;
     } while (again);
+    note_leaving(e);
     job_flush(e);
     return sent;
 }
@@ -235,8 +272,10 @@ int64_t engine_wake_us(const struct engine *e)
 {
     int64_t wake = e->next_deadline_us;
     for (uint32_t i = 0; i < e->n_groups; i++) {
-        int64_t at = watchdog_us(e, e->groups[i]);
+        const struct group *g = e->groups[i];
+        int64_t at = watchdog_us(e, g);
         if (at < wake) wake = at;
+        if (g && g->up && g->fetch_alarm_us && g->fetch_alarm_us < wake) wake = g->fetch_alarm_us;
     }
     return wake;
 }
@@ -256,10 +295,19 @@ void engine_stats(const struct engine *e, struct engine_stats *out)
         s.blocks_free += g->kv.n_free;
         s.blocks_cached += g->kv.n_cached;
         s.blocks_held += g->kv.n_held;
+        count_moves(g, &s);
+        s.host_total += g->store.host.n_total;
+        s.host_used += g->store.host.n_total - g->store.host.n_free;
+        s.host_private += g->store.host.n_private;
+        s.disk_total += g->store.disk.n_total;
+        s.disk_used += g->store.disk.n_total - g->store.disk.n_free;
+        s.n_fetching += g->fetching.n;
     }
     s.context_max = e->limits.tokens_capacity;
     s.vocab_size = e->limits.vocab_size;
     s.block_size = e->limits.block_size;
+    if (s.n_waiting < e->fair.by_age.n + s.n_fetching)
+        s.n_waiting = e->fair.by_age.n + s.n_fetching;
     *out = s;
 }
 
@@ -276,13 +324,37 @@ static void check_running(const struct group *g, uint32_t *refs)
     }
 }
 
+static void check_placed(const struct engine *e, const struct group *g)
+{
+    uint64_t n = 0;
+    for (const struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
+        n += s->placed == g->index + 1 ? s->n_placed : 0;
+    for (const struct sequence *s = g->fetching.first; s; s = s->links[LINK_WORK].next)
+        n += s->placed ? s->n_placed : 0;
+    ASSERT_CMP(n, ==, g->n_placed_tokens);
+}
+
+/* Every private host block belongs to one sequence that waits or drains. */
+static void check_swapped(const struct engine *e, const struct group *g)
+{
+    uint32_t n = 0;
+    for (const struct sequence *s = e->fair.by_age.first; s; s = s->links[LINK_AGE].next)
+        if (s->has_host && s->group == g->index) n += s->host.n;
+    for (const struct sequence *s = g->draining.first; s; s = s->links[LINK_WORK].next)
+        if (s->has_host) n += s->host.n;
+    ASSERT_CMP(n, ==, g->store.host.n_private);
+}
+
 void engine_check(const struct engine *e)
 {
     for (uint32_t i = 0; i < e->n_groups; i++) {
         const struct group *g = e->groups[i];
         uint32_t *refs;
         if (!g || !g->up) continue;
+        check_placed(e, g);
         kv_blocks_check(&g->kv);
+        kv_store_check(&g->store);
+        check_swapped(e, g);
         if (MEM_NEW_ARRAY(g->kv.n_total, &refs)) return;
         check_running(g, refs);
         for (uint32_t b = 0; b < g->kv.n_total; b++)

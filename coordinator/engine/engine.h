@@ -51,6 +51,7 @@ struct request {
     uint32_t beam_width;  /* 0 = sampling; else beam search, n_choices best beams at the end */
     float length_penalty; /* beams: score / length ^ length_penalty */
     bool early_stopping, ignore_eos;
+    bool never_early;     /* beams: run on while the longest answer could still beat the worst finished one */
     struct sampling_params sampling; /* pointers into this request's memory; seed of choice i is
                                         seed + i */
     int32_t priority;     /* lower runs first, 0 is usual */
@@ -69,6 +70,8 @@ struct group_info {
     uint32_t n_ranks, block_size, n_blocks, n_host_blocks, n_slots_max, step_tokens_max, step_rows_max;
     uint32_t context_max, vocab_size, window, draft_tokens_max;
     uint64_t block_bytes;
+    uint32_t n_disk_blocks;              /* behind the host blocks; 0 without those */
+    uint32_t save_ns, load_ns, fetch_ns; /* of a block: device to host, back, disk to host; of the slowest rank */
     bool has_draft_model;
 };
 
@@ -83,8 +86,11 @@ struct engine_config {
     uint32_t pipeline_depth;       /* plans in flight of a group: 2 */
     bool prefix_cache;
     uint64_t hash_salt;            /* random at start, so that no client can make keys collide */
-    uint32_t n_speculative_tokens; /* n-gram drafts, 0 = off */
+    uint32_t n_speculative_tokens; /* most drafts of a run, 0 = off */
+    bool draft_always;             /* as many as there can be, whether they pay or not */
     int64_t step_timeout_us;       /* --watchdog-timeout */
+    int64_t starve_us;             /* who waited so long goes before others in turn, 0 = a minute */
+    bool always_offload;           /* move blocks whatever it costs; else where that is cheaper than computing */
     const char *record_path;       /* engine_loop writes every input there, for `heddle replay`; NULL = off */
 };
 
@@ -98,7 +104,7 @@ struct engine;
 enum err engine_create(const struct engine_config *config, const struct engine_hooks *hooks, struct engine **out);
 void engine_destroy(struct engine *e);
 
-/* Inputs. A request refused here is destroyed by the caller: ERR_FULL (with retry_after_s),
+/* Inputs. A request refused here is destroyed by the caller: ERR_FULL (see limits.h for when),
  * ERR_TOO_LONG (can never fit, with the numbers), ERR_DEADLINE. */
 enum err engine_submit(struct engine *e, struct request *r, int64_t now_us);
 enum { ENGINE_CANCEL_CLIENT, ENGINE_CANCEL_STOP };
@@ -108,6 +114,9 @@ void engine_group_up(struct engine *e, uint32_t group, const struct group_info *
 void engine_group_down(struct engine *e, uint32_t group, uint64_t epoch); /* its sequences are replayed */
 /* ERR_FORMAT: the group broke the protocol; the caller drops it. */
 enum err engine_result(struct engine *e, uint32_t group, const struct step_result *result, int64_t now_us);
+
+/* A rank's transfers between host and disk ended. ERR_FORMAT as above. */
+enum err engine_moved(struct engine *e, uint32_t group, uint32_t rank, const struct moved *moved, int64_t now_us);
 
 /* Plans and sends every step that can go now. Returns true when it sent one. */
 bool engine_step(struct engine *e, int64_t now_us);
@@ -121,7 +130,13 @@ struct engine_stats {
     uint64_t prefix_queries, prefix_hits; /* tokens */
     uint64_t n_preemptions, n_swaps_out, n_swaps_in, n_forks, n_steps, n_finished[FINISH_ERROR + 1];
     uint64_t n_rejected_full, n_rejected_deadline, n_resumed, n_group_losses;
-    uint64_t drafts_proposed, drafts_accepted;
+    uint64_t drafts_proposed, drafts_accepted; /* all; and those of draft models among them */
+    uint64_t model_drafts_proposed, model_drafts_accepted;
+    uint64_t n_hit_tokens_host, n_hit_tokens_disk; /* prefix hits that were not on the device */
+    uint64_t n_saves, n_loads, n_fetches, n_spills, n_fetches_failed, n_spills_failed; /* blocks */
+    uint64_t save_bytes, load_bytes, fetch_bytes, spill_bytes;                         /* on all ranks */
+    uint64_t host_total, host_used, host_private, disk_total, disk_used; /* blocks now */
+    uint32_t n_fetching;                                 /* sequences that wait for the disk */
     uint64_t step_tokens, step_budget;    /* sums over steps with a backlog */
     uint32_t context_max, vocab_size, block_size;
 };

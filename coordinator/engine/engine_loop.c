@@ -15,16 +15,16 @@
 #include <string.h>
 #include <time.h>
 
-enum note_kind { NOTE_SUBMIT, NOTE_CANCEL, NOTE_GROUP_UP, NOTE_GROUP_DOWN, NOTE_RESULT };
+enum note_kind { NOTE_SUBMIT, NOTE_CANCEL, NOTE_GROUP_UP, NOTE_GROUP_DOWN, NOTE_RESULT, NOTE_MOVED };
 struct note {
     enum note_kind kind;
-    uint32_t group;
+    uint32_t group, rank;
     int32_t choice;
     int how;
     uint64_t id; /* of a request, or an epoch */
     struct request *request;
     struct group_info info;
-    size_t at, n; /* of a result: its place in the inbox's bytes */
+    size_t at, n; /* of a result or ended transfers: its place in the inbox's bytes */
 };
 
 enum { NOTES_START = 256, RESULT_BYTES_MAX = 1 << 28 };
@@ -120,15 +120,28 @@ void engine_loop_group_down(struct engine_loop *l, uint32_t group, uint64_t epoc
     post(l, &(struct note){.kind = NOTE_GROUP_DOWN, .group = group, .id = epoch});
 }
 
+static void post_bytes(struct engine_loop *l, struct note note, const void *bytes)
+{
+    pthread_mutex_lock(&l->lock);
+    note.at = l->inbox.bytes.n;
+    if (buf_add(&l->inbox.bytes, bytes, note.n) || inbox_add(l, &note))
+        log_error("engine: a result of group %u is lost: %s", note.group, err_detail());
+    pthread_mutex_unlock(&l->lock);
+}
+
 void engine_loop_result(struct engine_loop *l, uint32_t group, uint64_t epoch, const void *bytes,
                         size_t n)
 {
-    struct note note = {.kind = NOTE_RESULT, .group = group, .id = epoch, .n = n};
-    pthread_mutex_lock(&l->lock);
-    note.at = l->inbox.bytes.n;
-    if (buf_add(&l->inbox.bytes, bytes, n) || inbox_add(l, &note))
-        log_error("engine: a result of group %u is lost: %s", group, err_detail());
-    pthread_mutex_unlock(&l->lock);
+    post_bytes(l, (struct note){.kind = NOTE_RESULT, .group = group, .id = epoch, .n = n}, bytes);
+}
+
+void engine_loop_moved(struct engine_loop *l, uint32_t group, uint64_t epoch, uint32_t rank,
+                       const void *bytes, size_t n)
+{
+    post_bytes(l,
+               (struct note){
+                   .kind = NOTE_MOVED, .group = group, .rank = rank, .id = epoch, .n = n},
+               bytes);
 }
 
 /* The thread. */
@@ -169,6 +182,19 @@ static void hear_result(struct engine_loop *l, const struct note *note, int64_t 
     if (e) drop_group(l, note->group, note->id);
 }
 
+static void hear_moved(struct engine_loop *l, const struct note *note, int64_t now_us)
+{
+    struct moved moved;
+    arena_reset(&l->arena);
+    const void *bytes = l->working.bytes.data + note->at;
+    enum err e = moved_decode(bytes, note->n, &l->arena, &moved);
+    if (!e) {
+        record_moved(l->record, note->group, note->rank, bytes, note->n, now_us);
+        e = engine_moved(l->engine, note->group, note->rank, &moved, now_us);
+    }
+    if (e) drop_group(l, note->group, note->id);
+}
+
 static void hear(struct engine_loop *l, const struct note *note, int64_t now_us)
 {
     enum err e;
@@ -192,6 +218,9 @@ static void hear(struct engine_loop *l, const struct note *note, int64_t now_us)
         break;
     case NOTE_RESULT:
         hear_result(l, note, now_us);
+        break;
+    case NOTE_MOVED:
+        hear_moved(l, note, now_us);
         break;
     }
 }
@@ -343,6 +372,18 @@ void engine_loop_stats(struct engine_loop *l, struct engine_stats *out)
     pthread_mutex_lock(&l->lock);
     *out = l->stats;
     pthread_mutex_unlock(&l->lock);
+}
+
+uint32_t engine_loop_retry_after_s(struct engine_loop *l)
+{
+    pthread_mutex_lock(&l->lock);
+    struct engine_limits limits = l->limits;
+    limits.n_queued += l->n_pending;
+    limits.n_queued_tokens += l->n_pending_tokens;
+    pthread_mutex_unlock(&l->lock);
+    uint32_t n_mean = limits.n_queued ? (uint32_t)(limits.n_queued_tokens / limits.n_queued) : 1;
+    uint32_t s = limits_retry_after_s(&limits, 1, n_mean);
+    return s ? s : 1;
 }
 
 int64_t engine_loop_now_us(const struct engine_loop *l)

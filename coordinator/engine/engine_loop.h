@@ -18,8 +18,12 @@ void engine_loop_group_up(struct engine_loop *l, uint32_t group, const struct gr
 void engine_loop_group_down(struct engine_loop *l, uint32_t group, uint64_t epoch);
 /* Copies the bytes of a FromWorker with a StepResult. */
 void engine_loop_result(struct engine_loop *l, uint32_t group, uint64_t epoch, const void *bytes, size_t n);
+/* Copies the bytes of a FromWorker with a Moved. */
+void engine_loop_moved(struct engine_loop *l, uint32_t group, uint64_t epoch, uint32_t rank, const void *bytes, size_t n);
 /* A snapshot not older than a step. */
 void engine_loop_stats(struct engine_loop *l, struct engine_stats *out);
+/* In how many seconds a request refused with ERR_FULL may find room, by the queue's speed; >= 1. */
+uint32_t engine_loop_retry_after_s(struct engine_loop *l);
 int64_t engine_loop_now_us(const struct engine_loop *l);
 /* No new requests (ERR_NOT_READY); returns true when none is left, false after timeout_us. */
 bool engine_loop_drain(struct engine_loop *l, int64_t timeout_us);

@@ -7,7 +7,7 @@ enum { BUCKETS = 4096, HEAP_START = 64 };
 
 enum err fair_init(struct fair *f)
 {
-    *f = (struct fair){.n_buckets = BUCKETS};
+    *f = (struct fair){.n_buckets = BUCKETS, .n_turns = FAIR_TURNS, .starve_us = FAIR_STARVE_US};
     return MEM_NEW_ARRAY(BUCKETS, &f->buckets);
 }
 
@@ -34,11 +34,16 @@ void fair_fini(struct fair *f)
 }
 
 /* The heap. */
+static struct sequence *candidate(const struct lane *l)
+{
+    return l->cursor ? l->cursor : l->waiting.first;
+}
+
 static bool before(const struct lane *a, const struct lane *b)
 {
     if (a->priority != b->priority) return a->priority < b->priority;
     if (a->key != b->key) return a->key < b->key;
-    return a->waiting.first->order < b->waiting.first->order;
+    return candidate(a)->order < candidate(b)->order;
 }
 
 static void place(struct fair *f, uint32_t i, struct lane *l)
@@ -204,23 +209,44 @@ void fair_wait_urgent(struct fair *f, struct sequence *s, int64_t now_us)
 void fair_unwait(struct fair *f, struct sequence *s)
 {
     struct lane *l = s->lane;
-    bool first = l->waiting.first == s;
-    if (l->heap_index && l->waiting.n == 1) heap_remove(f, l);
+    bool asked = l->heap_index && candidate(l) == s;
+    struct sequence *next = s->links[LINK_PLACE].next;
+    if (l->heap_index && (l->waiting.n == 1 || (asked && !next))) heap_remove(f, l);
     sequence_unlink(s, LINK_PLACE);
     sequence_unlink(s, LINK_AGE);
-    if (first && l->heap_index) sift_down(f, l->heap_index - 1);
+    if (l->cursor == s) l->cursor = next;
+    if (asked && l->heap_index) sift_down(f, l->heap_index - 1);
+}
+
+/* Whether the oldest goes before the order of the heap: it holds what others wait for, or it
+ * starved and it is its kind's turn. */
+static bool goes_by_age(const struct fair *f, const struct sequence *oldest, int64_t now_us)
+{
+    if (!oldest || !oldest->lane->heap_index) return false;
+    if (oldest->lane->cursor && oldest->order < oldest->lane->cursor->order)
+        return false; /* passed over */
+    if (oldest->waiting_since_us == FAIR_SINCE_EVER_US) return true;
+    return now_us - f->starve_us > oldest->waiting_since_us && f->n_turns >= FAIR_TURNS;
+}
+
+bool fair_take(struct fair *f, struct sequence *s, int64_t now_us)
+{
+    bool starved = s == f->by_age.first && s->waiting_since_us != FAIR_SINCE_EVER_US &&
+                   goes_by_age(f, s, now_us);
+    f->n_turns = starved ? 0 : f->n_turns + (f->n_turns < FAIR_TURNS);
+    fair_unwait(f, s);
+    return starved;
 }
 
 struct sequence *fair_next(struct fair *f, int64_t now_us)
 {
     struct sequence *oldest = f->by_age.first;
-    if (oldest && oldest->lane->heap_index && now_us - FAIR_STARVE_US > oldest->waiting_since_us)
-        return oldest;
+    if (goes_by_age(f, oldest, now_us)) return oldest;
     while (f->n_heap) {
         struct lane *l = f->heap[0];
         if (l->key == l->tenant->served) {
             if (l->key > f->floor) f->floor = l->key;
-            return l->waiting.first;
+            return candidate(l);
         }
         l->key = l->tenant->served;
         sift_down(f, 0);
@@ -228,16 +254,38 @@ struct sequence *fair_next(struct fair *f, int64_t now_us)
     return NULL;
 }
 
+static void search(struct fair *f, struct lane *l)
+{
+    if (!l->searched) f->aside[f->n_aside++] = l;
+    l->searched = true;
+}
+
+void fair_skip_lane(struct fair *f, struct sequence *s)
+{
+    search(f, s->lane);
+    heap_remove(f, s->lane);
+}
+
 void fair_skip(struct fair *f, struct sequence *s)
 {
-    heap_remove(f, s->lane);
-    f->aside[f->n_aside++] = s->lane;
+    struct lane *l = s->lane;
+    struct sequence *next = s->links[LINK_PLACE].next;
+    if (!next) {
+        fair_skip_lane(f, s);
+        return;
+    }
+    search(f, l);
+    l->cursor = next;
+    sift_down(f, l->heap_index - 1);
 }
 
 void fair_restore(struct fair *f)
 {
     while (f->n_aside) {
         struct lane *l = f->aside[--f->n_aside];
+        l->searched = false;
+        l->cursor = NULL;
+        if (l->heap_index) heap_remove(f, l);
         if (l->waiting.n) heap_push(f, l);
     }
 }

@@ -4,14 +4,15 @@
  * what it was served (an input token costs 1, an output token 2, divided by its weight) and the
  * smallest counter goes next (Sheng et al., "Fairness in serving large language models", OSDI 2024,
  * algorithm 2). A tenant that comes back is lifted to the smallest active counter, so that it
- * cannot save up. Within a tenant the oldest goes first. Whoever waited for FAIR_STARVE_US goes
- * before all: no class is starved.
+ * cannot save up. Within a tenant the oldest goes first. Of those who waited for FAIR_STARVE_US one
+ * goes before all others after every FAIR_TURNS of them: no class is starved, and when everybody
+ * waits long the classes still mean something.
  *
  * Never knows groups, blocks or plans. */
 #pragma once
 #include "coordinator/engine/sequence.h"
 
-enum { FAIR_INPUT_COST = 1, FAIR_OUTPUT_COST = 2, FAIR_TENANTS_IDLE_MAX = 1024 };
+enum { FAIR_TURNS = 3, FAIR_INPUT_COST = 1, FAIR_OUTPUT_COST = 2, FAIR_TENANTS_IDLE_MAX = 1024 };
 static const int64_t FAIR_STARVE_US = 60000000;
 static const int64_t FAIR_SINCE_EVER_US = INT64_MIN;
 
@@ -27,9 +28,11 @@ struct lane { /* the waiting sequences of one tenant and priority */
     struct tenant *tenant;
     int32_t priority;
     struct sequence_list waiting;
-    uint64_t key;        /* tenant->served when last looked at; it only grows */
-    uint32_t heap_index; /* + 1, 0 = not in the heap */
-    struct lane *next;   /* of the tenant */
+    struct sequence *cursor; /* who is asked next in this search, NULL = the first */
+    bool searched;           /* somebody was passed over in this search */
+    uint64_t key;            /* tenant->served when last looked at; it only grows */
+    uint32_t heap_index;     /* + 1, 0 = not in the heap */
+    struct lane *next;       /* of the tenant */
 };
 
 struct fair {
@@ -40,7 +43,9 @@ struct fair {
     uint32_t n_active; /* tenants with somebody alive */
     uint64_t floor;    /* smallest counter served last */
     struct sequence_list by_age;
-    struct lane **aside; /* lanes taken out of the heap during one search */
+    int64_t starve_us;
+    uint32_t n_turns;    /* taken in their order since a starved one was */
+    struct lane **aside; /* lanes of which somebody was passed over during one search */
     uint32_t n_aside;
 };
 
@@ -55,10 +60,13 @@ void fair_wait(struct fair *f, struct sequence *s, int64_t now_us);
 /* Before all others, the older first: somebody holds blocks and waits for it. */
 void fair_wait_urgent(struct fair *f, struct sequence *s, int64_t now_us);
 void fair_unwait(struct fair *f, struct sequence *s);
-/* Whose turn it is, or NULL. Looks further with fair_skip (this lane is passed over) until
- * fair_restore. */
+/* The same, because its turn has come. Returns whether it came by its age alone. */
+bool fair_take(struct fair *f, struct sequence *s, int64_t now_us);
+/* Whose turn it is, or NULL. Looks further with fair_skip (this one is passed over) or
+ * fair_skip_lane (all its tenant has in this class) until fair_restore. */
 struct sequence *fair_next(struct fair *f, int64_t now_us);
 void fair_skip(struct fair *f, struct sequence *s);
+void fair_skip_lane(struct fair *f, struct sequence *s);
 void fair_restore(struct fair *f);
 static inline void fair_charge(struct lane *lane, uint64_t cost)
 {

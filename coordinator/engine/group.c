@@ -56,7 +56,8 @@ static void wheel_remove(struct wheel *w, uint32_t slot)
 static enum err init_arrays(struct group *g)
 {
     uint32_t n = g->n_slots;
-    TRY(kv_blocks_init(&g->kv, g->info.n_blocks, g->info.n_host_blocks, g->info.block_size));
+    TRY(kv_blocks_init(&g->kv, g->info.n_blocks, g->info.block_size));
+    TRY(kv_store_init(&g->store, g->info.n_host_blocks, g->info.n_disk_blocks, g->info.n_ranks));
     TRY(MEM_NEW_ARRAY(n, &g->slots));
     TRY(MEM_NEW_ARRAY(n, &g->seen_step));
     TRY(MEM_NEW_ARRAY(n, &g->free_slots));
@@ -81,6 +82,7 @@ enum err group_init(struct group *g, uint32_t index, const struct group_info *in
                         .n_budget = n_budget,
                         .n_rows_max = info->step_rows_max,
                         .n_depth = n_depth,
+                        .fetch_ns = info->fetch_ns,
                         .next_step = 1};
     g->slot_limbo.capacity = n_slots;
     enum err e = init_arrays(g);
@@ -97,6 +99,7 @@ enum err group_init(struct group *g, uint32_t index, const struct group_info *in
 void group_fini(struct group *g)
 {
     kv_blocks_fini(&g->kv);
+    kv_store_fini(&g->store);
     mem_free(g->slots);
     mem_free(g->seen_step);
     mem_free(g->free_slots);
@@ -122,7 +125,8 @@ bool group_seat(struct group *g, struct sequence *s)
     s->may_preempt = s->decoding = false;
     s->last_step = 0;
     s->first_step = UINT64_MAX;
-    s->n_drafting = 0;
+    s->n_drafting = s->n_draft_seen = 0;
+    s->n_ahead = 0;
     s->run_step = 0;
     g->slots[s->slot] = s;
     sequence_list_append(&g->running, LINK_PLACE, s);
@@ -224,6 +228,7 @@ void group_acked(struct group *g, uint64_t step)
     struct kv_limbo *l = &g->slot_limbo;
     g->acked_step = step;
     kv_blocks_acked(&g->kv, step);
+    kv_store_acked(&g->store, step);
     while (l->n && l->steps[l->first] <= step) {
         uint32_t slot = l->ids[l->first];
         l->first = (l->first + 1) % l->capacity;

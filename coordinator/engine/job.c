@@ -128,10 +128,8 @@ enum err job_create(struct engine *e, struct request *r, struct job **out)
 {
     struct job *job;
     TRY(slabs_take(&e->job_slabs, (void **)&job));
-    *job = (struct job){.request = r,
-                        .request_id = r->id,
-                        .sink = r->sink,
-                        .n_stop_ids = r->sampling.n_stop_ids};
+    *job = (struct job){
+        .request = r, .request_id = r->id, .sink = r->sink, .n_stop_ids = r->sampling.n_stop_ids};
     for (int32_t i = 0; i < job->n_stop_ids && i < JOB_STOPS_NEAR; i++)
         job->stop_ids[i] = r->sampling.stop_ids[i];
     job->n_min_tokens = r->sampling.min_tokens > 0 ? (uint32_t)r->sampling.min_tokens : 0;
@@ -369,12 +367,14 @@ void sequence_withdraw(struct engine *e, struct sequence *s)
 {
     if (s->state == SEQUENCE_WAITING) {
         fair_unwait(&e->fair, s);
+        place_forget(e, s);
         admission_drop_host(e, s);
     } else if (s->state == SEQUENCE_RUNNING) {
         admission_unseat(e, e->groups[s->group], s);
         group_forget(e->groups[s->group], s);
-    } else if (s->state == SEQUENCE_PARKED) {
-        sequence_unlink(s, LINK_WORK); /* a beam on its way to a slot */
+    } else if (s->state == SEQUENCE_PARKED || s->state == SEQUENCE_FETCHING) {
+        sequence_unlink(s, LINK_WORK); /* a beam on its way to a slot, or its blocks on theirs */
+        place_forget(e, s);
     } else if (s->state == SEQUENCE_DRAINING) {
         sequence_unlink(s, LINK_WORK);
         group_forget(e->groups[s->group], s);

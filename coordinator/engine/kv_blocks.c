@@ -68,19 +68,13 @@ static enum err init_arrays(struct kv_blocks *kv)
     TRY(alloc_table(kv->n_total, sizeof *kv->blocks, (void **)&kv->blocks, &kv->blocks_bytes));
     TRY(MEM_NEW_ARRAY(kv->n_total, &kv->free));
     TRY(alloc_table(size, sizeof *kv->index, (void **)&kv->index, &kv->index_bytes));
-    TRY(limbo_init(&kv->limbo, kv->n_total));
-    TRY(MEM_NEW_ARRAY(kv->n_host_total, &kv->host_free));
-    return limbo_init(&kv->host_limbo, kv->n_host_total);
+    return limbo_init(&kv->limbo, kv->n_total);
 }
 
-enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t n_host_blocks,
-                        uint32_t block_size)
+enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t block_size)
 {
-    *kv = (struct kv_blocks){.n_total = n_blocks,
-                             .n_host_total = n_host_blocks,
-                             .block_size = block_size,
-                             .oldest = KV_NONE,
-                             .newest = KV_NONE};
+    *kv = (struct kv_blocks){
+        .n_total = n_blocks, .block_size = block_size, .oldest = KV_NONE, .newest = KV_NONE};
     if (n_blocks >= UINT32_MAX / 4) FAIL(ERR_UNSUPPORTED, "%u KV blocks in one group", n_blocks);
     enum err e = init_arrays(kv);
     if (e) {
@@ -89,10 +83,7 @@ enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t n_host
     }
     for (uint32_t i = 0; i < n_blocks; i++)
         kv->free[i] = n_blocks - 1 - i;
-    for (uint32_t i = 0; i < n_host_blocks; i++)
-        kv->host_free[i] = n_host_blocks - 1 - i;
     kv->n_free = n_blocks;
-    kv->n_host_free = n_host_blocks;
     return OK;
 }
 
@@ -101,9 +92,7 @@ void kv_blocks_fini(struct kv_blocks *kv)
     free_table(kv->blocks, kv->blocks_bytes);
     mem_free(kv->free);
     free_table(kv->index, kv->index_bytes);
-    mem_free(kv->host_free);
     limbo_fini(&kv->limbo);
-    limbo_fini(&kv->host_limbo);
     *kv = (struct kv_blocks){0};
 }
 
@@ -253,12 +242,9 @@ void kv_blocks_acked(struct kv_blocks *kv, uint64_t step)
         } else
             settle(kv, id);
     }
-    l = &kv->host_limbo;
-    while (l->n && l->steps[l->first] <= step)
-        kv->host_free[kv->n_host_free++] = limbo_pop(l);
 }
 
-enum { PREFETCH_AHEAD = 12 };
+enum { PREFETCH_AHEAD = 32 };
 
 uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys, uint32_t n,
                          uint32_t *out_cached, uint32_t *out_blocks)
@@ -292,16 +278,6 @@ void kv_blocks_register(struct kv_blocks *kv, uint32_t block, struct hash128 key
     index_insert(kv, block, key);
 }
 
-uint32_t kv_blocks_take_host(struct kv_blocks *kv)
-{
-    return kv->n_host_free ? kv->host_free[--kv->n_host_free] : KV_NONE;
-}
-
-void kv_blocks_give_host(struct kv_blocks *kv, uint32_t host_block, uint64_t step)
-{
-    limbo_push(&kv->host_limbo, host_block, step);
-}
-
 void kv_blocks_check(const struct kv_blocks *kv)
 {
     uint32_t n_held = 0, n_cached = 0, n_registered = 0;
@@ -327,5 +303,4 @@ void kv_blocks_check(const struct kv_blocks *kv)
         ASSERT(!b->n_refs && !b->in_limbo && !b->registered && !b->cached);
     }
     ASSERT_CMP(kv->n_free + kv->n_cached + kv->n_held, ==, kv->n_total);
-    ASSERT_CMP(kv->n_host_free + kv->host_limbo.n, <=, kv->n_host_total);
 }

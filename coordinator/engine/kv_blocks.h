@@ -43,15 +43,11 @@ struct kv_blocks {
     struct kv_index_entry *index;
     uint32_t index_mask, n_registered;
     struct kv_limbo limbo;
-    uint32_t n_host_total, n_host_free;
-    uint32_t *host_free; /* [n_host_free] a stack */
-    struct kv_limbo host_limbo;
     uint64_t n_evicted;
 };
 
 /* ERR_NO_MEMORY leaves nothing behind. */
-enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t n_host_blocks,
-                        uint32_t block_size);
+enum err kv_blocks_init(struct kv_blocks *kv, uint32_t n_blocks, uint32_t block_size);
 void kv_blocks_fini(struct kv_blocks *kv); /* accepts zeroed memory */
 
 /* How many blocks kv_blocks_take can give now. */
@@ -65,7 +61,8 @@ static inline void kv_blocks_prefetch_free(const struct kv_blocks *kv, uint32_t 
 {
     if (n < kv->n_free) __builtin_prefetch(&kv->blocks[kv->free[kv->n_free - 1 - n]], 1);
 }
-/* A block of one's own, held once, content worthless. KV_NONE when none is available. */
+/* A block of one's own, held once, content worthless. KV_NONE when none is available. When
+ * n_evicted grew, a prefix was forgotten for it: its key still stands in the block. */
 uint32_t kv_blocks_take(struct kv_blocks *kv);
 void kv_blocks_ref(struct kv_blocks *kv, uint32_t block);
 /* One reference less; at zero it goes to limbo until `step` was acknowledged. */
@@ -82,9 +79,6 @@ uint32_t kv_blocks_match(const struct kv_blocks *kv, const struct hash128 *keys,
                          uint32_t *out_cached, uint32_t *out_blocks);
 /* Makes a held block findable. The first of equal ones stays; the later ones remain private. */
 void kv_blocks_register(struct kv_blocks *kv, uint32_t block, struct hash128 key);
-
-uint32_t kv_blocks_take_host(struct kv_blocks *kv);
-void kv_blocks_give_host(struct kv_blocks *kv, uint32_t host_block, uint64_t step);
 
 /* Asserts every count and list against each other. Slow: for tests and the simulator. */
 void kv_blocks_check(const struct kv_blocks *kv);

@@ -20,6 +20,23 @@ static struct slot_news news_at(const struct step_result *r, uint32_t first)
     return news;
 }
 
+/* How many own drafts each run verified; from here on n_drafting says it. */
+static enum err take_drafted(struct group *g, const struct step_result *r, struct flight *f)
+{
+    for (uint32_t i = 0; i < r->n_drafted; i++) {
+        uint32_t slot = r->drafted[i].from, n = r->drafted[i].to;
+        struct sequence *s = slot < g->n_slots ? g->slots[slot] : NULL;
+        if (slot < g->n_slots && !s) continue; /* closed meanwhile */
+        if (!s || s->draft_kind != DRAFT_MODEL || n > s->n_drafting)
+            FAIL(ERR_FORMAT, "group %u: slot %u verified %u drafts that no plan asked for",
+                 g->index, slot, n);
+        f->n_unused += s->n_drafting - n;
+        s->n_drafting = n;
+        draft_came(s, n);
+    }
+    return OK;
+}
+
 static enum err check_slot(struct group *g, const struct step_result *r,
                            const struct slot_news *news)
 {
@@ -90,6 +107,7 @@ static enum err check_result(struct group *g, const struct step_result *r)
 {
     uint32_t n_samples = 0;
     struct slot_news news;
+    TRY(take_drafted(g, r, &g->flights[r->step % FLIGHTS_MAX]));
     for (uint32_t i = 0; i < r->n_tokens; i += news.n) {
         ask_for(look_ahead(g, r, i + AHEAD_SEQUENCES));
         news.n = 1;
@@ -129,7 +147,7 @@ static enum err keep_score(struct engine *e, struct sequence *s, const struct st
 
 /* Appends one token; says in out_end whether the choice ends with it. */
 static inline bool take_token(struct engine *e, struct sequence *s, const struct step_token *t,
-                       struct ending *out_end)
+                              struct ending *out_end)
 {
     if (sequence_append(&e->pool, s, t->token) || (s->job->buffered && keep_score(e, s, t))) {
         *out_end = (struct ending){FINISH_ERROR, -1, ERR_NO_MEMORY, "no memory for the next token"};
@@ -169,7 +187,7 @@ static inline void carry_on(struct engine *e, struct group *g, struct sequence *
     }
     if (s->decoding) {
         /* Its memory is at hand now; when the plan is built it would not be. */
-        if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(g, s);
+        if (g->due[s->slot].room_step == g->next_step) admission_extend_decoding(e, g, s);
         if (e->config.n_speculative_tokens && draft_wanted(e, g, s) && !s->lists[LINK_WORK]) {
             s->synced = true;
             sequence_list_append(&g->leaving, LINK_WORK, s);
@@ -192,12 +210,11 @@ static void learn_samples(struct engine *e, struct group *g, struct sequence *s,
         ended = take_token(e, s, &news->tokens[i++], &end);
     fair_charge(s->lane, (uint64_t)FAIR_OUTPUT_COST * (i - news->n_scored));
     if (n_drafted) {
-        uint32_t n_kept = news->n - news->n_scored - 1;
-        e->stats.drafts_accepted += n_kept;
-        draft_learn(s, n_drafted, n_kept);
+        draft_learn(e, g, s, n_drafted, news->n - news->n_scored - 1);
         s->n_drafting = 0;
         s->n_planned = s->tokens.n - 1;
     }
+    if (s->n_ahead) s->n_draft_seen = s->tokens.n; /* it is about to be shown them */
     news->n = i; /* what came after a stop is not for the client */
     if (ended) {
         end_with(e, g, s, news, &end);
@@ -220,6 +237,8 @@ static void learn_slot(struct engine *e, struct group *g, struct slot_news *news
     news->tokens += n_old;
     news->n -= n_old;
     news->n_scored -= n_old;
+    if (s->job->buffered && news->n_scored) /* the prompt's scores do not wait for the best one */
+        job_emit_choice(e, s, 0, news->tokens, news->n_scored, NULL, false);
     if (s->job->buffered && s->job->beam)
         beam_learn(e, g, s, &news->tokens[news->n_scored], news->n - news->n_scored);
     else if (news->n > news->n_scored)
@@ -248,6 +267,7 @@ enum { COST_TOKENS_MIN = 32 };
 static void learn_cost(struct engine *e, struct group *g, const struct step_result *r)
 {
     const struct flight *f = &g->flights[r->step % FLIGHTS_MAX];
+    draft_cost_learn(g, f, r);
     if (f->n_prompt_tokens < COST_TOKENS_MIN || !r->compute_us) return;
     uint64_t ns = (uint64_t)r->compute_us * 1000 / f->n_tokens;
     if (ns > UINT32_MAX / 8) ns = UINT32_MAX / 8;

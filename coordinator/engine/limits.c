@@ -57,14 +57,32 @@ static enum err check_length(const struct engine_limits *l, const struct request
     return OK;
 }
 
+uint32_t limits_retry_after_s(const struct engine_limits *l, uint32_t n, uint64_t n_tokens)
+{
+    uint64_t n_leave = 0, n_all = (uint64_t)l->n_queued + n;
+    if (l->n_queued_limit && n_all > l->n_queued_limit) n_leave = n_all - l->n_queued_limit;
+    if (l->n_queued_tokens_limit && l->n_queued_tokens + n_tokens > l->n_queued_tokens_limit) {
+        uint64_t n_over = l->n_queued_tokens + n_tokens - l->n_queued_tokens_limit;
+        uint64_t n_mean = l->n_queued_tokens / (l->n_queued ? l->n_queued : 1) + 1;
+        if (n_over / n_mean + 1 > n_leave) n_leave = n_over / n_mean + 1;
+    }
+    if (!n_leave) return 0;
+    if (n_leave > l->n_queued) n_leave = l->n_queued;
+    uint64_t s = n_leave * (l->leave_ns / 1000) / 1000000 + 1;
+    return s < RETRY_AFTER_MAX_S ? (uint32_t)s : RETRY_AFTER_MAX_S;
+}
+
 static enum err check_room(const struct engine_limits *l, const struct request *r, int64_t now_us)
 {
     uint64_t n = request_sequences(r), n_tokens = n * r->n_tokens;
     if ((l->n_queued_limit && l->n_queued + n > l->n_queued_limit) ||
         (l->n_queued_tokens_limit && l->n_queued_tokens + n_tokens > l->n_queued_tokens_limit))
-        FAIL(ERR_FULL, "the queue holds %u sequences (limit %u) and %llu tokens (limit %llu)",
+        FAIL(ERR_FULL,
+             "the queue holds %u sequences (limit %u) and %llu tokens (limit %llu); there will be "
+             "room in about %u s",
              l->n_queued, l->n_queued_limit, (unsigned long long)l->n_queued_tokens,
-             (unsigned long long)l->n_queued_tokens_limit);
+             (unsigned long long)l->n_queued_tokens_limit,
+             limits_retry_after_s(l, (uint32_t)n, n_tokens));
     int64_t wait_us = (int64_t)(l->n_queued_tokens * l->token_ns / 1000);
     if (r->deadline_us && now_us + wait_us >= r->deadline_us)
         FAIL(ERR_DEADLINE, "the deadline is %lld us away and the queue takes about %lld us",

@@ -16,7 +16,14 @@ struct engine_limits {
     uint64_t n_queued_tokens, n_queued_tokens_limit;
     bool prefix_cache;
     uint64_t token_ns; /* a queued token's cost over all groups, 0 = unknown */
+    uint64_t leave_ns; /* between two sequences that leave the queue while it is not empty, 0 =
+                          unknown */
 };
+
+enum { RETRY_AFTER_MAX_S = 600 };
+/* When there will be room for n sequences of n_tokens in all, by the speed at which the queue was
+ * left so far: 1 .. RETRY_AFTER_MAX_S; 0 when there is room now. */
+uint32_t limits_retry_after_s(const struct engine_limits *l, uint32_t n, uint64_t n_tokens);
 
 /* Sequences that the request runs: n, best_of or beams. */
 uint32_t request_sequences(const struct request *r);

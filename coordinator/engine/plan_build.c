@@ -5,15 +5,23 @@
 
 enum { EXTENDS_PER_SLOT = 2 };
 
+/* A run may ask for room for its drafts and for those after it. */
+static uint32_t extends_per_slot(const struct group_info *i)
+{
+    return EXTENDS_PER_SLOT + (i->has_draft_model ? 2 * i->draft_tokens_max / i->block_size : 0);
+}
+
 enum err plan_init(struct group *g)
 {
     struct step_plan *p = &g->plan;
     uint32_t n = g->n_slots;
-    g->n_extends_max = EXTENDS_PER_SLOT * n + g->info.draft_tokens_max;
+    g->n_extends_max = extends_per_slot(&g->info) * n + g->info.draft_tokens_max;
     g->n_drafts_max = g->info.step_tokens_max;
     TRY(MEM_NEW_ARRAY(n, &p->closes));
     TRY(MEM_NEW_ARRAY(g->info.n_host_blocks, &p->saves));
     TRY(MEM_NEW_ARRAY(g->info.n_host_blocks, &p->loads));
+    TRY(MEM_NEW_ARRAY(g->store.fetches.capacity, &p->fetches));
+    TRY(MEM_NEW_ARRAY(g->store.spills.capacity, &p->spills));
     TRY(MEM_NEW_ARRAY(n, &p->copies));
     TRY(MEM_NEW_ARRAY(n, &p->opens));
     TRY(MEM_NEW_ARRAY(n, &p->forks));
@@ -29,6 +37,8 @@ void plan_fini(struct group *g)
     mem_free(p->closes);
     mem_free(p->saves);
     mem_free(p->loads);
+    mem_free(p->fetches);
+    mem_free(p->spills);
     mem_free(p->copies);
     mem_free(p->opens);
     mem_free(p->forks);
@@ -43,6 +53,7 @@ void plan_clear(struct group *g)
     struct step_plan *p = &g->plan;
     p->n_closes = p->n_saves = p->n_loads = p->n_copies = p->n_opens = 0;
     p->n_forks = p->n_extends = p->n_pauses = p->n_runs = 0;
+    p->n_fetches = p->n_spills = 0;
     g->n_drafts = 0;
 }
 
@@ -90,6 +101,18 @@ void plan_add_load(struct group *g, uint32_t host, uint32_t block)
 {
     ASSERT_CMP(g->plan.n_loads, <, g->info.n_host_blocks);
     g->plan.loads[g->plan.n_loads++] = (struct plan_pair){host, block};
+}
+
+void plan_add_fetch(struct group *g, struct plan_pair pair)
+{
+    ASSERT_CMP(g->plan.n_fetches, <, g->store.fetches.capacity);
+    g->plan.fetches[g->plan.n_fetches++] = pair;
+}
+
+void plan_add_spill(struct group *g, struct plan_pair pair)
+{
+    ASSERT_CMP(g->plan.n_spills, <, g->store.spills.capacity);
+    g->plan.spills[g->plan.n_spills++] = pair;
 }
 
 void plan_add_open(struct group *g, const struct plan_open *open)

@@ -6,7 +6,12 @@
 #include <string.h>
 
 enum { CLASS_MIN_BITS = 6, CHUNK_BITS_MAX = 22, KEEP_BITS_MAX = 24 };
-enum { LINE_BYTES = 64, SLAB_BYTES_FIRST = 1 << 15, SLAB_BYTES_MAX = 1 << 21, HUGE_BYTES_MIN = 1 << 21 };
+enum {
+    LINE_BYTES = 64,
+    SLAB_BYTES_FIRST = 1 << 15,
+    SLAB_BYTES_MAX = 1 << 21,
+    HUGE_BYTES_MIN = 1 << 21
+};
 
 struct pool_piece {
     struct pool_piece *next;

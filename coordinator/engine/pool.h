@@ -1,5 +1,6 @@
 /* Recycled memory: arrays by size class, powers of two, so that tokens, block tables and keys stop
- * asking the system once the engine has seen its busiest moment; and items of one size, many at once.
+ * asking the system once the engine has seen its busiest moment; and items of one size, many at
+ * once.
  *
  * Knows nothing of what is kept in it. One thread. */
 #pragma once
@@ -12,7 +13,7 @@ struct pool_piece;
 struct slab;
 struct pool {
     struct pool_piece *free[POOL_CLASSES];
-    struct slab *chunks; /* what was asked of the system, to be given back at the end */
+    struct slab *chunks;           /* what was asked of the system, to be given back at the end */
     uint32_t n_next[POOL_CLASSES]; /* pieces to ask for at once next time, less one */
 };
 

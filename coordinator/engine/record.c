@@ -159,6 +159,17 @@ void record_result(struct record *r, uint32_t group, const void *bytes, size_t n
     write_entry(r, RECORD_RESULT);
 }
 
+void record_moved(struct record *r, uint32_t group, uint32_t rank, const void *bytes, size_t n,
+                  int64_t now_us)
+{
+    if (!is_open(r)) return;
+    put_signed(&r->payload, now_us);
+    put(&r->payload, group);
+    put(&r->payload, rank);
+    buf_add(&r->payload, bytes, n);
+    write_entry(r, RECORD_MOVED);
+}
+
 void record_step(struct record *r, int64_t now_us)
 {
     if (!is_open(r)) return;

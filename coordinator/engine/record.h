@@ -17,7 +17,8 @@ enum record_kind {
     RECORD_GROUP_DOWN,
     RECORD_RESULT,
     RECORD_STEP,
-    RECORD_PLAN
+    RECORD_PLAN,
+    RECORD_MOVED
 };
 
 struct record;
@@ -29,6 +30,8 @@ void record_group_up(struct record *r, uint32_t group, const struct group_info *
                      int64_t now_us);
 void record_group_down(struct record *r, uint32_t group, uint64_t epoch, int64_t now_us);
 void record_result(struct record *r, uint32_t group, const void *bytes, size_t n, int64_t now_us);
+void record_moved(struct record *r, uint32_t group, uint32_t rank, const void *bytes, size_t n,
+                  int64_t now_us);
 void record_step(struct record *r, int64_t now_us);
 void record_plan(struct record *r, uint32_t group, const void *bytes, size_t n);
 

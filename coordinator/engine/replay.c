@@ -197,6 +197,7 @@ static enum err play_group_up(struct player *p)
     RECORD_INFO_FIELDS(GET_INFO)
     if (p->broken) FAIL(ERR_FORMAT, "record: a group is cut short");
     if (info.n_blocks > BLOCKS_MAX || info.n_host_blocks > BLOCKS_MAX ||
+        info.n_disk_blocks > BLOCKS_MAX || info.n_ranks > TOKENS_MAX ||
         info.n_slots_max > SLOTS_MAX || info.step_tokens_max > TOKENS_MAX ||
         info.block_size > TOKENS_MAX || info.draft_tokens_max > TOKENS_MAX)
         FAIL(ERR_FORMAT, "record: a group of %u blocks and %u slots", info.n_blocks,
@@ -214,6 +215,18 @@ static enum err play_result(struct player *p)
     arena_reset(&p->arena);
     TRY(step_result_decode(p->at, (size_t)(p->end - p->at), &p->arena, &result));
     (void)engine_result(p->engine, group, &result, now_us); /* refused then, refused now */
+    return OK;
+}
+
+static enum err play_moved(struct player *p)
+{
+    struct moved moved;
+    int64_t now_us = get_signed(p);
+    uint32_t group = (uint32_t)get(p), rank = (uint32_t)get(p);
+    if (p->broken) FAIL(ERR_FORMAT, "record: ended transfers are cut short");
+    arena_reset(&p->arena);
+    TRY(moved_decode(p->at, (size_t)(p->end - p->at), &p->arena, &moved));
+    (void)engine_moved(p->engine, group, rank, &moved, now_us); /* refused then, refused now */
     return OK;
 }
 
@@ -266,6 +279,8 @@ static enum err play_entry(struct player *p, unsigned kind)
         return play_result(p);
     case RECORD_STEP:
         return play_step(p);
+    case RECORD_MOVED:
+        return play_moved(p);
     case RECORD_PLAN:
         return compare_plan(p);
     default:

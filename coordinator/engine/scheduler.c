@@ -6,7 +6,7 @@
  * budget, so a long one does not hold up the short ones behind it. */
 #include "coordinator/engine/state.h"
 
-enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 32, OVERTAKE_RATIO = 4 };
+enum { PREFILLS_MAX = 16, CANDIDATES_MAX = 512, OVERTAKE_RATIO = 4 };
 
 /* Those whose last token the plans in flight sample: they rest until it comes. */
 static void stop_ended(struct group *g)
@@ -45,7 +45,7 @@ static void stall(struct group *g, struct sequence *s)
 
 /* Those who decode and reach the end of their last block, unless they got the next one with their
  * last result (learn.c). */
-static void extend_decoding(struct group *g)
+static void extend_decoding(struct engine *e, struct group *g)
 {
     uint64_t step = g->next_step;
     uint32_t n = 0, b = (uint32_t)(step % g->extend.n_buckets);
@@ -55,7 +55,7 @@ static void extend_decoding(struct group *g)
     }
     for (uint32_t i = 0; i < n; i++) {
         uint32_t slot = g->bucket[i];
-        if (g->due[slot].room_step == step && !admission_extend_decoding(g, g->slots[slot]))
+        if (g->due[slot].room_step == step && !admission_extend_decoding(e, g, g->slots[slot]))
             stall(g, g->slots[slot]);
         else
             group_watch_end(g, slot, step);
@@ -65,6 +65,11 @@ static void extend_decoding(struct group *g)
 /* A run that ends with a sample; afterwards it decodes by itself, or waits for its result. */
 static void run_sampling(struct group *g, struct sequence *s, struct plan_run *run)
 {
+    bool drafts = run->n_drafts || run->n_own;
+    s->n_ahead = (uint8_t)run->n_ahead;
+    g->n_step_ahead += run->n_ahead > 0;
+    g->n_step_drafted += drafts;
+    g->n_step_syncs += drafts || run->n_ahead;
     bool stay = !s->synced && !run->n_drafts && s->n_end > s->n_planned + 1;
     run->flags = PLAN_RUN_SAMPLE | (stay ? PLAN_RUN_STAY : 0);
     if (s->first_step == UINT64_MAX) s->first_step = g->next_step;
@@ -77,15 +82,31 @@ static void run_sampling(struct group *g, struct sequence *s, struct plan_run *r
         sequence_list_append(&g->waiting_result, LINK_WORK, s);
 }
 
-/* One token more, and d drafts after it; false when blocks or rows are missing. */
-static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, const int32_t *drafts)
+/* Blocks for the drafts that come after n_tokens; how many there may be. */
+static uint32_t room_ahead(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tokens,
+                           uint32_t n_ahead)
 {
+    uint64_t n = (uint64_t)n_tokens + n_ahead;
+    if (!n_ahead || kv_blocks_available(&g->kv) <= g->running.n) return 0;
+    return admission_extend(e, g, s, n < s->n_end ? (uint32_t)n : s->n_end) ? n_ahead : 0;
+}
+
+/* One token more, and drafts after it; false when blocks or rows are missing. */
+static bool run_next(struct engine *e, struct group *g, struct sequence *s,
+                     const struct draft_choice *c, const int32_t *list)
+{
+    uint32_t n_drafts = c->n_listed + c->n_own;
     if (!g->n_tokens_left || !g->n_rows_left ||
-        !admission_extend(g, s, s->n_planned + 1 + n_drafts))
+        !admission_extend(e, g, s, s->n_planned + 1 + n_drafts))
         return false;
-    struct plan_run *run = plan_add_run(g, s->slot, 1 + n_drafts, 0);
-    run->n_drafts = s->n_drafting = n_drafts;
-    run->drafts = drafts;
+    struct plan_run *run = plan_add_run(g, s->slot, 1 + c->n_listed, 0);
+    run->n_drafts = c->n_listed;
+    run->drafts = list;
+    run->n_own = c->n_own;
+    run->n_ahead = room_ahead(e, g, s, s->n_planned + 2 + n_drafts, c->n_ahead);
+    s->n_drafting = n_drafts;
+    s->draft_kind = c->n_own ? DRAFT_MODEL : DRAFT_NGRAM;
+    if (c->n_own) g->step_kind = DRAFT_MODEL;
     s->n_planned++;
     g->n_tokens_left -= 1 + n_drafts;
     g->n_rows_left -= 1 + n_drafts;
@@ -94,24 +115,22 @@ static bool run_next(struct group *g, struct sequence *s, uint32_t n_drafts, con
     return true;
 }
 
-static void resume_stalled(struct group *g)
+static const struct draft_choice no_drafts;
+
+static void resume_stalled(struct engine *e, struct group *g)
 {
     for (struct sequence *s = g->stalled.first, *next; s; s = next) {
         next = s->links[LINK_WORK].next;
-        if (!run_next(g, s, 0, NULL)) return;
+        if (!run_next(e, g, s, &no_drafts, NULL)) return;
     }
 }
 
-/* How many drafts fit: the budget, the sequence's end, the group's limit. */
-static uint32_t drafts_allowed(const struct engine *e, const struct group *g,
-                               const struct sequence *s)
+/* How many drafts fit: the budget, the sequence's end. */
+static uint32_t drafts_allowed(const struct group *g, const struct sequence *s)
 {
-    uint32_t n = s->n_draft;
-    uint32_t limits[] = {e->config.n_speculative_tokens,
-                         g->info.draft_tokens_max,
-                         g->n_tokens_left ? g->n_tokens_left - 1 : 0,
-                         g->n_rows_left ? g->n_rows_left - 1 : 0,
-                         s->n_end - s->tokens.n - 1,
+    uint32_t n = UINT32_MAX;
+    uint32_t limits[] = {g->n_tokens_left ? g->n_tokens_left - 1 : 0,
+                         g->n_rows_left ? g->n_rows_left - 1 : 0, s->n_end - s->tokens.n - 1,
                          g->n_drafts_max - g->n_drafts};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (n > limits[i]) n = limits[i];
@@ -124,18 +143,19 @@ static void run_ready(struct engine *e, struct group *g)
         int32_t *drafts = g->drafts + g->n_drafts;
         next = s->links[LINK_WORK].next;
         if (s->job->beam) {
-            run_next(g, s, 0, NULL);
+            run_next(e, g, s, &no_drafts, NULL);
             continue;
         }
-        uint32_t n = draft_find(s, drafts_allowed(e, g, s), drafts);
-        if (n && run_next(g, s, n, drafts)) {
-            g->n_drafts += n;
-            e->stats.drafts_proposed += n;
+        struct draft_choice choice;
+        draft_choose(e, g, s, drafts_allowed(g, s), drafts, &choice);
+        s->synced = choice.n_listed || choice.n_own || choice.n_ahead; /* or it decodes on */
+        if (s->synced && run_next(e, g, s, &choice, drafts)) {
+            g->n_drafts += choice.n_listed;
+            e->stats.drafts_proposed += choice.n_listed;
             continue;
         }
-        s->synced = false; /* nothing to guess: it decodes on */
-        draft_learn(s, 0, 0);
-        if (run_next(g, s, 0, NULL)) continue;
+        s->synced = false;
+        if (run_next(e, g, s, &no_drafts, NULL)) continue;
         sequence_unlink(s, LINK_WORK);
         sequence_list_append(&g->stalled, LINK_WORK, s);
     }
@@ -157,7 +177,7 @@ static struct plan_run *run_of(struct group *g, struct sequence *s)
 }
 
 /* Up to n_most known tokens more. */
-static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
+static void run_chunk(struct engine *e, struct group *g, struct sequence *s, uint32_t n_most)
 {
     uint32_t n_rest = s->tokens.n - s->n_planned, n = n_rest;
     bool scores = scores_prompt(g, s);
@@ -177,6 +197,8 @@ static void run_chunk(struct group *g, struct sequence *s, uint32_t n_most)
     g->n_rows_left -= scores ? n : n == n_rest;
     if (n < n_rest) return;
     if (s->job->request->max_tokens) {
+        run->n_ahead = room_ahead(e, g, s, s->tokens.n + 1, draft_after_prompt(e, g, s));
+        s->synced |= run->n_ahead > 0;
         run_sampling(g, s, run);
         return;
     }
@@ -200,12 +222,13 @@ static uint32_t tokens_kept(const struct group *g, const struct sequence *waitin
 
 static void run_prefills(struct engine *e, struct group *g, bool share)
 {
-    uint32_t n_kept = share ? tokens_kept(g, fair_next(&e->fair, e->now_us)) : 0;
+    struct sequence *waiting = share ? fair_next(&e->fair, e->now_us) : NULL;
+    uint32_t n_kept = waiting && place_is_for(g, waiting) ? tokens_kept(g, waiting) : 0;
     for (struct sequence *s = g->prefilling.first, *next; s && g->n_tokens_left > n_kept;
          s = next) {
         next = s->links[LINK_WORK].next;
         if (s->run_step != g->next_step) admission_slide(g, s, s->n_planned);
-        run_chunk(g, s, g->n_tokens_left - n_kept);
+        run_chunk(e, g, s, g->n_tokens_left - n_kept);
     }
 }
 
@@ -229,10 +252,12 @@ static bool refuse_hopeless(struct engine *e, struct sequence *s)
     return true;
 }
 
-static void admit_waiting(struct engine *e, struct group *g)
+/* Returns whether somebody is left who could have run here. */
+static bool admit_waiting(struct engine *e, struct group *g)
 {
     struct sequence *s;
     uint32_t n_looked_at = 0;
+    g->n_moves_tried = 0;
     while (g->n_tokens_left && g->n_rows_left && g->prefilling.n < PREFILLS_MAX && !g->stalled.n &&
            n_looked_at++ < CANDIDATES_MAX && (s = fair_next(&e->fair, e->now_us))) {
         if (!place_accepts(e, g, s)) {
@@ -240,19 +265,22 @@ static void admit_waiting(struct engine *e, struct group *g)
             continue;
         }
         if (admission_hogs(e, g, s)) {
-            fair_skip(&e->fair, s);
+            fair_skip_lane(&e->fair, s);
             continue;
         }
         if (!admission_try(e, g, s)) break;
-        run_chunk(g, s, g->n_tokens_left);
+        if (s->state == SEQUENCE_RUNNING) run_chunk(e, g, s, g->n_tokens_left);
     }
+    bool backlog = e->fair.n_heap > 0;
     fair_restore(&e->fair);
+    return backlog;
 }
 
 static bool is_empty(const struct step_plan *p, uint32_t n_members)
 {
     return !n_members && !p->n_closes && !p->n_saves && !p->n_loads && !p->n_copies &&
-           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs;
+           !p->n_opens && !p->n_forks && !p->n_extends && !p->n_pauses && !p->n_runs &&
+           !p->n_fetches && !p->n_spills;
 }
 
 static void send(struct engine *e, struct group *g, uint32_t n_members)
@@ -267,7 +295,13 @@ static void send(struct engine *e, struct group *g, uint32_t n_members)
                         .n_samples = g->n_step_samples,
                         .n_tokens = g->n_step_tokens + n_members,
                         .n_prompt_tokens = g->n_step_prompt,
+                        .n_syncs = g->n_step_syncs,
+                        .n_drafted = g->n_step_drafted,
+                        .n_ahead = g->n_step_ahead,
+                        .kind = g->step_kind,
+                        .was_queued = group_in_flight(g) > 0,
                         .sent_us = e->now_us};
+    g->n_syncs_last = g->n_step_syncs;
     g->next_step++;
     e->stats.n_steps++;
     if (!err) return;
@@ -293,20 +327,32 @@ static void fill(struct engine *e, struct group *g)
     g->n_tokens_left = g->n_budget - g->n_decoding;
     g->n_rows_left = g->n_rows_max - g->n_decoding;
     g->n_step_tokens = g->n_step_prompt = 0;
-    resume_stalled(g);
+    g->n_step_syncs = g->n_step_drafted = g->n_step_ahead = 0;
+    g->step_kind = DRAFT_NGRAM;
+    resume_stalled(e, g);
     beam_fork(e, g);
     run_ready(e, g);
     run_prefills(e, g, true);
-    admit_waiting(e, g);
+    bool backlog = admit_waiting(e, g);
     run_prefills(e, g, false);
-    if (!e->fair.n_heap) return;
+    if (!backlog) return;
     e->stats.step_tokens += g->n_budget - g->n_tokens_left;
     e->stats.step_budget += g->n_budget;
 }
 
+/* Whoever drafts runs again when its result is in. A plan without it would make the others wait for
+ * a step that it does not share, and it for one that it is not in. */
+static bool waits_for_drafts(const struct group *g)
+{
+    for (uint64_t step = g->acked_step + 1; step < g->next_step; step++)
+        if (g->flights[step % FLIGHTS_MAX].n_syncs) return true;
+    return false;
+}
+
 bool scheduler_plan(struct engine *e, struct group *g)
 {
-    if (!g->up || g->broken || group_in_flight(g) >= g->n_depth) return false;
+    if (!g->up || g->broken || group_in_flight(g) >= g->n_depth || waits_for_drafts(g))
+        return false;
     uint32_t n_stalled = g->stalled.n;
     g->building = true;
     kv_blocks_acked(&g->kv, g->acked_step);
@@ -314,9 +360,10 @@ bool scheduler_plan(struct engine *e, struct group *g)
     admission_make_room(e, g); /* first: who is closed must not be named afterwards */
     stop_ended(g);
     stop_leaving(g);
-    extend_decoding(g);
+    extend_decoding(e, g);
     uint32_t n_members = g->n_decoding;
     fill(e, g);
+    tiers_spill(g);
     bool empty = is_empty(&g->plan, n_members);
     if (!empty) {
         send(e, g, n_members);

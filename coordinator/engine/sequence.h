@@ -14,11 +14,13 @@
 enum sequence_state {
     SEQUENCE_PARKED,   /* waits for its sibling's prompt */
     SEQUENCE_WAITING,  /* stands in a lane */
+    SEQUENCE_FETCHING, /* waits for blocks from the disk of `group` */
     SEQUENCE_RUNNING,  /* has a slot */
     SEQUENCE_DRAINING, /* its slot is closed, tokens of plans in flight may still come */
     SEQUENCE_DONE
 };
 
+enum draft_kind { DRAFT_NGRAM, DRAFT_MODEL, DRAFT_KINDS };
 enum sequence_link { LINK_PLACE, LINK_WORK, LINK_AGE, LINK_COUNT };
 struct sequence;
 struct sequence_list {
@@ -75,15 +77,20 @@ struct sequence {
     int32_t choice;
     uint32_t n_score_next; /* prompt logprobs: the next to come from the slot */
     uint32_t n_scored;     /* of them given to the client */
-    uint16_t draft_rest;   /* tokens to decode before trying again */
-    uint16_t draft_backoff;
-    uint8_t n_draft; /* length to try next */
+    bool elder;            /* it was admitted because it had waited too long */
 
     _Alignas(64) int32_t tail[TAIL_TOKENS]; /* token i at i % TAIL_TOKENS */
     struct strip keys;                      /* struct hash128 of its first full blocks */
     struct hash128 last_key;                /* of block n_chained - 1, when that is not 0 */
     uint32_t key_block_size, n_chained, n_registered, n_window_freed;
-    uint32_t draft_gain; /* accepted per try, 8.8 fixed point, moving average */
+    uint8_t draft_rest;    /* tokens to decode before asking again whether drafts pay */
+    uint8_t draft_kind;    /* of those sent and not answered */
+    uint8_t n_draft_waits; /* rounds that the draft model may still need to catch up */
+    uint8_t n_ahead;       /* own drafts that its last run asked the group to prepare */
+    bool draft_try;        /* drafts next, though they do not pay: perhaps they will */
+    uint8_t n_draft_tries[DRAFT_KINDS];
+    uint16_t draft_accept[DRAFT_KINDS]; /* chance that a draft is kept, of 65535 */
+    uint32_t n_draft_seen;              /* tokens that the draft model need not be shown any more */
     uint32_t group;
     struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
     struct {
@@ -92,24 +99,27 @@ struct sequence {
     struct sequence *parent; /* of a beam that waits for its fork */
     uint64_t order;          /* of arrival; older ones are smaller */
     int64_t waiting_since_us;
-    struct strip host; /* uint32_t, host blocks */
+    struct strip host;              /* uint32_t, host blocks */
     uint64_t first_step, last_step; /* first and last that it samples in, in this slot */
-    uint32_t n_skips;               /* times a group left it to another that holds its prefix */
-    uint32_t n_host_computed;       /* tokens whose KV lies in host blocks */
-    uint64_t run_step;              /* the plan whose run run_index is its own */
+    uint32_t placed, n_placed; /* group + 1 that it waits for, and what it has to compute there */
+    uint32_t n_host_computed;  /* tokens whose KV lies in host blocks */
+    uint64_t run_step;         /* the plan whose run run_index is its own */
     uint32_t run_index;
-    double score_sum;    /* cumulative logprob */
-    struct strip scores; /* float, of buffered choices */
+    uint64_t fetch_number;  /* waits until so many fetches are done */
+    int64_t fetch_until_us; /* or until then */
+    double score_sum;       /* cumulative logprob */
+    struct strip scores;    /* float, of buffered choices */
     struct strip top_tokens, top_scores, top_counts;
     enum finish finish;
     int32_t stop_token;
     enum err error;
-    const char *error_text;       /* static */
-    bool given;                   /* among the choices emitted at the end */
-    _Alignas(64) char spread[64]; /* see below */
+    const char *error_text; /* static */
+    bool given;             /* among the choices emitted at the end */
+    bool has_fetched;       /* waited for the disk once; it does not again */
 };
-_Static_assert(sizeof(struct sequence) / 64 % 2,
-               "an odd number of lines, so that they spread over the cache");
+_Static_assert(
+    sizeof(struct sequence) / 64 % 2,
+    "an odd number of lines, so that they spread over the cache: pad it by one, or take one away");
 
 /* Tokens that may stand in its tail alone: the last ones, up to a whole line of them. */
 static inline uint32_t sequence_tail(const struct sequence *s)

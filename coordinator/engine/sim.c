@@ -11,6 +11,8 @@
 enum { GROUPS_MAX = 3, EVENTS_MAX = 4096, TURNS_MAX = 60000 };
 enum event_kind {
     EVENT_PLAN,
+    EVENT_TRANSFER, /* ends; `how` says which kind */
+    EVENT_MOVED,
     EVENT_RESULT,
     EVENT_SUBMIT,
     EVENT_CANCEL,
@@ -26,6 +28,7 @@ struct event {
     enum event_kind kind;
     uint32_t group;
     uint64_t epoch;
+    int how;
     struct buf bytes;
 };
 
@@ -35,10 +38,11 @@ struct sim_group {
     uint64_t epoch;
     bool up, alive;                   /* up: the engine was told; alive: the worker answers */
     int64_t last_down_us, last_up_us; /* the wire keeps order */
+    int64_t last_io_us[2];            /* and so does the disk, for each kind */
 };
 
 struct world {
-    struct rand rand;
+    struct rand rand, io_rand; /* io_rand: of what has to do with the disk */
     struct engine *engine;
     struct sim_load load;
     struct sim_group groups[GROUPS_MAX];
@@ -52,7 +56,10 @@ struct world {
     /* the character of this seed */
     uint32_t loss, duplicate, slow; /* chances, per 1024 messages */
     uint32_t block_size, window, drafts, n_host, context, vocabulary_blocks;
-    int64_t step_us, wire_us;
+    uint32_t token_share, pass_share; /* of a step's cost: a token's, of 40; a draft pass's */
+    bool has_draft_model, drafts_always;
+    int64_t step_us, wire_us, io_us;
+    uint32_t n_disk, io_loss, io_hang; /* chances, per 1024 transfers */
     bool calm, changes_size, small;
     char words[300];
 };
@@ -131,7 +138,9 @@ static enum err answer(struct world *w, struct sim_group *g, uint32_t group, str
     int64_t at_us =
         w->now_us + w->step_us / 2 + (int64_t)rand_below(&w->rand, (uint64_t)w->step_us + 1);
     if (chance(w, w->slow)) at_us += 20 * w->step_us;
-    r->compute_us = (uint32_t)(w->step_us * 40);
+    r->compute_us = (uint32_t)(w->step_us * (40 + w->token_share * r->n_tokens));
+    r->draft_first_us = (uint32_t)(w->step_us * w->pass_share);
+    r->draft_us = r->draft_first_us * r->draft_passes;
     if (at_us < g->last_up_us) at_us = g->last_up_us;
     g->last_up_us = at_us;
     if (chance(w, w->loss)) return OK;
@@ -142,6 +151,55 @@ static enum err answer(struct world *w, struct sim_group *g, uint32_t group, str
         TRY(step_result_encode(r, false, &e->bytes));
     }
     return OK;
+}
+
+/* The disk. */
+static bool io_chance(struct world *w, uint32_t of_1024)
+{
+    return !w->calm && rand_below(&w->io_rand, 1024) < of_1024;
+}
+
+static void start_io(struct world *w, uint32_t group, int kind, uint32_t n)
+{
+    struct sim_group *g = &w->groups[group];
+    for (uint32_t i = 0; i < n; i++) {
+        int64_t at_us = w->now_us + (int64_t)rand_below(&w->io_rand, (uint64_t)w->io_us + 1);
+        if (io_chance(w, w->io_hang)) at_us += 3000000;
+        if (at_us < g->last_io_us[kind]) at_us = g->last_io_us[kind];
+        g->last_io_us[kind] = at_us;
+        struct event *e = add_event(w, EVENT_TRANSFER, at_us, group);
+        e->epoch = g->epoch;
+        e->how = kind;
+    }
+}
+
+/* A transfer ends; its news may wait for that of the next one. */
+static enum err end_io(struct world *w, const struct event *from)
+{
+    struct sim_group *g = &w->groups[from->group];
+    struct moved *news = &g->worker.moved;
+    if (!g->alive || g->epoch != from->epoch) return OK;
+    sim_worker_transfer(&g->worker, from->how, io_chance(w, w->io_loss));
+    if (g->worker.io[from->how].n && rand_below(&w->io_rand, 2)) return OK;
+    news->epoch = g->epoch;
+    news->fetch_ns = (uint32_t)rand_below(&w->io_rand, 100000);
+    news->fetches_failed = g->worker.failed[0], news->spills_failed = g->worker.failed[1];
+    int64_t at_us = w->now_us + (int64_t)rand_below(&w->io_rand, (uint64_t)w->wire_us + 1);
+    if (at_us < g->last_up_us) at_us = g->last_up_us;
+    g->last_up_us = at_us;
+    struct event *e = add_event(w, EVENT_MOVED, at_us, from->group);
+    e->epoch = g->epoch;
+    TRY(moved_encode(news, &e->bytes));
+    news->n_fetches_failed = news->n_spills_failed = 0;
+    return OK;
+}
+
+static enum err deliver_moved(struct world *w, const struct event *e)
+{
+    struct moved news;
+    arena_reset(&w->arena);
+    TRY(moved_decode(e->bytes.data, e->bytes.n, &w->arena, &news));
+    return engine_moved(w->engine, e->group, 0, &news, w->now_us);
 }
 
 static enum err deliver_plan(struct world *w, const struct event *e)
@@ -157,6 +215,8 @@ static enum err deliver_plan(struct world *w, const struct event *e)
     if (!sim_worker_apply(&g->worker, &plan, &result))
         FAIL(ERR_INTERNAL, "group %u step %llu: %s", e->group, (unsigned long long)plan.step,
              g->worker.fault);
+    start_io(w, e->group, 0, plan.n_fetches);
+    start_io(w, e->group, 1, plan.n_spills);
     return answer(w, g, e->group, &result);
 }
 
@@ -190,9 +250,12 @@ static enum err raise_group(struct world *w, uint32_t group)
     sim_worker_fini(&g->worker);
     TRY(sim_worker_init(&g->worker, i->n_slots_max, i->n_blocks, i->n_host_blocks, i->block_size,
                         w->context));
+    TRY(sim_worker_disk(&g->worker, i->n_disk_blocks));
+    g->last_io_us[0] = g->last_io_us[1] = 0;
     g->worker.window = i->window;
     g->worker.step_tokens_max = i->step_tokens_max;
     g->worker.step_rows_max = i->step_rows_max;
+    g->worker.has_draft_model = i->has_draft_model;
     g->up = g->alive = true;
     uint32_t capacity =
         i->n_blocks * i->block_size < w->context ? i->n_blocks * i->block_size : w->context;
@@ -252,8 +315,22 @@ static void draw_group(struct world *w, uint32_t group)
                              .vocab_size = SIM_VOCABULARY,
                              .window = w->window,
                              .draft_tokens_max = w->drafts,
-                             .block_bytes = 1024};
+                             .block_bytes = 1024,
+                             .has_draft_model = w->has_draft_model,
+                             .n_disk_blocks = w->n_disk,
+                             .save_ns = (uint32_t)rand_below(&w->io_rand, 1000000),
+                             .load_ns = (uint32_t)rand_below(&w->io_rand, 1000000),
+                             .fetch_ns = (uint32_t)rand_below(&w->io_rand, 1000000)};
     i->step_rows_max = 2 + (uint32_t)rand_below(&w->rand, 20);
+}
+
+static void draw_disk(struct world *w)
+{
+    struct rand *r = &w->io_rand;
+    w->n_disk = w->n_host && rand_below(r, 3) ? 1 + (uint32_t)rand_below(r, 60) : 0;
+    w->io_us = 10 + (int64_t)rand_below(r, 4000);
+    w->io_loss = rand_below(r, 2) ? 0 : 1u << rand_below(r, 11);
+    w->io_hang = rand_below(r, 4) ? 0 : 1u << rand_below(r, 7);
 }
 
 static enum err draw_engine(struct world *w)
@@ -267,9 +344,22 @@ static enum err draw_engine(struct world *w)
                                    .prefix_cache = rand_below(r, 5) != 0,
                                    .hash_salt = rand_next(r),
                                    .n_speculative_tokens = w->drafts,
-                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us};
+                                   .draft_always = w->drafts_always,
+                                   .step_timeout_us = 100 * w->step_us + 4 * w->wire_us,
+                                   .starve_us = w->step_us % 4 ? 0 : 12 * w->step_us,
+                                   .always_offload = rand_below(&w->io_rand, 4) != 0};
     struct engine_hooks hooks = {carry_plan, group_failed, w};
     return engine_create(&config, &hooks, &w->engine);
+}
+
+/* From a stream of their own, so that a seed without drafts is the world it was before. */
+static void draw_drafts(struct world *w)
+{
+    struct rand r = rand_seeded(w->rand.key ^ 0xd4a7f5);
+    w->has_draft_model = w->drafts && rand_below(&r, 3);
+    w->token_share = w->drafts && rand_below(&r, 2) ? (uint32_t)rand_below(&r, 40) : 0;
+    w->pass_share = (uint32_t)rand_below(&r, 30);
+    w->drafts_always = rand_below(&r, 2);
 }
 
 static enum err draw_world(struct world *w)
@@ -281,12 +371,16 @@ static enum err draw_world(struct world *w)
     w->context = 24 + (uint32_t)rand_below(r, 60);
     w->window = rand_below(r, 5) ? 0 : 1 + (uint32_t)rand_below(r, 20);
     w->drafts = rand_below(r, 3) ? 0 : 1 + (uint32_t)rand_below(r, 6);
+    draw_drafts(w);
     w->n_host = rand_below(r, 3) ? 0 : (uint32_t)rand_below(r, 40);
     w->step_us = 100 + (int64_t)rand_below(r, 900);
     w->wire_us = (int64_t)rand_below(r, 300);
     w->loss = faults && !rand_below(r, 3) ? 8 : 0;
     w->duplicate = faults && !rand_below(r, 2) ? 60 : 0;
     w->slow = faults && !rand_below(r, 2) ? 20 : 0;
+    draw_disk(w);
+    bool rereads = w->n_disk && rand_below(&w->io_rand, 2);
+    if (rereads) w->n_host = 2 + (uint32_t)rand_below(&w->io_rand, 16);
     w->changes_size = !rand_below(r, 4);
     w->small = !rand_below(r, 4);
     struct sim_load_shape shape = {.n_requests = 2 + (uint32_t)rand_below(r, 14),
@@ -299,6 +393,12 @@ static enum err draw_world(struct world *w)
                                    .cancels = rand_below(r, 2),
                                    .scores = !rand_below(r, 3),
                                    .priorities = !rand_below(r, 3)};
+    if (rereads) { /* more prompts than the device holds, one after the other, and again */
+        shape.repeats = 2 + (uint32_t)rand_below(&w->io_rand, 8);
+        shape.n_requests += 16;
+        shape.span_us *= 2;
+        w->small = true;
+    }
     if (!rand_below(r, 8)) shape.prompt_max = w->context + 4;
     TRY(sim_load_make(&w->load, r, &shape));
     w->load.shrinks = w->changes_size || w->n_groups > 1;
@@ -326,6 +426,10 @@ static enum err happen(struct world *w, const struct event *e)
         return deliver_plan(w, e);
     case EVENT_RESULT:
         return deliver_result(w, e);
+    case EVENT_TRANSFER:
+        return end_io(w, e);
+    case EVENT_MOVED:
+        return deliver_moved(w, e);
     case EVENT_SUBMIT:
         submit(w, &w->load.requests[e->group]);
         break;
@@ -353,6 +457,8 @@ static enum err check_counts(struct world *w)
     struct engine_stats s;
     if (w->load.words[0]) FAIL(ERR_INTERNAL, "%s", w->load.words);
     engine_stats(w->engine, &s);
+    if (s.host_used > s.host_total || s.disk_used > s.disk_total)
+        FAIL(ERR_INTERNAL, "more blocks outside the device than there are");
     if (s.blocks_free + s.blocks_cached + s.blocks_held != s.blocks_total)
         FAIL(ERR_INTERNAL, "blocks: %llu free, %llu cached, %llu held of %llu",
              (unsigned long long)s.blocks_free, (unsigned long long)s.blocks_cached,
@@ -369,12 +475,18 @@ static enum err check_rest(struct world *w)
         if (q->accepted && (!q->ended || !q->destroyed))
             FAIL(ERR_INTERNAL, "request %u never ended", i + 1);
     }
+    if (s.n_fetching || s.host_private)
+        FAIL(ERR_INTERNAL, "at rest: somebody's blocks are outside");
     if (s.n_running || s.n_waiting || s.blocks_held)
         FAIL(ERR_INTERNAL, "at rest: %u running, %u waiting, %llu blocks held", s.n_running,
              s.n_waiting, (unsigned long long)s.blocks_held);
     w->report.n_preemptions = s.n_preemptions, w->report.n_swaps = s.n_swaps_in,
     w->report.n_forks = s.n_forks;
+    w->report.n_own = s.model_drafts_proposed, w->report.n_own_kept = s.model_drafts_accepted;
     w->report.n_drafts = s.drafts_proposed, w->report.n_drafts_kept = s.drafts_accepted;
+    w->report.n_host_hits = s.n_hit_tokens_host, w->report.n_disk_hits = s.n_hit_tokens_disk;
+    w->report.n_saves = s.n_saves, w->report.n_spills = s.n_spills;
+    w->report.n_io_failures = s.n_fetches_failed + s.n_spills_failed;
     w->report.n_hits = s.n_cached_tokens, w->report.n_tokens = w->load.n_tokens;
     w->report.n_accepted = w->load.n_accepted, w->report.n_refused = w->load.n_refused;
     return OK;
@@ -423,6 +535,7 @@ enum err sim_run(uint64_t seed, struct sim_report *out)
     struct world *w;
     TRY(MEM_NEW(&w));
     w->rand = rand_seeded(seed);
+    w->io_rand = rand_seeded(~seed);
     arena_init(&w->arena, 1 << 14, 1 << 26);
     enum err e = sim_world(w);
     *out = w->report;

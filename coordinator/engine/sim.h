@@ -10,7 +10,8 @@
 
 struct sim_report { /* of one seed */
     uint64_t n_steps, n_tokens, n_accepted, n_refused, n_losses, n_preemptions, n_swaps, n_forks;
-    uint64_t n_drafts, n_drafts_kept, n_hits, n_plan_bytes;
+    uint64_t n_drafts, n_drafts_kept, n_own, n_own_kept, n_hits, n_plan_bytes;
+    uint64_t n_host_hits, n_disk_hits, n_saves, n_spills, n_io_failures; /* hits in tokens */
 };
 /* Runs one seed. ERR_INTERNAL words what was wrong; a broken assertion prints the seed and ends the
  * process. */

@@ -56,29 +56,44 @@ static int run_seeds(uint64_t base, uint64_t n_seeds)
     printf("%" PRIu64 " seeds from %" PRIu64 ", %" PRIu64 " failed: %" PRIu64
            " steps (%.0f/s), %" PRIu64 " requests, %" PRIu64 " refused, %" PRIu64
            " tokens, %" PRIu64 " group losses, %" PRIu64 " preemptions, %" PRIu64
-           " swapped in, %" PRIu64 " forks, %" PRIu64 "/%" PRIu64 " drafts kept, %" PRIu64
-           " cached tokens, %.1f s of CPU\n",
+           " swapped in, %" PRIu64 " forks, %" PRIu64 "/%" PRIu64 " drafts kept (%" PRIu64
+           "/%" PRIu64 " of draft models), %" PRIu64 " cached tokens, %" PRIu64 " of host, %" PRIu64
+           " of disk, %" PRIu64 " saves, %" PRIu64 " spills, %" PRIu64
+           " transfers failed, %.1f s of CPU\n",
            n_seeds, base, n_failed, sum.n_steps, (double)sum.n_steps / seconds, sum.n_accepted,
            sum.n_refused, sum.n_tokens, sum.n_losses, sum.n_preemptions, sum.n_swaps, sum.n_forks,
-           sum.n_drafts_kept, sum.n_drafts, sum.n_hits, seconds);
+           sum.n_drafts_kept, sum.n_drafts, sum.n_own_kept, sum.n_own, sum.n_hits, sum.n_host_hits,
+           sum.n_disk_hits, sum.n_saves, sum.n_spills, sum.n_io_failures, seconds);
     return n_failed ? 1 : 0;
+}
+
+static bool read_number(const char *text, uint64_t *out)
+{
+    char *end;
+    *out = strtoull(text, &end, 10);
+    return *text >= '0' && *text <= '9' && !*end;
 }
 
 int sim_main(int argc, char **argv)
 {
     uint64_t n_seeds = 1000, base = 1;
+    bool good = true;
     if (argc > 1 && !strcmp(argv[1], "--trace")) return trace_main(argc - 2, argv + 2);
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--seeds") && i + 1 < argc)
-            n_seeds = strtoull(argv[++i], NULL, 10);
+            good = read_number(argv[++i], &n_seeds);
         else if (!strcmp(argv[i], "--seed-base") && i + 1 < argc)
-            base = strtoull(argv[++i], NULL, 10);
-        else {
-            fprintf(stderr, "usage: heddle sim [--seeds N] [--seed-base B]\n"
-                            "       heddle sim --trace FILE [--groups N] [--blocks N] "
-                            "[--block-size N] [--slots N]\n"
-                            "                  [--budget TOKENS] [--requests N] [--speed X]\n"
-                            "                  [--step-us X] [--token-us X] [--row-us X]\n");
+            good = read_number(argv[++i], &base);
+        else
+            good = false;
+        if (!good) {
+            fprintf(stderr,
+                    "usage: heddle sim [--seeds N] [--seed-base B]\n"
+                    "       heddle sim --trace FILE [--groups N] [--blocks N] "
+                    "[--block-size N] [--slots N]\n"
+                    "                  [--budget TOKENS] [--requests N] [--speed X]\n"
+                    "                  [--step-us X] [--token-us X] [--row-us X]\n"
+                    "                  [--routers 1: and the same behind routers that guess]\n");
             return 2;
         }
     }

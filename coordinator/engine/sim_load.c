@@ -205,17 +205,21 @@ static void emitted(struct sink *sink, const struct emission *e)
     struct sim_choice *c = &q->choices[e->choice];
     bool whole = q->request.beam_width || q->request.n_best_of > q->request.n_choices;
     if (c->ended) sim_wrong(l, q, "choice %d ends twice", e->choice);
-    if (whole && e->finish <= FINISH_LENGTH && !c->stopped) {
+    if (whole && e->finish && e->finish <= FINISH_LENGTH && !c->stopped) {
         if (q->request.beam_width)
             check_beam(q, e);
         else if (!q->cancelled)
             check_best_of(q, e);
         l->n_tokens += e->n_tokens;
     }
-    for (uint32_t i = 0; !whole && i < e->n_tokens; i++)
-        hear_token(q, (uint32_t)e->choice, &e->tokens[i]);
+    for (uint32_t i = 0; i < e->n_tokens; i++)
+        if (!whole || e->tokens[i].flags & STEP_TOKEN_SCORED)
+            hear_token(q, (uint32_t)e->choice, &e->tokens[i]);
     if (e->n_tokens && q->first_us < 0) q->first_us = l->now_us;
     if (e->n_tokens) q->last_us = l->now_us;
+    if (e->finish && whole && !e->choice && e->finish <= FINISH_LENGTH && !c->stopped &&
+        q->request.sampling.n_prompt_logprobs >= 0 && c->n_scored + 1 != q->request.n_tokens)
+        sim_wrong(l, q, "%u scores for %u tokens", c->n_scored, q->request.n_tokens);
     if (e->finish) {
         if (!whole) check_end(q, (uint32_t)e->choice, e);
         c->ended = true;
@@ -271,10 +275,19 @@ static void make_kind(struct request *q, struct rand *r, const struct sim_load_s
         q->early_stopping = rand_below(r, 2);
         q->sampling.n_prompt_logprobs = -1;
     }
-    if (q->n_best_of > q->n_choices) q->sampling.n_prompt_logprobs = -1;
     if (q->n_choices == 1 && !q->beam_width && !q->n_best_of &&
         q->sampling.n_prompt_logprobs >= 0 && !rand_below(r, 3))
         q->max_tokens = 0;
+}
+
+/* The prompt of an earlier request, perhaps cut. */
+static void repeat_prompt(struct sim_load *l, struct request *to, struct rand *r, uint32_t i,
+                          const struct sim_load_shape *shape)
+{
+    if (!shape->repeats || i < shape->repeats || !rand_below(r, 3)) return;
+    const struct request *from = &l->requests[i - shape->repeats].request;
+    uint32_t n = from->n_tokens < to->n_tokens ? from->n_tokens : to->n_tokens;
+    memcpy(to->tokens, from->tokens, n * sizeof *to->tokens);
 }
 
 static enum err make_request(struct sim_load *l, struct sim_request *q, struct rand *r,
@@ -294,6 +307,7 @@ static enum err make_request(struct sim_load *l, struct sim_request *q, struct r
     for (uint32_t k = 0; k < to->n_tokens; k++)
         to->tokens[k] =
             (int32_t)((k < n_shared ? hash_u64(stream << 32 | k) : rand_next(r)) % SIM_VOCABULARY);
+    repeat_prompt(l, to, r, i, shape);
     make_sampling(q, r, shape);
     make_kind(to, r, shape);
     to->tenant = rand_below(r, 3);

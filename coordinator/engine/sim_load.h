@@ -43,6 +43,7 @@ struct sim_load_shape {
     uint32_t n_requests, prompt_max, output_max, beams_max, choices_max;
     int64_t span_us;
     bool deadlines, cancels, scores, priorities;
+    uint32_t repeats; /* many prompts come again after so many others; 0 = none do */
 };
 
 enum err sim_load_make(struct sim_load *l, struct rand *r, const struct sim_load_shape *shape);

@@ -9,6 +9,12 @@
 
 enum { VOCABULARY = 50000, FLIGHT_MAX = 8, GROUPS_MAX = 64 };
 
+struct end { /* an engine and the first of its groups */
+    struct stage *stage;
+    struct engine *engine;
+    uint32_t first;
+};
+
 struct device {     /* a group: plans sent and not answered, in order */
     bool *decoding; /* [n_slots] */
     uint32_t n_decoding;
@@ -25,12 +31,14 @@ struct stream {
     struct sink sink;
     struct stage *stage;
     struct request request;
-    uint32_t index;
+    uint32_t index, end;
 };
 
 struct stage {
     struct timed_run *run;
-    struct engine *engine;
+    struct end ends[GROUPS_MAX];
+    uint32_t n_ends;
+    struct router router;
     struct device devices[GROUPS_MAX];
     struct arena arena;
     int64_t now_us;
@@ -90,11 +98,12 @@ static enum err compute(struct stage *s, uint32_t group, const struct step_plan 
 
 static enum err take_plan(void *ctx, uint32_t group, const void *bytes, size_t n)
 {
-    struct stage *s = ctx;
+    const struct end *end = ctx;
+    struct stage *s = end->stage;
     struct step_plan plan;
     arena_reset(&s->arena);
     TRY(plan_decode(bytes, n, &s->arena, &plan));
-    return compute(s, group, &plan);
+    return compute(s, end->first + group, &plan);
 }
 
 /* Streams. */
@@ -126,7 +135,9 @@ static void hear(struct sink *sink, const struct emission *e)
     if (e->n_tokens) r->last_us = s->now_us;
     r->n_tokens += e->n_tokens;
     r->n_cached = e->n_cached;
-    if (e->last) s->n_alive--;
+    if (!e->last) return;
+    s->n_alive--;
+    s->router.n_alive[q->end]--;
 }
 
 static void forget(struct request *r)
@@ -167,9 +178,11 @@ static enum err arrive(struct stage *s)
     else
         own_content(index, q->request.tokens, r->n_prompt);
     r->first_us = r->last_us = -1;
+    TRY(router_send(&s->router, q->request.tokens, r->n_prompt, &q->end));
     s->n_alive++;
-    if (!engine_submit(s->engine, &q->request, s->now_us)) return OK;
+    if (!engine_submit(s->ends[q->end].engine, &q->request, s->now_us)) return OK;
     s->n_alive--;
+    s->router.n_alive[q->end]--;
     r->refused = true;
     forget(&q->request);
     return OK;
@@ -199,10 +212,12 @@ static enum err advance(struct stage *s, bool *out_done)
         struct step_result result = next->flying[next->first].result;
         next->first = (next->first + 1) % FLIGHT_MAX;
         next->n--;
-        TRY(engine_result(s->engine, group, &result, s->now_us));
+        const struct end *end = &s->ends[s->n_ends == 1 ? 0 : group];
+        TRY(engine_result(end->engine, group - end->first, &result, s->now_us));
     } else
         *out_done = true;
-    engine_step(s->engine, s->now_us);
+    for (uint32_t i = 0; i < s->n_ends; i++)
+        engine_step(s->ends[i].engine, s->now_us);
     return OK;
 }
 
@@ -223,31 +238,53 @@ static enum err open_devices(struct stage *s)
         for (int k = 0; k < FLIGHT_MAX; k++)
             TRY(MEM_NEW_ARRAY(t->n_slots, &s->devices[i].tokens[k]));
         info.epoch = i + 1;
-        engine_group_up(s->engine, i, &info);
+        const struct end *end = &s->ends[s->n_ends == 1 ? 0 : i];
+        engine_group_up(end->engine, i - end->first, &info);
     }
     return OK;
+}
+
+static enum err open_engines(struct stage *s)
+{
+    struct timed_run *t = s->run;
+    s->n_ends = t->router == ROUTER_EXACT ? 1 : t->n_groups;
+    struct engine_config config = {.n_groups = t->n_groups / s->n_ends,
+                                   .prefix_cache = t->prefix_cache,
+                                   .pipeline_depth = 2,
+                                   .hash_salt = 1};
+    for (uint32_t i = 0; i < s->n_ends; i++) {
+        struct end *end = &s->ends[i];
+        struct engine_hooks hooks = {.send_plan = take_plan, .ctx = end};
+        *end = (struct end){.stage = s, .first = i};
+        TRY(engine_create(&config, &hooks, &end->engine));
+    }
+    return OK;
+}
+
+static void add_stats(const struct stage *s)
+{
+    struct timed_run *t = s->run;
+    struct engine_stats stats;
+    for (uint32_t i = 0; i < s->n_ends; i++) {
+        engine_stats(s->ends[i].engine, &stats);
+        t->n_steps += stats.n_steps, t->n_preemptions += stats.n_preemptions;
+        t->n_hit_tokens += stats.n_cached_tokens, t->n_prompt_tokens += stats.n_prompt_tokens;
+        t->step_tokens += stats.step_tokens, t->step_budget += stats.step_budget;
+    }
 }
 
 static enum err play(struct stage *s)
 {
     struct timed_run *t = s->run;
-    struct engine_config config = {.n_groups = t->n_groups,
-                                   .prefix_cache = t->prefix_cache,
-                                   .pipeline_depth = 2,
-                                   .hash_salt = 1};
-    struct engine_hooks hooks = {.send_plan = take_plan, .ctx = s};
-    struct engine_stats stats;
     bool done = false;
     if (!t->n_groups || t->n_groups > GROUPS_MAX) FAIL(ERR_INVALID, "%u groups", t->n_groups);
-    TRY(engine_create(&config, &hooks, &s->engine));
+    TRY(router_init(&s->router, t->router, t->n_groups));
+    TRY(open_engines(s));
     TRY(open_devices(s));
     while (!done)
         TRY(advance(s, &done));
     if (s->n_alive) FAIL(ERR_INTERNAL, "%u requests never ended", s->n_alive);
-    engine_stats(s->engine, &stats);
-    t->n_steps = stats.n_steps, t->n_preemptions = stats.n_preemptions;
-    t->n_hit_tokens = stats.n_cached_tokens, t->n_prompt_tokens = stats.n_prompt_tokens;
-    t->step_tokens = stats.step_tokens, t->step_budget = stats.step_budget;
+    add_stats(s);
     t->end_us = s->now_us;
     return OK;
 }
@@ -259,7 +296,9 @@ enum err timed_run(struct timed_run *t)
     s->run = t;
     arena_init(&s->arena, 1 << 20, 0);
     enum err e = play(s);
-    engine_destroy(s->engine);
+    for (uint32_t i = 0; i < s->n_ends; i++)
+        engine_destroy(s->ends[i].engine);
+    router_fini(&s->router);
     for (uint32_t i = 0; i < GROUPS_MAX; i++) {
         mem_free(s->devices[i].decoding);
         for (int k = 0; k < FLIGHT_MAX; k++)

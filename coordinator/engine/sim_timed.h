@@ -5,6 +5,7 @@
  * other; the real engine schedules, with its pipeline. */
 #pragma once
 #include "base/err.h"
+#include "coordinator/engine/sim_router.h"
 #include <stddef.h>
 #include <stdint.h>
 
@@ -29,6 +30,7 @@ struct timed_run {
     struct cost_model cost;
     uint32_t n_groups, n_blocks, block_size, n_slots, n_step_tokens, context_max;
     bool prefix_cache;
+    enum router_kind router; /* ROUTER_EXACT: one engine; else an engine a group behind a router */
     struct timed_request *requests; /* [n], by arrival */
     uint32_t n;
     /* fills in the tokens of one that has none: called when it arrives; [n_prompt] */

@@ -165,7 +165,7 @@ static enum err unbounded(const struct trace *t, uint64_t *out_hits)
     struct kv_blocks kv;
     int32_t tokens[BLOCK_TOKENS];
     uint64_t n_hits = 0;
-    TRY(kv_blocks_init(&kv, (uint32_t)t->n_ids + 1, 0, BLOCK_TOKENS));
+    TRY(kv_blocks_init(&kv, (uint32_t)t->n_ids + 1, BLOCK_TOKENS));
     for (uint32_t row = 0; row < t->n; row++) {
         struct hash128 key = hash_bytes("trace", 5, 0);
         bool leading = true;
@@ -248,6 +248,7 @@ static enum err report(struct timed_run *run)
 struct trace_option {
     const char *name;
     double *value;
+    double least, most;
 };
 
 static enum err read_options(int argc, char **argv, const struct trace_option *options, size_t n)
@@ -259,53 +260,83 @@ static enum err read_options(int argc, char **argv, const struct trace_option *o
         if (k == n || i + 1 == argc)
             FAIL(ERR_INVALID, "sim: unknown option or missing value: %s", argv[i]);
         char *end;
-        *options[k].value = strtod(argv[++i], &end);
-        if (*end || !(*options[k].value >= 0))
-            FAIL(ERR_INVALID, "sim: %s: %s is no number", options[k].name, argv[i]);
+        double v = strtod(argv[++i], &end);
+        if (*end || end == argv[i] || !(v >= options[k].least && v <= options[k].most))
+            FAIL(ERR_INVALID, "sim: %s: %s is no number from %g to %g", options[k].name, argv[i],
+                 options[k].least, options[k].most);
+        *options[k].value = v;
     }
+    return OK;
+}
+
+/* What a trace is played against. */
+struct setting {
+    double blocks, block_size, slots, budget, groups, limit, speed, step_us, token_us, row_us,
+        routers;
+};
+
+static enum err play(const struct trace *trace, const struct setting *set, enum router_kind router)
+{
+    struct timed_run run = {.cost = {set->step_us, set->token_us, set->row_us, 200},
+                            .n_groups = (uint32_t)set->groups,
+                            .n_blocks = (uint32_t)set->blocks,
+                            .block_size = (uint32_t)set->block_size,
+                            .n_slots = (uint32_t)set->slots,
+                            .n_step_tokens = (uint32_t)set->budget,
+                            .context_max = 1 << 20,
+                            .prefix_cache = true,
+                            .router = router,
+                            .requests = trace->rows,
+                            .n = trace->n,
+                            .fill = trace->n_ids ? fill_prompt : NULL,
+                            .ctx = (void *)trace};
+    if (set->routers > 0) printf("placement: %s\n", router_names[router]);
+    for (uint32_t i = 0; i < trace->n; i++)
+        trace->rows[i].n_tokens = trace->rows[i].refused = 0;
+    enum err e = timed_run(&run);
+    if (!e) e = report(&run);
+    mem_free(run.gaps_us);
+    mem_free(run.gap_at_us);
+    return e;
+}
+
+static enum err play_all(struct trace *trace, const struct setting *set)
+{
+    uint64_t n_hits = 0;
+    uint32_t n_routers = set->routers > 0 ? ROUTER_COUNT : 1;
+    if (trace->n_ids) {
+        TRY(unbounded(trace, &n_hits));
+        printf("blocks of %d: %zu, of which a cache without bound finds %" PRIu64 " (ratio %.6f)\n",
+               (int)BLOCK_TOKENS, trace->n_ids, n_hits, (double)n_hits / (double)trace->n_ids);
+    }
+    if (trace->n > set->limit) trace->n = (uint32_t)set->limit;
+    for (uint32_t i = 0; i < trace->n; i++)
+        trace->rows[i].arrival_us = (int64_t)((double)trace->rows[i].arrival_us / set->speed);
+    for (uint32_t k = 0; k < n_routers && trace->n; k++)
+        TRY(play(trace, set, (enum router_kind)k));
     return OK;
 }
 
 static enum err replay_trace(const char *path, int argc, char **argv)
 {
     struct trace trace = {0};
-    double blocks = 100000, block_size = 16, slots = 256, budget = 2048, groups = 1, limit = 1e9,
-           speed = 1;
-    double base = 10000, token = 10, row = 10;
+    struct setting set = {100000, 16, 256, 2048, 1, 1e9, 1, 10000, 10, 10, 0};
     const struct trace_option options[] = {
-        {"--blocks", &blocks}, {"--block-size", &block_size}, {"--slots", &slots},
-        {"--budget", &budget}, {"--groups", &groups},         {"--requests", &limit},
-        {"--speed", &speed},   {"--step-us", &base},          {"--token-us", &token},
-        {"--row-us", &row},
+        {"--blocks", &set.blocks, 1, 1 << 24},
+        {"--block-size", &set.block_size, 1, 4096},
+        {"--slots", &set.slots, 1, 1 << 16},
+        {"--budget", &set.budget, 1, 1 << 20},
+        {"--groups", &set.groups, 1, ROUTER_GROUPS_MAX},
+        {"--requests", &set.limit, 0, 1e9},
+        {"--speed", &set.speed, 1e-3, 1e6},
+        {"--step-us", &set.step_us, 0, 1e9},
+        {"--token-us", &set.token_us, 0, 1e6},
+        {"--row-us", &set.row_us, 0, 1e6},
+        {"--routers", &set.routers, 0, 1},
     };
-    uint64_t n_hits = 0;
-    enum err e = read_options(argc, argv, options, sizeof options / sizeof *options);
-    if (!e) e = trace_read(&trace, path);
-    if (!e && trace.n_ids) e = unbounded(&trace, &n_hits);
-    if (e) goto out;
-    if (trace.n_ids)
-        printf("blocks of %d: %zu, of which a cache without bound finds %" PRIu64 " (ratio %.6f)\n",
-               (int)BLOCK_TOKENS, trace.n_ids, n_hits, (double)n_hits / (double)trace.n_ids);
-    if (trace.n > limit) trace.n = (uint32_t)limit;
-    for (uint32_t i = 0; i < trace.n; i++)
-        trace.rows[i].arrival_us = (int64_t)((double)trace.rows[i].arrival_us / speed);
-    struct timed_run run = {.cost = {base, token, row, 200},
-                            .n_groups = (uint32_t)groups,
-                            .n_blocks = (uint32_t)blocks,
-                            .block_size = (uint32_t)block_size,
-                            .n_slots = (uint32_t)slots,
-                            .n_step_tokens = (uint32_t)budget,
-                            .context_max = 1 << 20,
-                            .prefix_cache = true,
-                            .requests = trace.rows,
-                            .n = trace.n,
-                            .fill = trace.n_ids ? fill_prompt : NULL,
-                            .ctx = &trace};
-    if (trace.n) e = timed_run(&run);
-    if (!e) e = report(&run);
-    mem_free(run.gaps_us);
-    mem_free(run.gap_at_us);
-out:
+    TRY(read_options(argc, argv, options, sizeof options / sizeof *options));
+    enum err e = trace_read(&trace, path);
+    if (!e) e = play_all(&trace, &set);
     trace_free(&trace);
     return e;
 }

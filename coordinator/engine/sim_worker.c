@@ -99,10 +99,17 @@ void sim_worker_fini(struct sim_worker *w)
     mem_free(w->runs);
     mem_free(w->kv);
     mem_free(w->host);
+    mem_free(w->disk);
     mem_free(w->owner);
     mem_free(w->serial);
     arena_fini(&w->results);
     *w = (struct sim_worker){0};
+}
+
+enum err sim_worker_disk(struct sim_worker *w, uint32_t n_disk)
+{
+    w->n_disk = n_disk;
+    return MEM_NEW_ARRAY((size_t)n_disk * w->block_size, &w->disk);
 }
 
 /* Faults: the first one is kept. */
@@ -179,6 +186,7 @@ static bool born(struct sim_worker *w, struct sim_slot *s, uint32_t n_known, uin
     s->open = true;
     s->serial = ++w->next_serial;
     s->retired = false;
+    s->n_own = s->n_ahead = 0;
     s->from_serial = 0;
     if (n_computed >= n_known || n_computed > s->n_blocks * w->block_size)
         return wrong(w, "%u computed of %u known in %u blocks", n_computed, n_known, s->n_blocks);
@@ -227,18 +235,80 @@ static bool apply_fork(struct sim_worker *w, const struct plan_fork *f)
     return true;
 }
 
+/* Transfers. */
+static bool is_host_moving(const struct sim_worker *w, uint32_t host, bool only_written)
+{
+    for (int kind = 0; kind < (only_written ? 1 : 2); kind++)
+        for (uint32_t i = 0; i < w->io[kind].n; i++) {
+            const struct plan_pair *p =
+                &w->io[kind].pairs[(w->io[kind].first + i) % SIM_TRANSFERS_MAX];
+            if ((kind ? p->from : p->to) == host) return true;
+        }
+    return false;
+}
+
+static bool is_disk_moving(const struct sim_worker *w, uint32_t disk)
+{
+    for (int kind = 0; kind < 2; kind++)
+        for (uint32_t i = 0; i < w->io[kind].n; i++) {
+            const struct plan_pair *p =
+                &w->io[kind].pairs[(w->io[kind].first + i) % SIM_TRANSFERS_MAX];
+            if ((kind ? p->to : p->from) == disk) return true;
+        }
+    return false;
+}
+
+static bool start_transfers(struct sim_worker *w, int kind, const struct plan_pair *pairs,
+                            uint32_t n)
+{
+    struct sim_transfers *t = &w->io[kind];
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t host = kind ? pairs[i].from : pairs[i].to;
+        uint32_t disk = kind ? pairs[i].to : pairs[i].from;
+        if (host >= w->n_host || disk >= w->n_disk || t->n == SIM_TRANSFERS_MAX)
+            return wrong(w, "transfer of host block %u and disk block %u", host, disk);
+        if (is_host_moving(w, host, false) || is_disk_moving(w, disk))
+            return wrong(w, "two transfers of host block %u or disk block %u", host, disk);
+        t->pairs[(t->first + t->n++) % SIM_TRANSFERS_MAX] = pairs[i];
+    }
+    return true;
+}
+
+void sim_worker_transfer(struct sim_worker *w, int kind, bool fails)
+{
+    struct sim_transfers *t = &w->io[kind];
+    struct plan_pair p = t->pairs[t->first];
+    uint64_t *to = (kind ? w->disk : w->host) + (size_t)p.to * w->block_size;
+    const uint64_t *from = (kind ? w->host : w->disk) + (size_t)p.from * w->block_size;
+    ASSERT(t->n);
+    t->first = (t->first + 1) % SIM_TRANSFERS_MAX;
+    t->n--;
+    memcpy(to, from, w->block_size * sizeof *to);
+    uint64_t number = kind ? w->moved.n_spilled++ : w->moved.n_fetched++;
+    if (!fails) return;
+    memset(to, 0xdd, w->block_size * sizeof *to);
+    if (kind)
+        w->failed[1][w->moved.n_spills_failed++] = number;
+    else
+        w->failed[0][w->moved.n_fetches_failed++] = number;
+}
+
 static bool apply_moves(struct sim_worker *w, const struct step_plan *p)
 {
     size_t bytes = w->block_size * sizeof *w->kv;
     for (uint32_t i = 0; i < p->n_saves; i++) {
         if (p->saves[i].to >= w->n_host || !good_block(w, p->saves[i].from, "save"))
             return wrong(w, "save");
+        if (is_host_moving(w, p->saves[i].to, false))
+            return wrong(w, "save to host block %u, which is moving", p->saves[i].to);
         memcpy(w->host + (size_t)p->saves[i].to * w->block_size,
                w->kv + (size_t)p->saves[i].from * w->block_size, bytes);
     }
     for (uint32_t i = 0; i < p->n_loads; i++) {
         if (p->loads[i].from >= w->n_host || !good_block(w, p->loads[i].to, "load"))
             return wrong(w, "load");
+        if (is_host_moving(w, p->loads[i].from, true))
+            return wrong(w, "load of host block %u, which has not come yet", p->loads[i].from);
         memcpy(w->kv + (size_t)p->loads[i].to * w->block_size,
                w->host + (size_t)p->loads[i].from * w->block_size, bytes);
     }
@@ -281,6 +351,25 @@ static bool apply_slots(struct sim_worker *w, const struct step_plan *p)
     return true;
 }
 
+/* The drafts of its own that a run verifies: those there are, as many as were asked for. */
+static bool take_own(struct sim_worker *w, struct sim_slot *s, const struct plan_run *r,
+                     struct sim_run *run)
+{
+    if ((r->n_own || r->n_ahead) && (!w->has_draft_model || !run->sample || s->decoding))
+        return wrong(w, "run: slot %u wants drafts of a draft model", r->slot);
+    if (r->n_ahead > SIM_DRAFTS_MAX || (r->n_own && r->n_drafts))
+        return wrong(w, "run: slot %u wants %u and %u own drafts", r->slot, r->n_own, r->n_ahead);
+    s->n_ahead = r->n_ahead;
+    run->own = r->n_own > 0;
+    if (!r->n_own) return true;
+    if (s->n_known + r->n_own + 1 > s->n_max || s->n_known + r->n_own > s->n_blocks * w->block_size)
+        return wrong(w, "run: slot %u has no room for %u own drafts", r->slot, r->n_own);
+    run->n_drafts = r->n_own < s->n_own ? r->n_own : s->n_own;
+    run->n_tokens += run->n_drafts;
+    run->drafts = s->own;
+    return true;
+}
+
 static bool list_runs(struct sim_worker *w, const struct step_plan *p)
 {
     uint64_t n_tokens = 0, n_rows = 0;
@@ -293,8 +382,13 @@ static bool list_runs(struct sim_worker *w, const struct step_plan *p)
         struct sim_slot *s = open_slot(w, r->slot, "run");
         if (!s || w->runs[r->slot].named || s->decoding || !r->n_tokens)
             return wrong(w, "run: slot %u", r->slot);
-        w->runs[r->slot] = (struct sim_run){true, (r->flags & PLAN_RUN_SAMPLE) != 0, r->n_tokens,
-                                            r->n_drafts, r->drafts};
+        w->runs[r->slot] = (struct sim_run){.named = true,
+                                            .sample = (r->flags & PLAN_RUN_SAMPLE) != 0,
+                                            .n_tokens = r->n_tokens,
+                                            .n_drafts = r->n_drafts,
+                                            .n_asked = r->n_own,
+                                            .drafts = r->drafts};
+        if (!take_own(w, s, r, &w->runs[r->slot])) return false;
         s->decoding = (r->flags & PLAN_RUN_STAY) != 0;
         if (s->decoding && !(r->flags & PLAN_RUN_SAMPLE))
             return wrong(w, "run: stays without a sample");
@@ -303,8 +397,11 @@ static bool list_runs(struct sim_worker *w, const struct step_plan *p)
         const struct sim_run *r = &w->runs[i];
         bool scores = w->slots[i].sampling.n_prompt_logprobs >= 0 &&
                       w->slots[i].n_computed < w->slots[i].n_prompt;
-        n_tokens += r->n_tokens;
-        if (r->n_tokens) n_rows += scores ? r->n_tokens : r->sample ? 1 + r->n_drafts : 0;
+        n_tokens += r->n_tokens + (r->own ? r->n_asked - r->n_drafts : 0);
+        if (r->n_tokens)
+            n_rows += scores      ? r->n_tokens
+                      : r->sample ? 1 + (r->own ? r->n_asked : r->n_drafts)
+                                  : 0;
     }
     if (n_tokens > w->step_tokens_max)
         return wrong(w, "%llu tokens of at most %u", (unsigned long long)n_tokens,
@@ -405,6 +502,45 @@ static bool compute(struct sim_worker *w, uint32_t slot, struct step_result *r)
     }
 }
 
+/* A draft model that is right always, mostly, sometimes or never, as the request's seed has it; and
+ * now and then has fewer than were asked for. */
+static void guess(struct sim_slot *s)
+{
+    static const uint32_t right_of_16[] = {0, 8, 14, 16};
+    uint32_t right = right_of_16[s->sampling.seed / 2 % 4];
+    uint64_t prefix = s->prefixes[s->n_known - 1];
+    int32_t last = s->tokens[s->n_known - 1];
+    s->n_own = hash_u64(prefix) % 8 ? s->n_ahead : s->n_ahead / 2;
+    for (uint32_t i = 0; i < s->n_own; i++) {
+        last = model_next(prefix, last, s->n_known + i - s->n_prompt, &s->sampling);
+        if (hash_u64(prefix + 99) % 16 >= right) last = (last + 1) % SIM_VOCABULARY;
+        prefix = model_prefix(prefix, last);
+        s->own[i] = last;
+    }
+    s->n_ahead = 0;
+}
+
+static bool report_drafts(struct sim_worker *w, struct step_result *out)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < w->n_slots; i++)
+        n += w->runs[i].own;
+    if (arena_alloc_array(&w->results, n, sizeof *out->drafted, (void **)&out->drafted))
+        return wrong(w, "memory");
+    for (uint32_t i = 0; i < w->n_slots; i++)
+        if (w->runs[i].own)
+            out->drafted[out->n_drafted++] = (struct plan_pair){i, w->runs[i].n_drafts};
+    for (uint32_t i = 0; i < w->n_slots; i++) {
+        if (w->runs[i].n_tokens) w->slots[i].n_own = 0;
+        if (!w->slots[i].open || !w->slots[i].n_ahead) continue;
+        out->draft_passes =
+            w->slots[i].n_ahead > out->draft_passes ? w->slots[i].n_ahead : out->draft_passes;
+        guess(&w->slots[i]);
+        out->draft_tokens += w->slots[i].n_own;
+    }
+    return true;
+}
+
 bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct step_result *out)
 {
     *out = (struct step_result){.epoch = plan->epoch, .step = plan->step};
@@ -412,7 +548,9 @@ bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct
         return wrong(w, "step %llu after %llu", (unsigned long long)plan->step,
                      (unsigned long long)w->step);
     w->step = plan->step;
-    if (!apply_slots(w, plan) || !list_runs(w, plan)) return false;
+    if (!apply_slots(w, plan) || !start_transfers(w, 0, plan->fetches, plan->n_fetches) ||
+        !start_transfers(w, 1, plan->spills, plan->n_spills) || !list_runs(w, plan))
+        return false;
     arena_reset(&w->results);
     size_t n = 0;
     for (uint32_t i = 0; i < w->n_slots; i++)
@@ -423,5 +561,5 @@ bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct
         w->n_computed += w->runs[i].n_tokens;
         if (w->runs[i].n_tokens && !compute(w, i, out)) return false;
     }
-    return true;
+    return report_drafts(w, out);
 }

@@ -7,7 +7,7 @@
 #include "proto/plan.h"
 #include <stdbool.h>
 
-enum { SIM_VOCABULARY = 61, SIM_EOS = 0 };
+enum { SIM_VOCABULARY = 61, SIM_EOS = 0, SIM_DRAFTS_MAX = 16 };
 
 /* The model: what follows a prefix. All of it is a function of the prefix and the seed. */
 uint64_t model_prefix(uint64_t prefix, int32_t token);
@@ -27,17 +27,26 @@ struct sim_slot {
     uint32_t *blocks;   /* [blocks_per_slot] */
     struct sampling_params sampling;
     int32_t stop_ids[8];
+    uint32_t n_ahead, n_own; /* drafts asked for after this step; there before it */
+    int32_t own[SIM_DRAFTS_MAX];
 };
 
 struct sim_run {
-    bool named, sample;
-    uint32_t n_tokens, n_drafts;
+    bool named, sample, own;
+    uint32_t n_tokens, n_drafts, n_asked; /* n_asked: own drafts that the plan made room for */
     const int32_t *drafts;
+};
+
+enum { SIM_TRANSFERS_MAX = 256 };
+struct sim_transfers {
+    struct plan_pair pairs[SIM_TRANSFERS_MAX];
+    uint32_t first, n;
 };
 
 struct sim_worker {
     uint32_t n_slots, n_blocks, n_host, block_size, context, window, blocks_per_slot;
     uint32_t step_tokens_max, step_rows_max;
+    bool has_draft_model;
     uint64_t step;
     struct sim_slot *slots;
     struct sim_run *runs;     /* [n_slots] */
@@ -46,6 +55,11 @@ struct sim_worker {
     uint32_t next_serial;
     struct arena results; /* of the last result */
     uint64_t n_computed;  /* tokens, ever */
+    uint32_t n_disk;
+    uint64_t *disk;                /* [n_disk, block_size] */
+    struct sim_transfers io[2];    /* fetches, spills: under way, oldest first */
+    struct moved moved;            /* what ended; its failures are those not told yet */
+    uint64_t failed[2][SIM_TRANSFERS_MAX];
     const char *fault;    /* what was wrong with a plan, or NULL */
     char words[256];
 };
@@ -53,5 +67,9 @@ struct sim_worker {
 enum err sim_worker_init(struct sim_worker *w, uint32_t n_slots, uint32_t n_blocks, uint32_t n_host,
                          uint32_t block_size, uint32_t context);
 void sim_worker_fini(struct sim_worker *w);
+/* Gives it a disk. */
+enum err sim_worker_disk(struct sim_worker *w, uint32_t n_disk);
+/* The oldest transfer of a kind (0 fetch, 1 spill) ends; a failed one leaves rubbish. */
+void sim_worker_transfer(struct sim_worker *w, int kind, bool fails);
 /* False with w->fault when the plan is wrong. The result lives until the next call. */
 bool sim_worker_apply(struct sim_worker *w, const struct step_plan *plan, struct step_result *out);

@@ -251,6 +251,13 @@ static enum err salt_read(const json_t *body, struct api_call *call)
     return OK;
 }
 
+static enum err early_stopping_read(const json_t *body, struct api_call *call)
+{
+    const json_t *value = json_object_get(body, "early_stopping");
+    call->never_early = json_is_string(value) && !strcmp(json_string_value(value), "never");
+    return call->never_early ? OK : json_read_bool(body, "early_stopping", &call->early_stopping);
+}
+
 static enum err search_read(const json_t *body, struct api_call *call)
 {
     bool beams = false;
@@ -273,7 +280,7 @@ static enum err search_read(const json_t *body, struct api_call *call)
                  API_BEAMS_MAX);
     }
     TRY(json_read_number(body, "length_penalty", -10, 10, &call->length_penalty));
-    TRY(json_read_bool(body, "early_stopping", &call->early_stopping));
+    TRY(early_stopping_read(body, call));
     if (call->stream && call->best_of > call->n)
         FAIL(ERR_INVALID, "'best_of' above 'n' cannot be streamed");
     return OK;
@@ -568,6 +575,7 @@ enum err api_request_create(struct front *f, const struct api_call *call, uint32
     r->beam_width = (uint32_t)call->beam_width;
     r->length_penalty = (float)call->length_penalty;
     r->early_stopping = call->early_stopping;
+    r->never_early = call->never_early;
     r->ignore_eos = call->ignore_eos;
     r->priority = call->priority;
     r->tenant = call->tenant;

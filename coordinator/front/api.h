@@ -30,7 +30,7 @@ struct api_call {
     json_t *body; /* owned; strings below point into it; NULL for gRPC */
     const char *model;
     bool stream, include_usage, continuous_usage, echo, keep_stop, skip_special, ignore_eos;
-    bool early_stopping, greedy_seed, no_prefix_cache, return_token_ids;
+    bool early_stopping, never_early, greedy_seed, no_prefix_cache, return_token_ids;
     int64_t n, best_of, beam_width; /* best_of 0 = n, beam_width 0 = sampling */
     double length_penalty, timeout_s;
     int64_t max_tokens, min_tokens; /* max_tokens -1 = not said */

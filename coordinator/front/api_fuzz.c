@@ -27,6 +27,11 @@ void engine_loop_stats(struct engine_loop *l, struct engine_stats *out)
     (void)l;
     *out = (struct engine_stats){.context_max = 512, .vocab_size = 260, .n_groups_up = 1};
 }
+uint32_t engine_loop_retry_after_s(struct engine_loop *l)
+{
+    (void)l;
+    return 1;
+}
 int64_t engine_loop_now_us(const struct engine_loop *l)
 {
     (void)l;

@@ -182,6 +182,41 @@ static void write_gauges(const struct gauge *rows, size_t n, const char *labels,
     }
 }
 
+static void write_tiers(const struct engine_stats *e, const char *labels, struct buf *out)
+{
+    const struct gauge rows[] = {
+        {"heddle:kv_tier_blocks", "tier=\"host\",state=\"total\"", "gauge",
+         "KV blocks outside the device", (double)e->host_total},
+        {"heddle:kv_tier_blocks", "tier=\"host\",state=\"used\"", "gauge", NULL,
+         (double)e->host_used},
+        {"heddle:kv_tier_blocks", "tier=\"disk\",state=\"total\"", "gauge", NULL,
+         (double)e->disk_total},
+        {"heddle:kv_tier_blocks", "tier=\"disk\",state=\"used\"", "gauge", NULL,
+         (double)e->disk_used},
+        {"heddle:kv_tier_hit_tokens_total", "tier=\"host\"", "counter",
+         "Prompt tokens found outside the device, by where they came from",
+         (double)e->n_hit_tokens_host},
+        {"heddle:kv_tier_hit_tokens_total", "tier=\"disk\"", "counter", NULL,
+         (double)e->n_hit_tokens_disk},
+        {"heddle:kv_moves_total", "kind=\"save\"", "counter",
+         "KV blocks moved: device to host, back, host to disk, back", (double)e->n_saves},
+        {"heddle:kv_moves_total", "kind=\"load\"", "counter", NULL, (double)e->n_loads},
+        {"heddle:kv_moves_total", "kind=\"spill\"", "counter", NULL, (double)e->n_spills},
+        {"heddle:kv_moves_total", "kind=\"fetch\"", "counter", NULL, (double)e->n_fetches},
+        {"heddle:kv_move_bytes_total", "kind=\"save\"", "counter", "Their bytes, on all ranks",
+         (double)e->save_bytes},
+        {"heddle:kv_move_bytes_total", "kind=\"load\"", "counter", NULL, (double)e->load_bytes},
+        {"heddle:kv_move_bytes_total", "kind=\"spill\"", "counter", NULL, (double)e->spill_bytes},
+        {"heddle:kv_move_bytes_total", "kind=\"fetch\"", "counter", NULL, (double)e->fetch_bytes},
+        {"heddle:kv_move_failures_total", "kind=\"spill\"", "counter",
+         "Blocks that could not be written or read back; they are computed again",
+         (double)e->n_spills_failed},
+        {"heddle:kv_move_failures_total", "kind=\"fetch\"", "counter", NULL,
+         (double)e->n_fetches_failed},
+    };
+    write_gauges(rows, sizeof rows / sizeof *rows, labels, out);
+}
+
 static void write_engine(const struct metrics_snapshot *s, const char *labels, struct buf *out)
 {
     const struct engine_stats *e = s->engine;
@@ -209,6 +244,14 @@ static void write_engine(const struct metrics_snapshot *s, const char *labels, s
          (double)e->drafts_proposed},
         {"vllm:spec_decode_num_accepted_tokens_total", "", "counter", "Draft tokens kept",
          (double)e->drafts_accepted},
+        {"heddle:draft_tokens_total", "kind=\"ngram\"", "counter", "Draft tokens verified, by kind",
+         (double)(e->drafts_proposed - e->model_drafts_proposed)},
+        {"heddle:draft_tokens_total", "kind=\"model\"", "counter", NULL,
+         (double)e->model_drafts_proposed},
+        {"heddle:draft_tokens_kept_total", "kind=\"ngram\"", "counter",
+         "Draft tokens kept, by kind", (double)(e->drafts_accepted - e->model_drafts_accepted)},
+        {"heddle:draft_tokens_kept_total", "kind=\"model\"", "counter", NULL,
+         (double)e->model_drafts_accepted},
         {"heddle:kv_blocks", "state=\"free\"", "gauge", "KV blocks by state",
          (double)e->blocks_free},
         {"heddle:kv_blocks", "state=\"cached\"", "gauge", NULL, (double)e->blocks_cached},
@@ -234,6 +277,7 @@ static void write_engine(const struct metrics_snapshot *s, const char *labels, s
         {"heddle:http_connections", "", "gauge", "Open connections", s->n_connections},
     };
     write_gauges(rows, sizeof rows / sizeof *rows, labels, out);
+    write_tiers(e, labels, out);
     write_head(out, "vllm:cache_config_info", "gauge", "Configuration of the KV cache");
     buf_printf(out, "vllm:cache_config_info{%s,block_size=\"%u\",num_gpu_blocks=\"%llu\"} 1\n",
                labels, e->block_size, (unsigned long long)e->blocks_total);

@@ -6,6 +6,7 @@
 #include "coordinator/front/api_error.h"
 #include "coordinator/front/openai.h"
 
+#include <stdio.h>
 #include <string.h>
 #include <strings.h>
 
@@ -89,7 +90,12 @@ static void error_reply(struct front *f, struct http_exchange *x, int status, en
     count_rejection(f, x, e, status);
     if (status >= 500 && status != 501 && e != ERR_NOT_READY && e != ERR_DEADLINE)
         log_error("http: %s answered with %d: %s", http_exchange_name(x), status, why);
-    if (status == 429) http_exchange_header(x, "Retry-After", "1");
+    if (status == 429) {
+        char seconds[16];
+        snprintf(seconds, sizeof seconds, "%u",
+                 f->config.engine ? engine_loop_retry_after_s(f->config.engine) : 1);
+        http_exchange_header(x, "Retry-After", seconds);
+    }
     if (status == 503) http_exchange_header(x, "Retry-After", "2");
     if (status == 401) http_exchange_header(x, "WWW-Authenticate", "Bearer");
     http_exchange_reply(x, status, "application/json", buf_string(&body), body.n);

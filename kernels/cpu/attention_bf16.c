@@ -6,10 +6,16 @@
 #define LANES_HEADER "kernels/cpu/lanes_avx512.h"
 #include "kernels/cpu/attention_lanes.h"
 
-#define DOT(sum, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
+/* sum += a * the pair in memory, the same for all lanes */
+#define DOT_EACH(sum, a, pair)                                                                     \
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(pair))
+
+/* Scores times log2 e. Even and odd pairs of dimensions have sums of their own. */
 LANES_INLINE void scores_pairs(const struct chunk_call *c, const int rows)
 {
+    const uint8_t *q = c->q;
     for (int t = 0; t < c->n_tiles; t++) {
         const uint32_t *k = (const uint32_t *)c->k[t];
         const uint8_t *ahead = c->k_ahead[t];
@@ -18,54 +24,75 @@ LANES_INLINE void scores_pairs(const struct chunk_call *c, const int rows)
         {
             sum[r][0] = sum[r][1] = lanes_zero();
         }
-        for (int d = 0; d < c->width / 2; d += 2, k += 32, ahead += 128) {
-            __m512i k0 = _mm512_loadu_si512(k), k1 = _mm512_loadu_si512(k + 16);
+        for (int d = 0; d < c->width / 2; d += 2, k += 2 * TILE, ahead += 128) {
+            __m512i k0 = _mm512_loadu_si512(k), k1 = _mm512_loadu_si512(k + TILE);
             LANES_FETCH(ahead);
             LANES_FETCH(ahead + 64);
             UNROLL for (int r = 0; r < rows; r++)
             {
-                const int32_t *q = (const int32_t *)((const uint8_t *)c->q + r * c->q_stride);
-                __m512i q0 = _mm512_set1_epi32(q[d]), q1 = _mm512_set1_epi32(q[d + 1]);
-                DOT(sum[r][0], k0, q0);
-                DOT(sum[r][1], k1, q1);
+                const uint32_t *pairs = (const uint32_t *)(q + r * c->q_stride) + d;
+                DOT_EACH(sum[r][0], k0, pairs[0]);
+                DOT_EACH(sum[r][1], k1, pairs[1]);
             }
         }
         UNROLL for (int r = 0; r < rows; r++)
         {
-            lanes_store(c->scores + r * ATTENTION_CHUNK + t * 16, lanes_add(sum[r][0], sum[r][1]));
+            lanes s = lanes_add(sum[r][0], sum[r][1]);
+            s = lanes_mul(s, lanes_all(c->softcap > 0 ? c->scale : c->scale * LOG2_E));
+            if (c->softcap > 0) s = lanes_mul(lanes_softcap(s, c->softcap), lanes_all(LOG2_E));
+            lanes_store(c->scores + r * ATTENTION_CHUNK + t * TILE, s);
         }
     }
 }
 
-/* As softmax_row; the pairs overwrite the first half of the row's scores. */
+/* 2^x for x <= 0: 2^f of f = x - floor(x) by a polynomial through six Chebyshev nodes (relative
+ * error 1e-7), then the exponent. */
+LANES_INLINE lanes lanes_exp2(lanes x)
+{
+    enum { TO_FLOOR = 1 };
+    lanes f = _mm512_reduce_ps(x, TO_FLOOR), p = lanes_all(1.89375406e-3f);
+    p = lanes_fma(p, f, lanes_all(8.94959042e-3f));
+    p = lanes_fma(p, f, lanes_all(5.58603371e-2f));
+    p = lanes_fma(p, f, lanes_all(0.240141818f));
+    p = lanes_fma(p, f, lanes_all(0.69315449f));
+    p = lanes_fma(p, f, lanes_all(0.999999898f));
+    return _mm512_scalef_ps(p, x);
+}
+
+/* As softmax_row, of scores times log2 e; pairs of weights overwrite the first half of the row. */
 LANES_INLINE void softmax_pairs(const struct chunk_call *c, int r)
 {
     const lanes nothing = lanes_all(-3.0e38f);
+    const __m256bh ones = (__m256bh)_mm256_set1_epi16(0x3f80);
     float *s = c->scores + r * ATTENTION_CHUNK;
     uint16_t *pairs = (uint16_t *)s;
-    lanes max = nothing, sum = lanes_zero();
+    lanes max = nothing;
+    /* tiles [inner, inner_end) are seen wholly */
+    int inner = (c->low[r] + TILE - 1) / TILE, inner_end = c->high[r] / TILE;
     for (int t = 0; t < c->n_tiles; t++) {
-        lanes x = lanes_mul(lanes_load(s + t * 16), lanes_all(c->scale));
-        if (c->softcap > 0) x = lanes_softcap(x, c->softcap);
-        x = lanes_between(x, c->low[r] - t * 16, c->high[r] - t * 16, nothing);
-        lanes_store(s + t * 16, x);
+        lanes x = lanes_load(s + t * TILE);
+        if (t < inner || t >= inner_end)
+            x = lanes_between(x, c->low[r] - t * TILE, c->high[r] - t * TILE, nothing);
         max = lanes_max(max, x);
     }
-    c->max[r] = lanes_max_of(max);
-    max = lanes_all(c->max[r]);
+    float most = lanes_max_of(max);
+    max = lanes_all(most);
+    __m256 sum = _mm256_setzero_ps();
     for (int t = 0; t < c->n_tiles; t++) {
-        lanes p = lanes_exp(lanes_sub(lanes_load(s + t * 16), max));
-        p = lanes_between(p, c->low[r] - t * 16, c->high[r] - t * 16, lanes_zero());
-        __m256i half = (__m256i)_mm512_cvtneps_pbh(p);
-        _mm256_storeu_si256((void *)(pairs + t * 16), half);
-        sum =
-            lanes_add(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+        lanes p = lanes_exp2(lanes_sub(lanes_load(s + t * TILE), max));
+        if (t < inner || t >= inner_end)
+            p = lanes_between(p, c->low[r] - t * TILE, c->high[r] - t * TILE, lanes_zero());
+        __m256bh half = _mm512_cvtneps_pbh(p);
+        _mm256_storeu_si256((void *)(pairs + t * TILE), (__m256i)half);
+        sum = _mm256_dpbf16_ps(sum, half, ones);
     }
-    c->sum[r] = lanes_sum_of(sum);
+    c->max[r] = most * LN_2;
+    c->sum[r] = lanes_sum_of(_mm512_zextps256_ps512(sum));
 }
 
-LANES_INLINE void values_pairs_wide(const struct chunk_call *c, const int rows, const int wide,
-                                    int d, bool fetch)
+/* `wide` vectors of dimensions from d on, of rows [r0, r0 + rows). */
+LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const int rows,
+                              const int wide, int d)
 {
     lanes sum[LANES_ROWS_MAX][4];
     UNROLL for (int r = 0; r < rows; r++)
@@ -74,28 +101,41 @@ LANES_INLINE void values_pairs_wide(const struct chunk_call *c, const int rows, 
     }
     for (int t = 0; t < c->n_tiles; t++) {
         const uint32_t *v = (const uint32_t *)c->v[t] + d;
-        const uint8_t *ahead = c->v_ahead[t];
-        for (int i = 0; i < 8; i++, v += c->width) {
-            __m512i x[4];
-            UNROLL for (int j = 0; j < wide; j++) x[j] = _mm512_loadu_si512(v + j * 16);
-            if (fetch)
-                for (int b = 0; b < c->width * 4; b += 64, ahead += 64)
-                    LANES_FETCH(ahead);
-            UNROLL for (int r = 0; r < rows; r++)
+        const uint8_t *ahead = c->v_ahead[t] + (size_t)d * 4;
+        const uint32_t *pairs = (const uint32_t *)(c->scores + r0 * ATTENTION_CHUNK) + t * 8;
+        for (int i = 0; i < 8; i++, v += c->width, ahead += c->width * 4) {
+            UNROLL for (int j = 0; j < wide; j++)
             {
-                const int32_t *pairs = (const int32_t *)(c->scores + r * ATTENTION_CHUNK) + t * 8;
-                __m512i p = _mm512_set1_epi32(pairs[i]);
-                UNROLL for (int j = 0; j < wide; j++) DOT(sum[r][j], x[j], p);
+                __m512i x = _mm512_loadu_si512(v + j * 16);
+                if (r0 == 0) LANES_FETCH(ahead + j * 64);
+                UNROLL for (int r = 0; r < rows; r++)
+                {
+                    DOT_EACH(sum[r][j], x, pairs[r * ATTENTION_CHUNK + i]);
+                }
             }
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
     {
         UNROLL for (int j = 0; j < wide; j++)
-            lanes_store(c->out + r * c->width + d + j * 16, sum[r][j]);
+            lanes_store(c->out + (r0 + r) * c->width + d + j * 16, sum[r][j]);
     }
 }
-VALUES_BY_WIDTH(values_pairs)
+
+/* 28 sums at most, so that V is read in order: eight rows go in two halves. */
+LANES_INLINE void values_pairs(const struct chunk_call *c, const int rows)
+{
+    const int first = rows > 7 ? 4 : rows;
+    int d = 0;
+    for (; d + 64 <= c->width; d += 64) {
+        values_wide(c, 0, first, 4, d);
+        if (rows > first) values_wide(c, first, rows - first, 4, d);
+    }
+    for (; d < c->width; d += 16) {
+        values_wide(c, 0, first, 1, d);
+        if (rows > first) values_wide(c, first, rows - first, 1, d);
+    }
+}
 
 CHUNK_KERNEL_8(chunk_pairs, scores_pairs, softmax_pairs, values_pairs)
 

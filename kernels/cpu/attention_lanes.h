@@ -9,6 +9,10 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
+/* Into L2: blocks lie in any order, and a core waits for fewer lines at once on their way into L1.
+ */
+#define LANES_FETCH(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
+
 /* e^x for x <= 0; below -87 it is 0. */
 LANES_INLINE lanes lanes_exp(lanes x)
 {
@@ -45,9 +49,6 @@ LANES_INLINE lanes lanes_softcap(lanes x, float cap)
     return lanes_load(a);
 }
 
-/* Into L2: fetching into L1 was measured to halve the speed of some processors. */
-#define LANES_FETCH(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
-
 /* scores[r][16 tile + lane] = q . k, raw. LOAD gives 16 tokens of one dimension. */
 #define SCORES(NAME, ELEMENT, LOAD)                                                                \
     LANES_INLINE void NAME(const struct chunk_call *c, const int rows)                             \
@@ -63,9 +64,9 @@ LANES_INLINE lanes lanes_softcap(lanes x, float cap)
                 sum[r][0] = sum[r][1] = lanes_zero();                                              \
             }                                                                                      \
             for (int d = 0; d < c->width; d += 2, ahead += 32 * sizeof(ELEMENT)) {                 \
-                lanes k0 = LOAD(k + d * 16), k1 = LOAD(k + d * 16 + 16);                           \
                 LANES_FETCH(ahead);                                                                \
                 if (sizeof(ELEMENT) == 4) LANES_FETCH(ahead + 64);                                 \
+                lanes k0 = LOAD(k + d * 16), k1 = LOAD(k + d * 16 + 16);                           \
                 UNROLL for (int r = 0; r < rows; r++)                                              \
                 {                                                                                  \
                     sum[r][0] = lanes_fma(k0, lanes_all(q[r][d]), sum[r][0]);                      \
@@ -84,7 +85,7 @@ LANES_INLINE lanes lanes_softcap(lanes x, float cap)
 /* out[r][dimensions] = sum of weight * v, `wide` vectors of dimensions at a time. */
 #define VALUES(NAME, ELEMENT, LOAD)                                                                \
     LANES_INLINE void NAME##_wide(const struct chunk_call *c, const int rows, const int wide,      \
-                                  int d, bool fetch)                                               \
+                                  int d)                                                           \
     {                                                                                              \
         lanes sum[LANES_ROWS_MAX][4];                                                              \
         UNROLL for (int r = 0; r < rows; r++)                                                      \
@@ -93,15 +94,13 @@ LANES_INLINE lanes lanes_softcap(lanes x, float cap)
         }                                                                                          \
         for (int t = 0; t < c->n_tiles; t++) {                                                     \
             const ELEMENT *v = (const ELEMENT *)c->v[t] + d;                                       \
-            const uint8_t *ahead = c->v_ahead[t];                                                  \
-            for (int i = 0; i < 16; i++, v += c->width) {                                          \
+            const uint8_t *ahead = c->v_ahead[t] + (size_t)d * sizeof(ELEMENT);                    \
+            for (int i = 0; i < 16;                                                                \
+                 i++, v += c->width, ahead += c->width * (int)sizeof(ELEMENT)) {                   \
+                LANES_FETCH(ahead);                                                                \
+                if (wide * 16 * sizeof(ELEMENT) > 64) LANES_FETCH(ahead + 64);                     \
                 lanes x[4];                                                                        \
                 UNROLL for (int j = 0; j < wide; j++) x[j] = LOAD(v + j * 16);                     \
-                if (fetch)                                                                         \
-                    for (int b = 0; b < c->width * (int)sizeof(ELEMENT); b += 64) {                \
-                        LANES_FETCH(ahead);                                                        \
-                        ahead += 64;                                                               \
-                    }                                                                              \
                 UNROLL for (int r = 0; r < rows; r++)                                              \
                 {                                                                                  \
                     lanes p = lanes_all(c->scores[r * ATTENTION_CHUNK + t * 16 + i]);              \
@@ -125,11 +124,11 @@ LANES_INLINE lanes lanes_softcap(lanes x, float cap)
         int d = 0;                                                                                 \
         if (rows * 2 <= LANES_ROWS_MAX)                                                            \
             for (; d + 64 <= c->width; d += 64)                                                    \
-                NAME##_wide(c, rows, 4, d, d == 0);                                                \
+                NAME##_wide(c, rows, 4, d);                                                        \
         for (; d + 32 <= c->width; d += 32)                                                        \
-            NAME##_wide(c, rows, 2, d, d == 0);                                                    \
+            NAME##_wide(c, rows, 2, d);                                                            \
         for (; d < c->width; d += 16)                                                              \
-            NAME##_wide(c, rows, 1, d, d == 0);                                                    \
+            NAME##_wide(c, rows, 1, d);                                                            \
     }
 
 /* Scores to weights e^(s - max) of one row, in place; tokens that the row does not see get 0. */
@@ -185,10 +184,9 @@ LANES_INLINE void scores_widened(const struct chunk_call *c, const int rows)
 }
 
 LANES_INLINE void values_widened_wide(const struct chunk_call *c, const int rows, const int wide,
-                                      int d, bool fetch)
+                                      int d)
 {
     lanes sum[LANES_ROWS_MAX][4];
-    (void)fetch;
     UNROLL for (int r = 0; r < rows; r++)
     {
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = lanes_zero();

@@ -14,7 +14,7 @@
 
 enum {
     UNIT_ROWS = 32,
-    TILES_AHEAD = 8, /* fetched this early: enough for the latency of memory, not too much for L2 */
+    AHEAD_BYTES = 8192, /* what is fetched into L2 lies so far ahead: measured, flat from here on */
     UNITS_PER_THREAD = 4, /* with fewer units than this a thread, spans are dealt out */
 };
 
@@ -23,7 +23,8 @@ struct tiles_job {
     const struct attention_kernels *kernels;
     const int32_t *unit_start; /* [n_seqs + 1] units of one KV head before each sequence */
     float *partial;            /* [units][spans][rows][width + 2] of the split form */
-    int units_per_head, spans, rows, pieces;
+    size_t tile_bytes;
+    int units_per_head, spans, rows, block_shift;
 };
 
 /* Query rows [row0, row0 + n_rows) of one sequence and KV head, row = token * n_heads + head. */
@@ -116,10 +117,10 @@ static void queries_load(const struct tiles_job *t, const struct unit *u, struct
 static const uint8_t *tile_at(const struct tiles_job *t, const struct unit *u, int32_t token)
 {
     const struct kv_cache *kv = t->j.kv;
-    int size = kv->args.block_size;
     if (token >= u->high) token = u->high - 1;
-    const uint8_t *piece = kv_head(kv, t->j.args->layer, u->blocks[token / size], u->kv_head);
-    return piece + (size_t)(token % size / TILE) * (size_t)(TILE * kv->width * kv->element_bytes);
+    int32_t block = token >> t->block_shift, in_block = token & (kv->args.block_size - 1);
+    const uint8_t *piece = kv_head(kv, t->j.args->layer, u->blocks[block], u->kv_head);
+    return piece + (size_t)(in_block / TILE) * t->tile_bytes;
 }
 
 /* Where tile i of a stream of n K tiles, n V tiles, then the next chunk's K tiles lies. */
@@ -134,26 +135,29 @@ static const uint8_t *stream_at(const struct tiles_job *t, const struct unit *u,
 static void tiles_find(const struct tiles_job *t, const struct unit *u, int32_t base, int n,
                        bool fetch, struct chunk_call *c)
 {
+    int ahead = AHEAD_BYTES / (int)t->tile_bytes;
+    ahead = ahead < 1 ? 1 : ahead > CHUNK_TILES / 2 ? CHUNK_TILES / 2 : ahead;
     const struct kv_cache *kv = t->j.kv;
     int size = kv->args.block_size;
     c->n_tiles = n;
     for (int i = 0; i < n; i++) {
         c->k[i] = tile_at(t, u, base + i * TILE);
         c->v[i] = c->k[i] + kv->v_offset;
-        c->k_ahead[i] = fetch ? stream_at(t, u, base, n, i + TILES_AHEAD) : c->k[i];
-        c->v_ahead[i] = fetch ? stream_at(t, u, base, n, n + i + TILES_AHEAD) : c->v[i];
+        c->k_ahead[i] = fetch ? stream_at(t, u, base, n, i + ahead) : c->k[i];
+        c->v_ahead[i] = fetch ? stream_at(t, u, base, n, n + i + ahead) : c->v[i];
         c->k_scale[i] = c->v_scale[i] = NULL;
         if (kv->args.dtype != DTYPE_I8) continue;
         int32_t token = base + i * TILE;
-        const uint8_t *piece = kv_head(kv, t->j.args->layer, u->blocks[token / size], u->kv_head);
+        const uint8_t *piece =
+            kv_head(kv, t->j.args->layer, u->blocks[token >> t->block_shift], u->kv_head);
         c->k_scale[i] = (const float *)(piece + kv->scale_offset) + token % size;
-        c->v_scale[i] = c->k_scale[i] + size;
+        c->v_scale[i] = (const float *)(piece + kv->v_offset + kv->scale_offset) + token % size;
     }
 }
 
 /* Adds (max, sum, out) of a later piece of context to the state so far. */
-static void state_merge(struct row_state *state, float *out, struct row_state piece,
-                        const float *piece_out, int n)
+static void state_merge(const struct row_kernels *rows, struct row_state *state, float *out,
+                        struct row_state piece, const float *piece_out, int n)
 {
     if (piece.sum == 0.0f && piece.max == -INFINITY) return;
     if (state->max == -INFINITY) {
@@ -163,8 +167,7 @@ static void state_merge(struct row_state *state, float *out, struct row_state pi
     }
     float max = piece.max > state->max ? piece.max : state->max;
     float keep = exp_approx(state->max - max), add = exp_approx(piece.max - max);
-    for (int d = 0; d < n; d++)
-        out[d] = out[d] * keep + piece_out[d] * add;
+    rows->blend(out, piece_out, keep, add, n);
     state->sum = state->sum * keep + piece.sum * add;
     state->max = max;
 }
@@ -202,7 +205,7 @@ static void rows_by_chunk(const struct tiles_job *t, const struct unit *u, int r
     t->kernels->chunk[t->j.kv->args.dtype](c);
     for (int r = 0; r < rows; r++) {
         if (low[r] >= high[r]) continue; /* this row sees nothing of the chunk */
-        state_merge(&s->span[r0 + r], s->span_out + (r0 + r) * n,
+        state_merge(t->j.rows, &s->span[r0 + r], s->span_out + (r0 + r) * n,
                     (struct row_state){s->chunk_max[r], s->chunk_sum[r]}, s->chunk_out + r * n, n);
     }
 }
@@ -249,7 +252,8 @@ static void unit_run(const void *args, int index, void *scratch)
     for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
         span_compute(t, &u, span, s);
         for (int r = 0; r < u.n_rows; r++)
-            state_merge(&s->total[r], s->total_out + r * n, s->span[r], s->span_out + r * n, n);
+            state_merge(t->j.rows, &s->total[r], s->total_out + r * n, s->span[r],
+                        s->span_out + r * n, n);
     }
     unit_store(t, &u, s);
 }
@@ -291,7 +295,7 @@ static void spans_merge(const void *args, int index, void *scratch)
     for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
         const float *from = partial_at(t, index, span);
         for (int r = 0; r < u.n_rows; r++, from += n + 2)
-            state_merge(&s->total[r], s->total_out + r * n,
+            state_merge(t->j.rows, &s->total[r], s->total_out + r * n,
                         (struct row_state){from[n], from[n + 1]}, from, n);
     }
     unit_store(t, &u, s);
@@ -320,7 +324,12 @@ static int units_count(struct tiles_job *t, int32_t *unit_start)
 
 void attend_tiles(struct cpu_backend *cpu, const struct attention_job *job)
 {
-    struct tiles_job t = {.j = *job, .kernels = cpu->attention, .partial = cpu->attention_partial};
+    const struct kv_cache *kv = job->kv;
+    struct tiles_job t = {.j = *job,
+                          .kernels = cpu->attention,
+                          .partial = cpu->attention_partial,
+                          .tile_bytes = (size_t)(TILE * kv->width * kv->element_bytes),
+                          .block_shift = __builtin_ctz((unsigned)kv->args.block_size)};
     ASSERT_CMP(job->batch->n_seqs, <=, cpu->n_seqs_max);
     int units = units_count(&t, cpu->unit_start);
     size_t bytes = (size_t)units * (size_t)t.spans * (size_t)t.rows *

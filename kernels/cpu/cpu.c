@@ -3,15 +3,18 @@
 #include "base/mem.h"
 #include "kernels/cpu/attention.h"
 
+#include <cpuid.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum { SCRATCH_BYTES_MIN = 1 << 18, ALLOC_HEADER = 64, ALLOC_HUGE = 1 << 20 };
 
-static const char *const isa_names[CPU_ISA_COUNT] = {"reference", "avx2", "avx512", "vnni", "bf16"};
+static const char *const isa_names[CPU_ISA_COUNT] = {"reference", "avx2", "avx512",
+                                                     "vnni",      "bf16", "amx"};
 static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {
-    &matmul_reference, &matmul_avx2, &matmul_avx512, &matmul_vnni, &matmul_bf16};
+    &matmul_reference, &matmul_avx2, &matmul_avx512, &matmul_vnni, &matmul_bf16, &matmul_amx};
 
 static const struct attention_kernels *const isa_attentions[CPU_ISA_COUNT] = {
     [CPU_ISA_AVX2] = &attention_avx2,
@@ -19,7 +22,17 @@ static const struct attention_kernels *const isa_attentions[CPU_ISA_COUNT] = {
     [CPU_ISA_BF16] = &attention_bf16};
 
 static const struct row_kernels *const isa_rows[CPU_ISA_COUNT] = {
-    &rows_plain, &rows_avx2, &rows_avx512, &rows_avx512, &rows_avx512};
+    &rows_plain, &rows_avx2, &rows_avx512, &rows_avx512, &rows_avx512, &rows_avx512};
+
+/* The unit is there, and the system lets this process use its registers. */
+static bool amx_runs(void)
+{
+    enum { LEAF_FEATURES = 7, BF16 = 1 << 22, TILE = 1 << 24, INT8 = 1 << 25 };
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl, Linux 5.16 */
+    unsigned a, b, c, d, needed = BF16 | TILE | INT8;
+    return __get_cpuid_count(LEAF_FEATURES, 0, &a, &b, &c, &d) && (d & needed) == needed &&
+           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
 
 static bool isa_runs(enum cpu_isa isa)
 {
@@ -38,8 +51,9 @@ static bool isa_runs(enum cpu_isa isa)
     case CPU_ISA_VNNI:
         return avx512 && __builtin_cpu_supports("avx512vnni");
     case CPU_ISA_BF16:
+    case CPU_ISA_AMX:
         return avx512 && __builtin_cpu_supports("avx512vnni") &&
-               __builtin_cpu_supports("avx512bf16");
+               __builtin_cpu_supports("avx512bf16") && (isa == CPU_ISA_BF16 || amx_runs());
     default:
         return false;
     }
@@ -62,8 +76,8 @@ static enum err isa_choose(const char *name, enum cpu_isa *out)
         *out = isa;
         return OK;
     }
-    FAIL(ERR_UNSUPPORTED, "unknown instruction set '%s': reference, avx2, avx512, vnni or bf16",
-         name);
+    FAIL(ERR_UNSUPPORTED,
+         "unknown instruction set '%s': reference, avx2, avx512, vnni, bf16 or amx", name);
 }
 
 /* Each format takes its kernels from the best ISA that has them. */
@@ -75,6 +89,7 @@ static void matmul_choose(struct cpu_backend *cpu)
             if (k && k->panel[format]) {
                 cpu->matmul.panel[format] = k->panel[format];
                 cpu->matmul.rows_max[format] = k->rows_max[format];
+                cpu->matmul.row_major[format] = k->row_major[format];
             }
             if (k && k->pack_rows[format]) cpu->matmul.pack_rows[format] = k->pack_rows[format];
         }
@@ -283,6 +298,7 @@ const struct backend_ops backend_cpu = {
     .ticket_wait = cpu_ticket_wait,
     .sync = cpu_sync,
     .matmul_gated = cpu_matmul_gated,
+    .matmul_argmax = cpu_matmul_argmax,
     .moe_create = cpu_moe_create,
     .moe_destroy = cpu_moe_destroy,
     .moe_forward = cpu_moe_forward,

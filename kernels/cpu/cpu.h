@@ -19,6 +19,7 @@ enum cpu_isa {
     CPU_ISA_AVX512,
     CPU_ISA_VNNI,
     CPU_ISA_BF16,
+    CPU_ISA_AMX,
     CPU_ISA_COUNT
 };
 
@@ -62,6 +63,7 @@ extern const struct format_info format_infos[FORMATS];
 struct activations {
     enum weight_format format;
     int n_rows, rows_max, n_row_panels;
+    bool row_major; /* AMX: words [n_rows][n_steps] instead */
     int64_t n_inputs, n_steps, n_groups;
     uint32_t *words;
     float *row_scale;    /* [n_rows]: INT8, INT4; else unused */
@@ -73,6 +75,7 @@ struct activations {
 struct panel_call {
     const uint8_t *weights;
     const uint32_t *words;
+    int64_t words_stride; /* row major: words between rows */
     int64_t n_steps;
     void *scratch; /* [rows][32] floats or int32 */
     bool first, last;
@@ -94,10 +97,11 @@ typedef void quantize_kernel(const struct activations *a, const float *x, int64_
 struct matmul_kernels {
     panel_kernel *panel[FORMATS];
     int rows_max[FORMATS];
+    bool row_major[FORMATS]; /* the panel kernel takes rows of words, see struct activations */
     quantize_kernel *pack_rows[FORMATS];
 };
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
-    matmul_bf16;
+    matmul_bf16, matmul_amx;
 
 /* Kernels of attention: see attention.h. */
 struct chunk_call;
@@ -118,9 +122,12 @@ struct row_kernels {
     /* out[i] = act(gate[i]) * up[i], or act(gate[i]) when up is NULL; out may be gate */
     void (*activate)(float *out, const float *gate, const float *up, int64_t n,
                      enum activation kind);
+    void (*blend)(float *x, const float *y, float keep, float more,
+                  int64_t n); /* x keep + y more */
     void (*to_bf16)(uint16_t *out, const float *x, int64_t n);
     /* rotates the pairs (x[i], x[i + half]) by the angles of cosines c and sines s */
     void (*rotate_halves)(float *x, const float *c, const float *s, int64_t half);
+    float (*largest)(const float *x, int64_t n); /* NaN counts as -inf, +inf as FLT_MAX */
 };
 extern const struct row_kernels rows_plain, rows_avx2, rows_avx512;
 
@@ -136,8 +143,8 @@ struct cpu_backend {
     struct attention_kernels attention_kernels;
     const struct row_kernels *rows;
     const struct attention_kernels *attention; /* the above, or NULL: the reference */
-    float *attention_partial;                  /* ATTENTION_PARTIAL_BYTES */
-    int32_t *unit_start;                       /* [n_seqs_max + 1] */
+    float *attention_partial; /* ATTENTION_PARTIAL_BYTES; matmul_argmax uses it too */
+    int32_t *unit_start;      /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
     void *moe_scratch; /* of the widest layer of experts */
@@ -150,23 +157,27 @@ static inline struct cpu_backend *cpu_of(struct backend *b)
     return (struct cpu_backend *)b;
 }
 
-/* K and V of a (layer, block, head) lie together: K tiles, V tiles, then for I8 the scales.
- * A tile is `tile` tokens. K tile: [head_dim / pair][tile][pair]. V tile: [tile /
- * v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of vdpbf16ps), else 1. */
+/* Of each (layer, head): the K of all blocks, then the V of all blocks. The K or V of a block is
+ * its tiles, then for I8 the scales of its tokens. A tile is `tile` tokens. K tile: [head_dim /
+ * pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of
+ * vdpbf16ps), else 1. */
 struct kv_cache {
     struct kv_cache_args args;
     int tile, pair, v_pair, width, element_bytes; /* width: head_dim rounded up to pair */
-    size_t v_offset, scale_offset, head_bytes, block_bytes, layer_bytes;
+    size_t half_bytes;                            /* K or V of one block and head */
+    size_t v_offset;                              /* from a block's K to its V */
+    size_t scale_offset;                          /* from a block's K or V to its scales */
+    size_t layer_bytes;
     uint8_t *data;
     size_t bytes;
     const struct row_kernels *rows;
 };
 
-/* The piece of one head of one block. */
+/* K of one head of one block; its V lies v_offset behind. */
 static inline uint8_t *kv_head(const struct kv_cache *kv, int layer, int32_t block, int head)
 {
-    return kv->data + (size_t)layer * kv->layer_bytes + (size_t)block * kv->block_bytes +
-           (size_t)head * kv->head_bytes;
+    return kv->data + (size_t)layer * kv->layer_bytes + (size_t)head * 2 * kv->v_offset +
+           (size_t)block * kv->half_bytes;
 }
 
 /* weight.c, pack.c */
@@ -196,6 +207,9 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w);
 void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w);
 void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
                       enum activation kind);
+
+void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
+                       int32_t *out_index, float *out_value);
 
 /* elementwise.c */
 void cpu_embed(struct backend *b, struct tensor out, const struct weight *table,

@@ -1,9 +1,9 @@
 /* The KV cache: its layout, writing a token, reading one element, moving blocks.
  *
- * For each layer and block the heads lie one after another, each with all its K, then all its V: a
- * decode step streams long contiguous pieces. Within a piece tokens are grouped in tiles of 16, so
- * that a vector lane is a token in K and a dimension in V. Blocks shorter than 16 tokens are one
- * tile each. See struct kv_cache. */
+ * For each layer and head the K of all blocks lies together, then the V of all blocks: a decode
+ * step streams through neighbouring blocks without a gap. Within a piece tokens are grouped in
+ * tiles of 16, so that a vector lane is a token in K and a dimension in V. Blocks shorter than 16
+ * tokens are one tile each. See struct kv_cache. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/half.h"
@@ -37,12 +37,11 @@ static enum err kv_shape(const struct kv_cache_args *args, struct kv_cache *kv)
     size_t tokens = (size_t)args->block_size,
            half = tokens * (size_t)kv->width * (size_t)kv->element_bytes;
     half = (half + 63) & ~(size_t)63;
-    kv->v_offset = half;
-    kv->scale_offset = 2 * half;
-    kv->head_bytes =
-        2 * half + (args->dtype == DTYPE_I8 ? (2 * tokens * sizeof(float) + 63) & ~(size_t)63 : 0);
-    kv->block_bytes = kv->head_bytes * (size_t)args->n_kv_heads;
-    if (!size_mul(kv->block_bytes, (size_t)args->n_blocks, &kv->layer_bytes) ||
+    kv->scale_offset = half;
+    if (args->dtype == DTYPE_I8) half += (tokens * sizeof(float) + 63) & ~(size_t)63;
+    kv->half_bytes = half;
+    if (!size_mul(half, (size_t)args->n_blocks, &kv->v_offset) ||
+        !size_mul(kv->v_offset, 2 * (size_t)args->n_kv_heads, &kv->layer_bytes) ||
         !size_mul(kv->layer_bytes, (size_t)args->n_layers, &kv->bytes))
         FAIL(ERR_NO_MEMORY, "a KV cache of %d layers, %d blocks", args->n_layers, args->n_blocks);
     return OK;
@@ -132,7 +131,7 @@ static void tile_clear_after(const struct kv_cache *kv, uint8_t *piece, int offs
 {
     int in_tile = offset % kv->tile, after = kv->tile - 1 - in_tile;
     if (kv->args.dtype == DTYPE_I8) {
-        float *scales = (float *)(piece + kv->scale_offset) + kv->args.block_size;
+        float *scales = (float *)(piece + kv->v_offset + kv->scale_offset);
         memset(scales + offset + 1, 0, (size_t)after * sizeof *scales);
         return;
     }
@@ -181,9 +180,9 @@ void kv_write(struct kv_cache *kv, int layer, int head, int32_t cache_slot, cons
         return;
     }
     if (kv->args.dtype == DTYPE_I8) {
-        float *scales = (float *)(piece + kv->scale_offset);
-        scales[offset] = token_scale(k, n, &k_inverse);
-        scales[size + offset] = token_scale(v, n, &v_inverse);
+        ((float *)(piece + kv->scale_offset))[offset] = token_scale(k, n, &k_inverse);
+        ((float *)(piece + kv->v_offset + kv->scale_offset))[offset] =
+            token_scale(v, n, &v_inverse);
     }
     for (int d = 0; d < kv->width; d++) {
         element_write(kv, piece, k_index(kv, offset, d), d < n ? k[d] : 0, k_inverse);
@@ -209,7 +208,19 @@ float kv_read_v(const struct kv_cache *kv, const uint8_t *piece, int offset, int
 {
     float x = element_read(kv, piece + kv->v_offset, v_index(kv, offset, d));
     if (kv->args.dtype != DTYPE_I8) return x;
-    return x * ((const float *)(piece + kv->scale_offset))[kv->args.block_size + offset];
+    return x * ((const float *)(piece + kv->v_offset + kv->scale_offset))[offset];
+}
+
+/* Copies a block of all layers and heads between the cache and a buffer [layers][heads][K, V]. */
+static void block_move(const struct kv_cache *kv, int32_t block, uint8_t *host, bool save)
+{
+    ASSERT(block >= 0 && block < kv->args.n_blocks);
+    for (int layer = 0; layer < kv->args.n_layers; layer++)
+        for (int head = 0; head < kv->args.n_kv_heads; head++)
+            for (int half = 0; half < 2; half++, host += kv->half_bytes) {
+                uint8_t *at = kv_head(kv, layer, block, head) + (half ? kv->v_offset : 0);
+                memcpy(save ? host : at, save ? at : host, kv->half_bytes);
+            }
 }
 
 void cpu_kv_copy(struct backend *b, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
@@ -220,24 +231,23 @@ void cpu_kv_copy(struct backend *b, struct kv_cache *kv, const int32_t *src, con
         ASSERT(src[i] >= 0 && src[i] < kv->args.n_blocks && dst[i] >= 0 &&
                dst[i] < kv->args.n_blocks);
         for (int layer = 0; src[i] != dst[i] && layer < kv->args.n_layers; layer++)
-            memcpy(kv_head(kv, layer, dst[i], 0), kv_head(kv, layer, src[i], 0), kv->block_bytes);
+            for (int head = 0; head < kv->args.n_kv_heads; head++) {
+                uint8_t *to = kv_head(kv, layer, dst[i], head);
+                const uint8_t *from = kv_head(kv, layer, src[i], head);
+                memcpy(to, from, kv->half_bytes);
+                memcpy(to + kv->v_offset, from + kv->v_offset, kv->half_bytes);
+            }
     }
 }
 
 void cpu_kv_save(struct backend *b, struct kv_cache *kv, int32_t block, void *host)
 {
     (void)b;
-    ASSERT(block >= 0 && block < kv->args.n_blocks);
-    for (int layer = 0; layer < kv->args.n_layers; layer++)
-        memcpy((uint8_t *)host + (size_t)layer * kv->block_bytes, kv_head(kv, layer, block, 0),
-               kv->block_bytes);
+    block_move(kv, block, host, true);
 }
 
 void cpu_kv_load(struct backend *b, struct kv_cache *kv, int32_t block, const void *host)
 {
     (void)b;
-    ASSERT(block >= 0 && block < kv->args.n_blocks);
-    for (int layer = 0; layer < kv->args.n_layers; layer++)
-        memcpy(kv_head(kv, layer, block, 0),
-               (const uint8_t *)host + (size_t)layer * kv->block_bytes, kv->block_bytes);
+    block_move(kv, block, (uint8_t *)(uintptr_t)host, false);
 }

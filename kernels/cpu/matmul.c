@@ -7,6 +7,7 @@
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
 
+#include <math.h>
 #include <string.h>
 
 enum {
@@ -31,6 +32,12 @@ struct matmul_args {
     bool gated;
     enum activation activation;
     const struct row_kernels *rows;
+    struct largest *best; /* of matmul_argmax: [n_panel_chunks][n_rows] */
+};
+
+struct largest {
+    float value;
+    int32_t index;
 };
 
 static int row_panel_first(const struct activations *a, int i)
@@ -74,9 +81,10 @@ static void pack_rows_chunk(const void *args, int chunk, void *scratch)
     const struct pack_rows_args *p = args;
     int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
     (void)scratch;
+    uint32_t *words = p->a->words + first * p->a->n_steps;
     for (int r = 0; r < rows; r++)
-        p->pack(p->a, p->x + (first + r) * p->stride, first + r, rows,
-                p->a->words + first * p->a->n_steps + r);
+        p->pack(p->a, p->x + (first + r) * p->stride, first + r, p->a->row_major ? 1 : rows,
+                words + (p->a->row_major ? r * p->a->n_steps : r));
 }
 
 static void activations_pack(struct cpu_backend *cpu, const struct weight *w, const float *x,
@@ -86,6 +94,7 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->format = w->format;
     a->n_rows = n_rows;
     a->rows_max = cpu->matmul.rows_max[w->format];
+    a->row_major = cpu->matmul.row_major[w->format];
     a->n_row_panels = (n_rows + a->rows_max - 1) / a->rows_max;
     a->n_inputs = w->n_in;
     a->n_steps = w->n_steps;
@@ -162,7 +171,8 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
             int first = row_panel_first(a, i), rows = row_panel_first(a, i + 1) - first;
             struct panel_call call = {
                 .weights = weights,
-                .words = a->words + first * a->n_steps + s * rows,
+                .words = a->words + first * a->n_steps + (a->row_major ? s : s * rows),
+                .words_stride = a->n_steps,
                 .n_steps = n,
                 .scratch = parked + (first - row0) * PANEL_OUTPUTS,
                 .first = s == 0,
@@ -249,6 +259,37 @@ static void matmul_commit(const void *args, int chunk, void *scratch)
     }
 }
 
+/* The columns of a chunk give way to the largest of each row, kept where the row's columns were. */
+static void argmax_compute(const void *args, int chunk, void *scratch)
+{
+    const struct matmul_args *m = args;
+    struct chunk_range c = chunk_range(m, chunk);
+    float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
+    int64_t stride = c.n_panels * PANEL_OUTPUTS, column = c.panel0 * PANEL_OUTPUTS;
+    int64_t n = m->n_columns - column < stride ? m->n_columns - column : stride;
+    for (int64_t p = 0; p < c.n_panels; p++)
+        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked, result + p * PANEL_OUTPUTS, stride, -1);
+    for (int r = 0; r < c.n_rows; r++) {
+        const float *row = result + r * stride;
+        struct largest best = {m->rows->largest(row, n), 0};
+        best.index = (int32_t)column; /* stays when all are -inf or NaN */
+        for (int64_t i = 0; best.value > -INFINITY && i < n; i++)
+            if (row[i] >= best.value) {
+                best.index = (int32_t)(column + i);
+                break;
+            }
+        memcpy(parked + 2 * r, &best, sizeof best);
+    }
+}
+
+static void argmax_commit(const void *args, int chunk, void *scratch)
+{
+    const struct matmul_args *m = args;
+    struct chunk_range c = chunk_range(m, chunk);
+    memcpy(m->best + (int64_t)(chunk % m->n_panel_chunks) * m->a.n_rows + c.row0, scratch,
+           (size_t)c.n_rows * sizeof *m->best);
+}
+
 static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
 {
     const struct activations *a = &cpu->activations;
@@ -259,8 +300,10 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
     m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
-    struct pool_job job = {m->gated ? gated_compute : matmul_compute, matmul_commit, m, sizeof *m,
-                           0};
+    struct pool_job job = {m->best    ? argmax_compute
+                           : m->gated ? gated_compute
+                                      : matmul_compute,
+                           m->best ? argmax_commit : matmul_commit, m, sizeof *m, 0};
     job.n_chunks = m->n_panel_chunks * n_row_chunks;
     pool_run(cpu->pool, &job);
 }
@@ -309,4 +352,42 @@ void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, con
                       enum activation kind)
 {
     matmul_run(b, out, x, w, true, kind);
+}
+
+/* The chunks of a row in ascending order: an equal value later does not win. */
+static void chunks_merge(const struct matmul_args *m, int32_t *out_index, float *out_value)
+{
+    for (int r = 0; r < m->a.n_rows; r++) {
+        struct largest best = m->best[r];
+        for (int64_t chunk = 1; chunk < m->n_panel_chunks; chunk++) {
+            struct largest one = m->best[chunk * m->a.n_rows + r];
+            if (one.value > best.value) best = one;
+        }
+        out_index[r] = best.index;
+        out_value[r] = best.value;
+    }
+}
+
+void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
+                       int32_t *out_index, float *out_value)
+{
+    struct cpu_backend *cpu = cpu_of(b);
+    ASSERT_CMP(x.cols, ==, w->n_in);
+    int64_t slice = slice_rows(w->n_out), chunks = w->n_panels / CHUNK_PANELS + 1;
+    int64_t most = ATTENTION_PARTIAL_BYTES / (int64_t)sizeof(struct largest) / chunks;
+    slice = slice < most ? slice : most;
+    ASSERT_CMP(slice, >, 0);
+    for (int64_t row = 0; row < x.rows; row += slice) {
+        int n = (int)(x.rows - row < slice ? x.rows - row : slice);
+        struct matmul_args m = {
+            .w = w,
+            .kernel = cpu->matmul.panel[w->format],
+            .n_columns = w->n_out,
+            .rows = cpu->rows,
+            .best = (struct largest *)(void *)cpu->attention_partial,
+        };
+        activations_pack(cpu, w, (const float *)x.data + row * x.stride, x.stride, n);
+        matmul_slice(cpu, &m);
+        chunks_merge(&m, out_index + row, out_value + row);
+    }
 }

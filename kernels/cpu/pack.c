@@ -19,6 +19,13 @@ const struct format_info format_infos[FORMATS] = {
 static const char *const format_names[FORMATS] = {"auto", "f32",  "f16", "bf16",
                                                   "int8", "int4", "fp8"};
 
+/* Packing is the same arithmetic on every machine; only how many values at a time differs. */
+#ifdef __SANITIZE_ADDRESS__
+#define EVERY_ISA
+#else
+#define EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#endif
+
 static void pack_f32(uint8_t *panel, int lane, const float *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
@@ -33,11 +40,17 @@ static void pack_f16(uint8_t *panel, int lane, const float *x, int64_t n)
     }
 }
 
+/* Pairs of inputs go to their lane as one word. */
 static void pack_bf16(uint8_t *panel, int lane, const float *x, int64_t n)
 {
-    for (int64_t i = 0; i < n; i++) {
-        uint16_t h = bf16_from_float(x[i]);
-        memcpy(panel + i / 2 * 128 + lane * 4 + i % 2 * 2, &h, 2);
+    uint8_t *at = panel + lane * 4;
+    for (int64_t i = 0; i + 2 <= n; i += 2) {
+        uint32_t word = bf16_from_float(x[i]) | (uint32_t)bf16_from_float(x[i + 1]) << 16;
+        memcpy(at + i / 2 * 128, &word, 4);
+    }
+    if (n % 2) {
+        uint16_t last = bf16_from_float(x[n - 1]);
+        memcpy(at + n / 2 * 128, &last, 2);
     }
 }
 
@@ -53,25 +66,45 @@ static inline float clamp(float x, float low, float high)
     return x < low ? low : x > high ? high : x;
 }
 
-static void pack_int8(struct weight *w, int64_t row, uint8_t *panel, int lane, const float *x)
+EVERY_ISA static float largest_size(const float *x, int64_t n)
 {
-    float max = 0;
-    for (int64_t i = 0; i < w->n_in; i++)
-        max = fmaxf(max, fabsf(x[i]));
-    float scale = max / 127.0f, inverse = scale >= 0x1p-120f ? 1.0f / scale : 0.0f;
-    w->scale[row] = inverse > 0 ? scale : 0.0f;
-    for (int64_t i = 0; i < w->n_steps * 4; i++) {
-        float q = i < w->n_in ? round_even(clamp(x[i] * inverse, -127.0f, 127.0f)) : 0.0f;
-        panel[i / 4 * 128 + lane * 4 + i % 4] = (uint8_t)((int)q + 128);
-    }
+    float most[16] = {0}, max = 0;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 16; k++) {
+            float size = fabsf(x[i + k]);
+            most[k] = size > most[k] ? size : most[k];
+        }
+    for (; i < n; i++)
+        max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+    for (int k = 0; k < 16; k++)
+        max = most[k] > max ? most[k] : max;
+    return max;
 }
 
-/* Packing is the same arithmetic on every machine; only how many values at a time differs. */
-#ifdef __SANITIZE_ADDRESS__
-#define EVERY_ISA
-#else
-#define EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#endif
+enum { ROUND_BLOCK = 256 };
+
+EVERY_ISA static void round_int8(const float *x, int64_t n, float inverse, uint8_t out[ROUND_BLOCK])
+{
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (uint8_t)((int)round_even(clamp(x[i] * inverse, -127.0f, 127.0f)) + 128);
+}
+
+static void pack_int8(struct weight *w, int64_t row, uint8_t *panel, int lane, const float *x)
+{
+    float scale = largest_size(x, w->n_in) / 127.0f;
+    float inverse = scale >= 0x1p-120f ? 1.0f / scale : 0.0f;
+    uint8_t q[ROUND_BLOCK], *at = panel + lane * 4;
+    w->scale[row] = inverse > 0 ? scale : 0.0f;
+    for (int64_t i = 0; i < w->n_steps * 4; i += ROUND_BLOCK) {
+        int64_t n = w->n_steps * 4 - i < ROUND_BLOCK ? w->n_steps * 4 - i : ROUND_BLOCK;
+        int64_t n_known = w->n_in - i < n ? w->n_in - i : n;
+        if (n_known < n) memset(q, 128, sizeof q); /* zeros */
+        if (n_known > 0) round_int8(x + i, n_known, inverse, q);
+        for (int64_t k = 0; k < n; k += 4)
+            memcpy(at + (i + k) / 4 * 128, q + k, 4);
+    }
+}
 
 /* Sum of squared errors when a group is rounded to multiples -8..7 of scale. Sixteen sums, so that
  * they can be taken at once. */
@@ -206,10 +239,23 @@ enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias)
     return OK;
 }
 
+EVERY_ISA static void bf16_row(const uint8_t *row, int64_t n, float *out)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t half;
+        memcpy(&half, row + 2 * i, 2);
+        out[i] = bf16_to_float(half);
+    }
+}
+
 static void view_row(const struct matrix_view *view, int64_t r, float *out)
 {
     size_t bytes = dtype_bytes(view->dtype);
     const uint8_t *row = (const uint8_t *)view->data + (size_t)(r * view->row_stride) * bytes;
+    if (view->data && view->col_stride == 1 && view->dtype == DTYPE_BF16) {
+        bf16_row(row, view->cols, out);
+        return;
+    }
     for (int64_t c = 0; c < view->cols; c++)
         out[c] = view->data ? load_float(row + (size_t)(c * view->col_stride) * bytes, view->dtype)
                             : 0.0f;

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { PIECE_BYTES = 1 << 20, PAGE_BYTES = 4096 };
+enum { PIECE_BYTES = 1 << 20, PIECES_MORE = 3, PAGE_BYTES = 4096 };
 
 static int n_pieces(const struct packed_weight *p)
 {
@@ -23,21 +23,23 @@ static size_t piece_bytes(const struct packed_weight *p, int i)
     return rest < PIECE_BYTES ? rest : PIECE_BYTES;
 }
 
-static struct hash128 digest_end(const struct packed_weight *p, const struct hash128 *pieces)
+/* Of pieces [n_pieces + PIECES_MORE]: those behind the panels' are filled here. Files keep the
+ * result, so that it is made of XXH3 alone. */
+static struct hash128 digest_end(const struct packed_weight *p, struct hash128 *pieces)
 {
-    struct hash128 h = {(uint64_t)p->format, 0};
-    uint64_t sides[2] = {(uint64_t)p->n_out, (uint64_t)p->n_in};
-    h = hash_chain(h, sides, sizeof sides);
-    h = hash_chain(h, pieces, (size_t)n_pieces(p) * sizeof *pieces);
-    if (p->scale) h = hash_chain(h, p->scale, p->n_lanes * sizeof(float));
-    if (p->bias) h = hash_chain(h, p->bias, p->n_lanes * sizeof(float));
-    return h;
+    static const struct hash128 none = {0, 0};
+    struct hash128 *more = pieces + n_pieces(p);
+    more[0] = (struct hash128){(uint64_t)p->n_out, (uint64_t)p->n_in};
+    more[1] = p->scale ? hash_bytes(p->scale, p->n_lanes * sizeof(float), 0) : none;
+    more[2] = p->bias ? hash_bytes(p->bias, p->n_lanes * sizeof(float), 0) : none;
+    return hash_bytes(pieces, ((size_t)n_pieces(p) + PIECES_MORE) * sizeof *pieces,
+                      p->format == WEIGHT_INT8 ? 8 : 4);
 }
 
 struct hash128 cpu_packed_digest(const struct packed_weight *p)
 {
     struct hash128 *pieces, h = {0, 0};
-    if (MEM_NEW_ARRAY(n_pieces(p) + 1, &pieces)) return h;
+    if (MEM_NEW_ARRAY(n_pieces(p) + PIECES_MORE, &pieces)) return h;
     for (int i = 0; i < n_pieces(p); i++)
         pieces[i] = hash_bytes((const char *)p->panels + (size_t)i * PIECE_BYTES, piece_bytes(p, i),
                                (uint64_t)i);
@@ -104,7 +106,7 @@ enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
     TRY_OUT(MEM_NEW(&w));
     TRY_OUT(sizes_of(p, w));
     ASSERT(p->panels_bytes == w->packed_bytes && !p->scale == (p->format != WEIGHT_INT8));
-    TRY_OUT(MEM_NEW_ARRAY(n_pieces(p) + 1, &pieces));
+    TRY_OUT(MEM_NEW_ARRAY(n_pieces(p) + PIECES_MORE, &pieces));
     TRY_OUT(weight_alloc(b, w, p->bias != NULL));
     TRY_OUT(activations_reserve(cpu, w));
     if (p->scale) memcpy(w->scale, p->scale, p->n_lanes * sizeof(float));

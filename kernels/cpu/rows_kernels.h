@@ -7,6 +7,7 @@
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/vector_math.h"
 
+#include <float.h>
 #include <math.h>
 
 enum { SUM_LANES = 32 };
@@ -114,10 +115,34 @@ static void activate(float *out, const float *gate, const float *restrict up, in
         out[i] *= up[i];
 }
 
+static void blend(float *restrict x, const float *restrict y, float keep, float more, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        x[i] = x[i] * keep + y[i] * more;
+}
+
 static void to_bf16(uint16_t *restrict out, const float *restrict x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         out[i] = bf16_from_float(x[i]);
+}
+
+/* The largest value, taking NaN for -inf and +inf for the largest float, as sampling does. */
+static float largest(const float *x, int64_t n)
+{
+    float lane[SUM_LANES];
+    int64_t i = 0;
+    for (int j = 0; j < SUM_LANES; j++)
+        lane[j] = -INFINITY;
+    for (; i + SUM_LANES <= n; i += SUM_LANES)
+        for (int j = 0; j < SUM_LANES; j++)
+            lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (int j = 0; i < n; i++, j++)
+        lane[j] = x[i] > lane[j] ? x[i] : lane[j];
+    for (int k = SUM_LANES / 2; k > 0; k /= 2)
+        for (int j = 0; j < k; j++)
+            lane[j] = lane[j + k] > lane[j] ? lane[j + k] : lane[j];
+    return lane[0] > FLT_MAX ? FLT_MAX : lane[0];
 }
 
 /* Su et al., "RoFormer", 2021, equation 34, of the pairs (i, i + half). */
@@ -133,4 +158,5 @@ static void rotate_halves(float *restrict x, const float *restrict c, const floa
 }
 
 #define ROW_KERNELS(NAME)                                                                          \
-    const struct row_kernels NAME = {add, norm, scale, activate, to_bf16, rotate_halves};
+    const struct row_kernels NAME = {add,   norm,    scale,         activate,                      \
+                                     blend, to_bf16, rotate_halves, largest};

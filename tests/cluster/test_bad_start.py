@@ -114,6 +114,9 @@ def taken_port():
 
 def wrong_options():
     assert "max-num-seqs" in serve(DEMO, "--max-num-seqs", "0", code=2)
+    for name, value in (("max-num-queued-reqs", "0"), ("max-num-batched-tokens", "-1"), ("pipeline-depth", "0"),
+                        ("watchdog-timeout", "0"), ("max-num-queued-tokens", "many"), ("block-size", "4096")):
+        assert name in serve(DEMO, "--" + name, value, code=2)
     assert "did you mean" in serve(DEMO, "--max-num-seq", "4", code=2)
     assert "not supported" in serve(DEMO, "--pipeline-parallel-size", "2", code=2)
     assert "tensor" in attempt("serve", DEMO, "--tp", "65", code=2)

@@ -16,7 +16,7 @@ from harness import BINARY_DIR, DEMO, HEDDLE, Server, environment, free_port, ru
 
 PLUGIN_DIR = os.path.join(BINARY_DIR, "emulated")
 PROMPTS = ["Once upon a time there was a", "The king said to his"]
-TOKENS = 16
+TOKENS = 12
 NEAR = 0.25  # logprobs
 SMALL = ["--max-num-seqs", "4", "--max-model-len", "256", "--max-num-batched-tokens", "64"]
 
@@ -72,7 +72,7 @@ def answers(server, disturb=None):
     for t in threads:
         t.start()
     if disturb:
-        while len(progress) < 8:
+        while len(progress) < 6:
             time.sleep(0.005)
         disturb()
     for t in threads:
@@ -114,7 +114,7 @@ def launched_before_waiting(log):
                 at.setdefault((what, int(n)), place)
             n_blocked += what == "waits" and ("graph" in at)
     last = max(n for what, n in at if what == "record")
-    steps = [n for n in range(6, last - 2)]
+    steps = [n for n in range(5, last - 2)]
     good = [n for n in steps if at[("record", n + 1)] < at.get(("passed", n), 1 << 60)]
     return len(good), len(steps), n_graphs
 
@@ -126,7 +126,7 @@ def one_rank_without_gaps():
         good, steps, graphs = launched_before_waiting(cuda.log)
     print(f"     {good} of {steps} steps were launched before the one before had ended; {graphs} graphs; "
           f"{n_same} tokens as on the CPU")
-    assert steps >= 6 and graphs >= TOKENS // 2, (steps, graphs)
+    assert steps >= 5 and graphs >= TOKENS // 3, (steps, graphs)
     assert good >= 0.9 * steps, f"only {good} of {steps} steps were launched ahead"
 
 

@@ -106,32 +106,37 @@ static struct tensor partial_of(struct decoder *d, struct tensor delta)
     return delta;
 }
 
-/* delta = partial summed over the ranks: the one place with an all-reduce in it. */
-static enum err ranks_sum(struct decoder *d, struct tensor delta, struct tensor partial)
+/* delta = partial summed over the ranks: the one place with an all-reduce in it. The sum may stay
+ * in the collective's memory unless it has to outlive the collective that follows (last). */
+static enum err ranks_sum(struct decoder *d, struct tensor *delta, struct tensor partial, bool last)
 {
+    struct collective *c = d->collective;
     if (d->model->group.size == 1) return OK;
     int64_t begin = clock_monotonic_ns();
-    TRY(d->collective->ops->all_reduce_sum(d->collective, delta, partial));
+    if (c->ops->all_reduce_near && !last)
+        TRY(c->ops->all_reduce_near(c, delta, partial));
+    else
+        TRY(c->ops->all_reduce_sum(c, *delta, partial));
     d->collective_ns += clock_monotonic_ns() - begin;
     return OK;
 }
 
 /* delta = x w^T, summed. */
-static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w,
+static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w, bool last,
                           struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
     struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden);
     struct tensor partial = partial_of(d, delta);
     b->ops->matmul(b, partial, x, w);
-    TRY(ranks_sum(d, delta, partial));
+    TRY(ranks_sum(d, &delta, partial, last));
     *out_delta = delta;
     return OK;
 }
 
 /* Each rank holds a slice of every expert and routes alike, so the sums of slices are summed as
  * those of a dense layer are. */
-static enum err experts(struct decoder *d, const struct layer *layer, struct tensor in,
+static enum err experts(struct decoder *d, const struct layer *layer, struct tensor in, bool last,
                         struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
@@ -141,17 +146,17 @@ static enum err experts(struct decoder *d, const struct layer *layer, struct ten
     struct tensor partial = partial_of(d, delta);
     b->ops->matmul(b, scores, in, layer->router);
     b->ops->moe_forward(b, partial, in, scores, layer->moe);
-    TRY(ranks_sum(d, delta, partial));
+    TRY(ranks_sum(d, &delta, partial, last));
     *out_delta = delta;
     return OK;
 }
 
 static enum err feed_forward(struct decoder *d, const struct layer *layer, struct tensor in,
-                             struct tensor *out_delta)
+                             bool last, struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
     const struct model_config *c = &d->model->config;
-    if (layer->moe) return experts(d, layer, in, out_delta);
+    if (layer->moe) return experts(d, layer, in, last, out_delta);
     int64_t ffn = shard_count(d->model->ffn);
     struct tensor act = view(d, d->scratch, in.rows, ffn);
     if (c->gated && b->ops->matmul_gated) {
@@ -163,7 +168,7 @@ static enum err feed_forward(struct decoder *d, const struct layer *layer, struc
         b->ops->matmul(b, before, in, layer->up);
         b->ops->activate(b, act, before, c->activation, c->gated);
     }
-    return linear_in(d, act, layer->down, out_delta);
+    return linear_in(d, act, layer->down, last, out_delta);
 }
 
 static struct tensor embed(struct decoder *d, const struct batch *batch)
@@ -220,10 +225,10 @@ enum err decoder_forward(struct decoder *d, const struct batch *batch)
         if (i == c->n_layers - 1 && !batch->n_rows_out) return OK;
         b->ops->attend(b, att, qkv, d->kv, &layer->attention, batch);
         if (i == c->n_layers - 1) keep_rows_out(d, batch, &x, &h, &att);
-        TRY(linear_in(d, att, layer->out, &delta));
+        TRY(linear_in(d, att, layer->out, false, &delta));
         b->ops->add_norm(b, x, delta, pre ? &layer->ffn_norm : &layer->attention_norm, h);
         if (!pre) swap(&x, &h);
-        TRY(feed_forward(d, layer, pre ? h : x, &delta));
+        TRY(feed_forward(d, layer, pre ? h : x, i == c->n_layers - 1, &delta));
         if (!pre) {
             b->ops->add_norm(b, x, delta, &layer->ffn_norm, h);
             swap(&x, &h);

@@ -15,8 +15,8 @@
 
 #include <cmocka.h>
 
-static const char *const test_isas[] = {"reference", "avx2", "avx512", "vnni", "bf16"};
-enum { TEST_ISAS = 5 };
+static const char *const test_isas[] = {"reference", "avx2", "avx512", "vnni", "bf16", "amx"};
+enum { TEST_ISAS = 6 };
 
 #define CHECK(expression)                                                                          \
     do {                                                                                           \

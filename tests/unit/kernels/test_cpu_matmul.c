@@ -3,6 +3,8 @@
  * INT4 have the same bits on every instruction set. Method: the test rounds inputs itself (to f16,
  * bf16, int8 or 4 bits) where the format says so, so that only the order of additions is left to
  * the tolerance. */
+#define AMX_EMULATED
+#include "kernels/cpu/matmul_amx.c"
 #include "unit/kernels/cpu_test.h"
 
 struct format_case {
@@ -332,9 +334,91 @@ static void allocations_fail(void **state)
     fail_msg("never succeeded");
 }
 
+/* matmul_argmax finds what greedy sampling finds in the rows of matmul: with equal largest outputs
+ * far apart, rows of NaN, infinities, several chunks of rows and of outputs. */
+static void argmax_is_greedy(void **state)
+{
+    enum { N = 1000, K = 40, M = 160 };
+    struct rand r = rand_seeded(8);
+    float *w = test_floats(&r, N * K, 1), *x = test_floats(&r, M * K, 1);
+    float *y = test_floats(NULL, M * N, 0), *bias = test_floats(&r, N, 1), value[M];
+    int32_t index[M];
+    (void)state;
+    memcpy(w + 900 * K, w + 70 * K, K * sizeof *w); /* equal outputs, both large for row 3 */
+    memcpy(x + 3 * K, w + 70 * K, K * sizeof *w);
+    bias[900] = bias[70];
+    bias[500] = 1e38f;
+    for (int d = 0; d < K; d++)
+        x[5 * K + d] = NAN, x[7 * K + d] = 3e38f;
+    for (int isa = 0; isa < TEST_ISAS; isa++)
+        for (int f = 0; f < 2; f++) {
+            struct backend *b = test_open_with(test_isas[isa], 1 + f, N);
+            if (!b) continue;
+            struct matrix_view view = test_view(w, N, K);
+            struct weight *packed;
+            bias[500] = f ? 1e38f : 0;
+            CHECK(backend_cpu.weight_create(b, &view, 1, bias, f ? WEIGHT_F32 : WEIGHT_INT8,
+                                            &packed));
+            backend_cpu.matmul(b, test_tensor(y, M, N), test_tensor(x, M, K), packed);
+            backend_cpu.matmul_argmax(b, test_tensor(x, M, K), packed, index, value);
+            for (int m = 0; m < M; m++) {
+                struct sample_row greedy = {.slot = -1, .n_logprobs = -1, .forced_token = -1};
+                struct sample_result result;
+                backend_cpu.sample(b, test_tensor(y + m * N, 1, N), &greedy, 1, &result);
+                assert_int_equal(index[m], result.token);
+                if (isfinite(y[m * N + index[m]])) assert_true(value[m] == y[m * N + index[m]]);
+            }
+            if (!f) assert_int_equal(index[3], 70);
+            backend_cpu.weight_destroy(b, packed);
+            b->ops->close(b);
+        }
+    mem_free(w), mem_free(x), mem_free(y), mem_free(bias);
+}
+
+/* The AMX kernels with their tile instructions in C (see amx.h), in the place of the reference's:
+ * the same bits for INT8 and INT4, the same sums for BF16, and no row that depends on its batch. */
+static void amx_in_emulation(void **state)
+{
+    enum { AMX_TEST_ROWS = 45 };
+    static const enum weight_format amx_formats[] = {WEIGHT_INT8, WEIGHT_INT4, WEIGHT_BF16};
+    (void)state;
+    for (int i = 0; i < 3 * SHAPES; i++) {
+        enum weight_format f = amx_formats[i / SHAPES];
+        int64_t n = shapes[i % SHAPES].n, k = shapes[i % SHAPES].k;
+        struct rand r = rand_seeded((uint64_t)i);
+        float *w = test_floats(&r, n * k, 1), *bias = test_floats(&r, n, 1);
+        float *x = test_floats(&r, AMX_TEST_ROWS * k, 1);
+        float *want = test_floats(NULL, AMX_TEST_ROWS * n, 0);
+        float *got = test_floats(NULL, AMX_TEST_ROWS * n, 0), *alone = test_floats(NULL, n, 0);
+        struct backend *b = test_open_with("reference", 1, 512);
+        struct matrix_view view = test_view(w, n, k);
+        struct weight *packed;
+        CHECK(backend_cpu.weight_create(b, &view, 1, bias, f, &packed));
+        backend_cpu.matmul(b, test_tensor(want, AMX_TEST_ROWS, n), test_tensor(x, AMX_TEST_ROWS, k),
+                           packed);
+        cpu_of(b)->matmul.panel[f] = matmul_amx_emulated.panel[f];
+        cpu_of(b)->matmul.rows_max[f] = matmul_amx_emulated.rows_max[f];
+        cpu_of(b)->matmul.row_major[f] = matmul_amx_emulated.row_major[f];
+        backend_cpu.matmul(b, test_tensor(got, AMX_TEST_ROWS, n), test_tensor(x, AMX_TEST_ROWS, k),
+                           packed);
+        if (f != WEIGHT_BF16) test_same_bits("amx", got, want, AMX_TEST_ROWS * n);
+        for (int64_t j = 0; j < AMX_TEST_ROWS * n; j++)
+            if (fabsf(got[j] - want[j]) > 2e-6f * (float)k + 1e-6f * fabsf(want[j]))
+                fail_msg("%lld x %lld: %g, not %g", (long long)n, (long long)k, got[j], want[j]);
+        for (int row = 0; row < AMX_TEST_ROWS; row += 11) {
+            backend_cpu.matmul(b, test_tensor(alone, 1, n), test_tensor(x + row * k, 1, k), packed);
+            test_same_bits("amx, a row alone", alone, got + row * n, n);
+        }
+        backend_cpu.weight_destroy(b, packed);
+        b->ops->close(b);
+        mem_free(w), mem_free(bias), mem_free(x), mem_free(want), mem_free(got), mem_free(alone);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(argmax_is_greedy),       cmocka_unit_test(amx_in_emulation),
         cmocka_unit_test(equals_double_sums),     cmocka_unit_test(rows_do_not_see_each_other),
         cmocka_unit_test(isas_agree_on_integers), cmocka_unit_test(extremes),
         cmocka_unit_test(parts_are_stacked),      cmocka_unit_test(gated_equals_two_steps),

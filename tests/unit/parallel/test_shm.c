@@ -94,6 +94,42 @@ static int reduce_job(struct chair *chair, void *ctx)
     return 0;
 }
 
+/* The sum stays with the collective where it is long, and is the same to the bit. */
+static int near_job(struct chair *chair, void *ctx)
+{
+    static const int64_t sizes[] = {5, 16384, 16389, 70001, 400000, 700000};
+    struct collective *c;
+    float *y;
+    (void)ctx;
+    CHECK(open_on(chair, "shm", &c) == OK);
+    CHECK(MEM_NEW_ARRAY(700000, &y) == OK);
+    for (int round = 0; round < 24; round++) {
+        int64_t n = sizes[round % 6];
+        struct tensor out = {y, DTYPE_F32, 1, n, n}, in = out;
+        in.data = c->ops->reduce_buffer(c, (size_t)n * 4);
+        bool direct = in.data != NULL;
+        if (!direct) in.data = y;
+        for (int64_t i = 0; i < n; i++)
+            ((float *)in.data)[i] = value_of(chair->rank, round, i);
+        CHECK(c->ops->all_reduce_near(c, &out, in) == OK);
+        CHECK((out.data != y) == (direct && n >= 16384));
+        for (int64_t i = 0; i < n; i++) {
+            float want = expected(chair->hall->size, round, i);
+            CHECK(!memcmp(&((float *)out.data)[i], &want, sizeof want));
+        }
+    }
+    mem_free(y);
+    collective_close(c);
+    return 0;
+}
+
+static void test_sums_that_stay(void **state)
+{
+    (void)state;
+    for (int size = 2; size <= 5; size++)
+        assert_int_equal(processes_run(size, near_job, NULL), 0);
+}
+
 static void test_sums_in_rank_order(void **state)
 {
     (void)state;
@@ -251,6 +287,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_sums_in_rank_order),
+        cmocka_unit_test(test_sums_that_stay),
         cmocka_unit_test(test_gathers_uneven_slices),
         cmocka_unit_test(test_a_dead_peer_is_seen),
         cmocka_unit_test(test_an_absent_peer_does_not_hang),

@@ -82,13 +82,15 @@ static void draw_plan(struct step_plan *p)
     p->n_saves = few(), p->saves = pairs(p->n_saves);
     p->n_loads = few(), p->loads = pairs(p->n_loads);
     p->n_copies = few(), p->copies = pairs(p->n_copies);
+    p->n_fetches = few(), p->fetches = pairs(p->n_fetches);
+    p->n_spills = few(), p->spills = pairs(p->n_spills);
     p->n_extends = few(), p->extends = pairs(p->n_extends);
     p->n_pauses = few(), p->pauses = words(p->n_pauses);
     p->n_opens = few(), p->opens = take(p->n_opens, sizeof *p->opens);
     for (uint32_t i = 0; i < p->n_opens; i++) {
         struct plan_open *o = &p->opens[i];
         *o = (struct plan_open){
-            number(), number(), number(), number(), rand_below(&dice, 200) ? few() : 20000,
+            number(), number(), number(), number(),   rand_below(&dice, 200) ? few() : 20000,
             few(),    NULL,     NULL,     {.seed = 0}};
         o->tokens = words(o->n_tokens);
         o->blocks = words(o->n_blocks);
@@ -102,11 +104,12 @@ static void draw_plan(struct step_plan *p)
         f->blocks = words(f->n_blocks);
     }
     p->n_runs = few(), p->runs = take(p->n_runs, sizeof *p->runs);
-    bool drafts = rand_below(&dice, 2);
+    bool drafts = rand_below(&dice, 2), own = rand_below(&dice, 2);
     for (uint32_t i = 0; i < p->n_runs; i++) {
         struct plan_run *r = &p->runs[i];
-        *r = (struct plan_run){number(), number(), (uint32_t)rand_below(&dice, 4),
-                               drafts ? few() : 0, NULL};
+        *r = (struct plan_run){number(),           number(), (uint32_t)rand_below(&dice, 4),
+                               drafts ? few() : 0, NULL,     own ? few() : 0,
+                               own ? number() : 0};
         r->drafts = words(r->n_drafts);
     }
 }
@@ -165,6 +168,12 @@ static void run_message(Heddle__Cluster__StepPlan *m, const struct step_plan *p)
         m->run_flags[i] = p->runs[i].flags, m->run_drafts[i] = p->runs[i].n_drafts;
         n_drafts += p->runs[i].n_drafts;
     }
+    m->run_own = take(n, 4), m->run_ahead = take(n, 4);
+    for (size_t i = 0; i < n; i++) {
+        m->run_own[i] = p->runs[i].n_own, m->run_ahead[i] = p->runs[i].n_ahead;
+        if (p->runs[i].n_own) m->n_run_own = n;
+        if (p->runs[i].n_ahead) m->n_run_ahead = n;
+    }
     m->n_run_drafts = n_drafts ? n : 0;
     m->n_drafts = n_drafts;
     m->drafts = take(n_drafts, 4);
@@ -185,6 +194,9 @@ static size_t pack_by_library(const struct step_plan *p, uint8_t *out)
     split(p->saves, p->n_saves, &m.n_save_blocks, &m.save_blocks, &m.n_save_host, &m.save_host);
     split(p->loads, p->n_loads, &m.n_load_host, &m.load_host, &m.n_load_blocks, &m.load_blocks);
     split(p->copies, p->n_copies, &m.n_copy_from, &m.copy_from, &m.n_copy_to, &m.copy_to);
+    split(p->fetches, p->n_fetches, &m.n_fetch_disk, &m.fetch_disk, &m.n_fetch_host,
+          &m.fetch_host);
+    split(p->spills, p->n_spills, &m.n_spill_host, &m.spill_host, &m.n_spill_disk, &m.spill_disk);
     split(p->extends, p->n_extends, &m.n_extend_slots, &m.extend_slots, &m.n_extend_blocks,
           &m.extend_blocks);
     m.n_opens = p->n_opens, m.opens = take(p->n_opens, sizeof(void *));
@@ -213,6 +225,10 @@ static void same_plan(const struct step_plan *a, const struct step_plan *b)
     same_words(a->loads, b->loads, 2 * a->n_loads);
     assert_int_equal(a->n_copies, b->n_copies);
     same_words(a->copies, b->copies, 2 * a->n_copies);
+    assert_int_equal(a->n_fetches, b->n_fetches);
+    same_words(a->fetches, b->fetches, 2 * a->n_fetches);
+    assert_int_equal(a->n_spills, b->n_spills);
+    same_words(a->spills, b->spills, 2 * a->n_spills);
     assert_int_equal(a->n_extends, b->n_extends);
     same_words(a->extends, b->extends, 2 * a->n_extends);
     assert_int_equal(a->n_pauses, b->n_pauses);
@@ -244,6 +260,8 @@ static void same_plan(const struct step_plan *a, const struct step_plan *b)
     for (uint32_t i = 0; i < a->n_runs; i++) {
         assert_memory_equal(&a->runs[i], &b->runs[i], 16);
         same_words(a->runs[i].drafts, b->runs[i].drafts, a->runs[i].n_drafts);
+        assert_int_equal(a->runs[i].n_own, b->runs[i].n_own);
+        assert_int_equal(a->runs[i].n_ahead, b->runs[i].n_ahead);
     }
 }
 
@@ -268,11 +286,40 @@ static void plans_are_the_librarys_bytes(void **state)
     buf_fini(&own);
 }
 
+static void moved_come_back(void **state)
+{
+    (void)state;
+    struct buf bytes;
+    struct moved back;
+    uint64_t failed[2] = {1ull << 40, 7};
+    struct moved news = {3, 1ull << 41, 9, 1, 2, 12345, failed, failed};
+    buf_init(&bytes, 0);
+    arena_reset(&arena);
+    assert_int_equal(moved_encode(&news, &bytes), OK);
+    assert_int_equal(moved_decode(bytes.data, bytes.n, &arena, &back), OK);
+    assert_true(back.epoch == 3 && back.n_fetched == 1ull << 41 && back.n_spilled == 9);
+    assert_true(back.n_fetches_failed == 1 && back.fetches_failed[0] == failed[0]);
+    assert_true(back.n_spills_failed == 2 && back.spills_failed[1] == 7 && back.fetch_ns == 12345);
+    for (size_t n = 0; n < bytes.n; n++) /* every cut is refused or is another message */
+        (void)moved_decode(bytes.data, n, &arena, &back);
+    buf_clear(&bytes);
+    assert_int_equal(step_result_encode(&(struct step_result){0}, false, &bytes), OK);
+    assert_int_equal(moved_decode(bytes.data, bytes.n, &arena, &back), ERR_FORMAT);
+    buf_fini(&bytes);
+}
+
 static void draw_result(struct step_result *r)
 {
     *r = (struct step_result){
         .epoch = number(), .step = number(), .n_tokens = few() * few(), .compute_us = number()};
     r->tokens = take(r->n_tokens, sizeof *r->tokens);
+    if (rand_below(&dice, 2)) {
+        r->n_drafted = few(), r->drafted = take(r->n_drafted, sizeof *r->drafted);
+        for (uint32_t i = 0; i < r->n_drafted; i++)
+            r->drafted[i] = (struct plan_pair){number(), few()};
+        r->draft_us = number(), r->draft_passes = few(), r->draft_tokens = number();
+        r->draft_first_us = number();
+    }
     bool plain = rand_below(&dice, 2);
     for (uint32_t i = 0; i < r->n_tokens; i++) {
         struct step_token *t = &r->tokens[i];
@@ -302,7 +349,12 @@ static void results_come_back(void **state)
         assert_int_equal(step_result_encode(&r, false, &bytes), OK);
         assert_int_equal(step_result_decode(bytes.data, bytes.n, &arena, &back), OK);
         assert_true(back.epoch == r.epoch && back.step == r.step &&
-                    back.compute_us == r.compute_us);
+                    back.compute_us == r.compute_us && back.draft_us == r.draft_us &&
+                    back.draft_passes == r.draft_passes && back.draft_tokens == r.draft_tokens &&
+                    back.draft_first_us == r.draft_first_us);
+        assert_int_equal(back.n_drafted, r.n_drafted);
+        for (uint32_t i = 0; i < r.n_drafted; i++)
+            assert_memory_equal(&back.drafted[i], &r.drafted[i], sizeof r.drafted[i]);
         assert_int_equal(back.n_tokens, r.n_tokens);
         for (uint32_t i = 0; i < r.n_tokens; i++) {
             const struct step_token *a = &r.tokens[i], *b = &back.tokens[i];
@@ -361,7 +413,7 @@ static void broken_bytes_are_errors(void **state)
 static enum err decode_shape(void (*spoil)(Heddle__Cluster__StepPlan *))
 {
     static uint32_t numbers[4] = {1, 2, 3, 4};
-    static uint8_t packed[256];
+    static uint8_t packed[1 << 14];
     Heddle__Cluster__ToWorker to = HEDDLE__CLUSTER__TO_WORKER__INIT;
     Heddle__Cluster__StepPlan m = HEDDLE__CLUSTER__STEP_PLAN__INIT;
     struct step_plan back;
@@ -403,16 +455,36 @@ static void cut_extends(Heddle__Cluster__StepPlan *m)
 {
     m->n_extend_blocks = 1;
 }
+static void cut_own(Heddle__Cluster__StepPlan *m)
+{
+    m->n_run_own = 1, m->run_own = m->run_slots;
+}
+static void long_ahead(Heddle__Cluster__StepPlan *m)
+{
+    m->n_run_ahead = 3, m->run_ahead = m->run_slots;
+}
 static void long_saves(Heddle__Cluster__StepPlan *m)
 {
     m->n_save_blocks = 1, m->save_blocks = m->closes = m->run_slots;
+}
+
+static void cut_fetches(Heddle__Cluster__StepPlan *m)
+{
+    m->n_fetch_host = 1, m->fetch_host = m->closes = m->run_slots;
+}
+static void many_spills(Heddle__Cluster__StepPlan *m)
+{
+    static uint32_t blocks[PLAN_TRANSFERS_MAX + 1];
+    m->n_spill_host = m->n_spill_disk = PLAN_TRANSFERS_MAX + 1;
+    m->spill_host = m->spill_disk = blocks;
 }
 
 static void wrong_shapes_are_named(void **state)
 {
     (void)state;
     void (*spoils[])(Heddle__Cluster__StepPlan *) = {
-        cut_flags, cut_tokens, cut_counts, few_drafts, many_drafts, cut_extends, long_saves};
+        cut_flags, cut_tokens, cut_counts, few_drafts,  many_drafts, cut_extends,
+        cut_own,   long_ahead, long_saves, cut_fetches, many_spills};
     assert_int_equal(decode_shape(keep), OK);
     for (size_t i = 0; i < sizeof spoils / sizeof *spoils; i++) {
         assert_int_equal(decode_shape(spoils[i]), ERR_FORMAT);
@@ -471,6 +543,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(plans_are_the_librarys_bytes),
+        cmocka_unit_test(moved_come_back),
         cmocka_unit_test(results_come_back),
         cmocka_unit_test(broken_bytes_are_errors),
         cmocka_unit_test(wrong_shapes_are_named),

@@ -217,7 +217,7 @@ static void *beat_run(void *ctx)
 static int setup(void **state, const char *listen)
 {
     struct fixture *f;
-    struct cluster_hooks hooks = {on_up, on_down, on_result, NULL};
+    struct cluster_hooks hooks = {.group_up = on_up, .group_down = on_down, .result = on_result};
     struct cluster_config config = {.address = listen,
                                     .token = "secret",
                                     .n_groups = 1,
@@ -583,7 +583,7 @@ static void test_garbage_sockets(void **state)
 
 static void test_config(void **state)
 {
-    struct cluster_hooks hooks = {on_up, on_down, on_result, NULL};
+    struct cluster_hooks hooks = {.group_up = on_up, .group_down = on_down, .result = on_result};
     struct cluster *c;
     (void)state;
     const struct cluster_config bad[] = {{.address = "local:x", .n_groups = 0, .n_ranks = 1},

@@ -38,6 +38,7 @@ struct rig {
     uint32_t n_plans[RIG_GROUPS], n_done[RIG_GROUPS]; /* ever; the plans are a ring */
     struct step_plan seen;                            /* the last plan computed */
     struct arena arena;
+    uint32_t compute_us; /* that every step is said to take */
     uint32_t n_failed; /* groups reported as failed */
     int64_t now_us;
     uint64_t n_sent;
@@ -116,6 +117,7 @@ static inline struct step_result rig_compute(struct rig *rig, uint32_t group)
     assert_int_equal(plan_decode(b->data, b->n, &rig->arena, &rig->seen), OK);
     if (!sim_worker_apply(&rig->workers[group], &rig->seen, &r))
         fail_msg("%s", rig->workers[group].fault);
+    r.compute_us = rig->compute_us;
     return r;
 }
 

@@ -304,6 +304,64 @@ static void preemption_takes_the_newest_and_keeps_its_tokens(void **state)
     }
 }
 
+/* The same load; blocks that are slow to copy are computed again, quick ones are swapped. */
+static void what_costs_less_decides_between_swapping_and_computing(void **state)
+{
+    (void)state;
+    for (int slow = 0; slow < 2; slow++) {
+        struct rig rig;
+        struct engine_stats s;
+        struct rig_request *q[3];
+        rig_open(&rig, &plain);
+        rig.compute_us = 50000;
+        struct group_info info = rig_info(24, 8);
+        info.n_host_blocks = 64;
+        info.save_ns = info.load_ns = slow ? 400000000 : 1000; /* a token is said to take ~1 ms */
+        rig_up(&rig, 0, info);
+        for (uint32_t i = 0; i < 3; i++)
+            submit(&rig, q[i] = rig_request(i + 1, 40, 40, i + 40));
+        rig_run(&rig);
+        engine_stats(rig.engine, &s);
+        assert_true(s.n_preemptions > 0);
+        assert_int_equal(s.n_swaps_out > 0, !slow);
+        assert_int_equal(s.n_swaps_in, s.n_swaps_out);
+        assert_int_equal(s.n_saves > 0, !slow);
+        for (uint32_t i = 0; i < 3; i++)
+            rig_free(q[i]);
+        rig_close(&rig);
+    }
+}
+
+/* A prompt that the device has forgotten comes back from the host: hits, and no token computed. */
+static void what_the_device_forgets_is_found_on_the_host(void **state)
+{
+    struct rig rig;
+    struct engine_stats s;
+    struct rig_request *q[3];
+    int32_t prompt[40];
+    (void)state;
+    rig_open(&rig, &plain);
+    struct group_info info = rig_info(16, 4); /* 64 tokens: not two prompts of 40 */
+    info.n_host_blocks = 32;
+    rig_up(&rig, 0, info);
+    for (uint32_t i = 0; i < 3; i++) {
+        q[i] = rig_request(i + 1, 40, 2, i == 1 ? 8 : 7);
+        if (i == 2) memcpy(q[2]->request.tokens, prompt, sizeof prompt);
+        memcpy(prompt, q[i]->request.tokens, i ? 0 : sizeof prompt);
+        submit(&rig, q[i]);
+        rig_run(&rig);
+    }
+    engine_stats(rig.engine, &s);
+    assert_int_equal(q[1]->n_cached, 0);
+    assert_int_equal(q[2]->n_cached, 36); /* nine blocks of four: the last token is always computed */
+    assert_true(s.n_hit_tokens_host > 0);
+    assert_int_equal(s.n_loads * 4, s.n_hit_tokens_host);
+    assert_int_equal(s.n_hit_tokens_disk, 0);
+    for (uint32_t i = 0; i < 3; i++)
+        rig_free(q[i]);
+    rig_close(&rig);
+}
+
 static void a_higher_class_takes_the_slot_of_a_lower_one(void **state)
 {
     struct rig rig;
@@ -554,6 +612,8 @@ int main(void)
         cmocka_unit_test(a_lost_group_costs_no_token),
         cmocka_unit_test(a_group_that_does_not_answer_is_reported_once),
         cmocka_unit_test(preemption_takes_the_newest_and_keeps_its_tokens),
+        cmocka_unit_test(what_costs_less_decides_between_swapping_and_computing),
+        cmocka_unit_test(what_the_device_forgets_is_found_on_the_host),
         cmocka_unit_test(a_higher_class_takes_the_slot_of_a_lower_one),
         cmocka_unit_test(a_window_gives_blocks_back_while_it_slides),
         cmocka_unit_test(drafts_change_no_token_and_save_steps),

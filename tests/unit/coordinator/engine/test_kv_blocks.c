@@ -20,7 +20,7 @@ static void freed_blocks_wait_for_their_step(void **state)
 {
     struct kv_blocks kv;
     (void)state;
-    assert_int_equal(kv_blocks_init(&kv, 2, 0, 16), OK);
+    assert_int_equal(kv_blocks_init(&kv, 2, 16), OK);
     uint32_t a = kv_blocks_take(&kv), b = kv_blocks_take(&kv);
     assert_int_equal(kv_blocks_take(&kv), KV_NONE);
     kv_blocks_unref(&kv, a, 7);
@@ -42,7 +42,7 @@ static void found_in_limbo_and_freed_again_waits_anew(void **state)
     uint32_t a, found, n_cached;
     struct hash128 key = key_of(1);
     (void)state;
-    assert_int_equal(kv_blocks_init(&kv, 1, 0, 16), OK);
+    assert_int_equal(kv_blocks_init(&kv, 1, 16), OK);
     a = kv_blocks_take(&kv);
     kv_blocks_register(&kv, a, key);
     kv_blocks_unref(&kv, a, 3);
@@ -66,7 +66,7 @@ static void leaves_are_evicted_before_their_prefix(void **state)
     struct hash128 keys[4];
     uint32_t blocks[4], n_cached;
     (void)state;
-    assert_int_equal(kv_blocks_init(&kv, 4, 0, 16), OK);
+    assert_int_equal(kv_blocks_init(&kv, 4, 16), OK);
     for (uint32_t i = 0; i < 4; i++) {
         keys[i] = key_of(i);
         blocks[i] = kv_blocks_take(&kv);
@@ -87,7 +87,7 @@ static void the_first_of_equal_blocks_is_found(void **state)
 {
     struct kv_blocks kv;
     (void)state;
-    assert_int_equal(kv_blocks_init(&kv, 3, 0, 16), OK);
+    assert_int_equal(kv_blocks_init(&kv, 3, 16), OK);
     uint32_t a = kv_blocks_take(&kv), b = kv_blocks_take(&kv);
     kv_blocks_register(&kv, a, key_of(9));
     kv_blocks_register(&kv, b, key_of(9));
@@ -99,21 +99,6 @@ static void the_first_of_equal_blocks_is_found(void **state)
     kv_blocks_fini(&kv);
 }
 
-static void host_blocks_wait_too(void **state)
-{
-    struct kv_blocks kv;
-    (void)state;
-    assert_int_equal(kv_blocks_init(&kv, 1, 1, 16), OK);
-    uint32_t h = kv_blocks_take_host(&kv);
-    assert_int_equal(kv_blocks_take_host(&kv), KV_NONE);
-    kv_blocks_give_host(&kv, h, 4);
-    kv_blocks_acked(&kv, 3);
-    assert_int_equal(kv_blocks_take_host(&kv), KV_NONE);
-    kv_blocks_acked(&kv, 4);
-    assert_int_equal(kv_blocks_take_host(&kv), h);
-    kv_blocks_fini(&kv);
-}
-
 enum { WALK_BLOCKS = 40, WALK_KEYS = 60 };
 
 static void random_walk(void **state)
@@ -122,7 +107,7 @@ static void random_walk(void **state)
     struct rand dice = rand_seeded(3);
     uint32_t refs[WALK_BLOCKS] = {0}, n;
     (void)state;
-    assert_int_equal(kv_blocks_init(&kv, WALK_BLOCKS, 0, 16), OK);
+    assert_int_equal(kv_blocks_init(&kv, WALK_BLOCKS, 16), OK);
     int64_t made = mem_made();
     for (uint64_t step = 1; step < 60000; step++) {
         uint32_t block = (uint32_t)rand_below(&dice, WALK_BLOCKS);
@@ -166,11 +151,11 @@ static void creation_survives_each_failed_allocation(void **state)
     for (int64_t n = 1;; n++) {
         struct kv_blocks kv;
         mem_fail_at(n);
-        enum err e = kv_blocks_init(&kv, 8, 2, 16);
+        enum err e = kv_blocks_init(&kv, 8, 16);
         mem_fail_at(0);
         if (!e) {
             kv_blocks_fini(&kv);
-            assert_true(n > 5);
+            assert_true(n > 4);
             break;
         }
         assert_int_equal(e, ERR_NO_MEMORY);
@@ -185,7 +170,6 @@ int main(void)
         cmocka_unit_test(found_in_limbo_and_freed_again_waits_anew),
         cmocka_unit_test(leaves_are_evicted_before_their_prefix),
         cmocka_unit_test(the_first_of_equal_blocks_is_found),
-        cmocka_unit_test(host_blocks_wait_too),
         cmocka_unit_test(random_walk),
         cmocka_unit_test(creation_survives_each_failed_allocation),
     };

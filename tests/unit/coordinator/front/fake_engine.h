@@ -278,6 +278,12 @@ void engine_loop_stats(struct engine_loop *l, struct engine_stats *out)
     out->blocks_free = 75;
 }
 
+uint32_t engine_loop_retry_after_s(struct engine_loop *l)
+{
+    (void)l;
+    return 17;
+}
+
 int64_t engine_loop_now_us(const struct engine_loop *l)
 {
     (void)l;

@@ -373,6 +373,7 @@ static void engine_errors(void **state)
         call_with("POST", "/v1/completions", NULL, "{\"prompt\":[\"p\",\"q\"],\"stream\":true}", &a);
         assert_int_equal(a.status, cases[i].status);
         if (a.status != 400) assert_non_null(answer_header(&a, "retry-after", value, sizeof value));
+        if (a.status == 429) assert_string_equal(value, "17"); /* as the engine says */
         answer_fini(&a);
     }
     fake_reset("abc");
