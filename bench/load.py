@@ -4,7 +4,7 @@
 Each of C clients sends one request after another: a prompt of random token ids that shares no prefix
 with another, greedy, ignoring the end of sequence. Standard library only.
 usage: bench/load.py --port P [--api openai|llama] [--clients 1,4,16] [--requests-each 3] [--vocab N]
-                     [--prompt 128] [--output 64] [--csv]
+                     [--prompt 128] [--output 64]
 """
 import argparse
 import asyncio

@@ -1,98 +1,199 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can prove, in one command: ./dev gpu [--quick]
-#   1. the tests of the backend's operations, natively; one of them under compute-sanitizer
-#   2. the limits of this very card: copy bandwidth, cuBLASLt's best product
-#   3. the kernels' benchmarks against those limits
-#   4. serving a random-weight Llama-3.1-8B shape end to end, with HTTP load
-# Results: build/gpu/report.md and build/gpu/*.csv. Nothing is written that was not measured.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-quick=false
-[ "${1:-}" = --quick ] && quick=true
-build=build/release out=build/gpu
+# Everything that only a GPU can prove: ./dev gpu [--quick] [--emulated] [STEP ...]
+# Each step is a process of its own with its own time limit, and none ends the others; without names
+# all run in order. A step that was stopped goes on where it can when it is named again.
+#   device build ops attention sample moe steps worker   the tests of the backend, natively
+#   memcheck racecheck                                   compute-sanitizer on the small ones
+#   nccl                                                 two ranks on this one card
+#   bench                                                kernels against the limits of this very card
+#   serve-bf16 serve-fp8 serve-int4                      a random-weight Llama-3.1-8B, HTTP load
+#   peer                                                 transformers on the same shape, where torch is
+#   report                                               build/gpu/report.md from what the others left
+# --emulated plays all of it on the CPU: it proves this script and measures nothing.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+all=(device build ops attention sample moe steps worker memcheck racecheck nccl bench serve-bf16 serve-fp8 serve-int4 peer)
+quick=false emulated=false chosen=()
+for word in "$@"; do
+  case $word in
+    --quick) quick=true ;;
+    --emulated) emulated=true ;;
+    report) chosen+=(report) ;;
+    *) [[ " ${all[*]} " == *" $word "* ]] || { echo "gpu: no step '$word'; steps: ${all[*]} report" >&2; exit 2; }
+       chosen+=("$word") ;;
+  esac
+done
+build=build/${HEDDLE_GPU_PRESET:-release} out=${HEDDLE_GPU_OUT:-build/gpu} limit=${HEDDLE_GPU_STEP_SECONDS:-570}
 mkdir -p "$out"
+PATH="$PATH:/usr/local/cuda/bin"
+unset HEDDLE_FAKE_GPU
+export HEDDLE_SOURCE_DIR=$PWD HEDDLE_BINARY_DIR=$build HEDDLE_PLUGIN_DIR=$PWD/$build
+if $emulated; then export HEDDLE_PLUGIN_DIR=$PWD/$build/emulated HEDDLE_CUDA_QUICK=1; else export HEDDLE_GPU_NATIVE=1; fi
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
-stop() { say "$*"; exit 1; }
+skip() { echo "left out: $*"; exit 77; }
+native_test() { "$build/tests/cuda/test_cuda_$1"; }
 
-command -v nvidia-smi >/dev/null || stop "no nvidia-smi: this machine has no NVIDIA driver"
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit,memory.total --format=csv | tee "$out/gpu.csv"
-PATH="$PATH:/usr/local/cuda/bin"
-command -v nvcc >/dev/null || stop "no nvcc: the plugin cannot be built here"
-[ -f "$build/build.ninja" ] || cmake --preset release >/dev/null
-ninja -C "$build" --quiet
-[ -f "$build/heddle_cuda.so" ] || stop "the CUDA plugin was not built"
+step_device() {
+  if $emulated; then echo "emulated device, no GPU"; return; fi
+  command -v nvidia-smi >/dev/null || { echo "no nvidia-smi: this machine has no NVIDIA driver"; return 1; }
+  nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit,memory.total --format=csv
+}
+step_build() {
+  [ -f "$build/build.ninja" ] || cmake --preset "$(basename "$build")" >/dev/null || return
+  if ! $emulated; then command -v nvcc >/dev/null || { echo "no nvcc: the plugin cannot be built here"; return 1; }; fi
+  local targets=(heddle bench_cuda test_cuda_{ops,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
+  if ! $emulated; then targets+=(heddle_cuda); fi
+  ninja -C "$build" --quiet "${targets[@]}"
+}
+step_ops() { native_test ops; }
+step_attention() { native_test attention; }
+step_sample() { native_test sample; }
+step_moe() { native_test moe; }
+step_steps() { native_test steps; }
+step_worker() { native_test worker; }
+sanitizer() { # sanitizer TOOL: the small cases of every operation
+  $emulated && skip "compute-sanitizer has no device to watch"
+  command -v compute-sanitizer >/dev/null || skip "compute-sanitizer is not installed"
+  local status=0 name
+  for name in ops moe sample attention; do
+    HEDDLE_CUDA_QUICK=1 timeout 280 compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/cuda/test_cuda_$name" || status=$?
+  done
+  return "$status"
+}
+step_memcheck() { sanitizer memcheck; }
+step_racecheck() { sanitizer racecheck; }
 
-report="$out/report.md"
-{
-  echo "# GPU suite"
-  echo
-  date -u +%FT%TZ
-  git describe --always --dirty 2>/dev/null || true
-  echo
-  sed 's/^/    /' "$out/gpu.csv"
-  echo
-  echo "| test | result |"
-  echo "| --- | --- |"
-} >"$report"
-
-failed=0
-note() { # note NAME STATUS
-  echo "| $1 | $([ "$2" = 0 ] && echo passed || echo FAILED) |" >>"$report"
-  [ "$2" = 0 ] || failed=1
+# NCCL takes two ranks of one card for a mistake unless each says it is a host of its own; then they
+# speak through sockets: right or wrong can be seen so, speed cannot. The tokens of two ranks are
+# compared with those of one.
+step_nccl() {
+  if $emulated; then native_test nccl || return; fi
+  model_small || return
+  local size rank
+  for size in 1 2; do
+    start "$build/heddle" coordinator "$out/tiny" --tp "$size" --port "$port" --worker-address "127.0.0.1:$((port + 1))"
+    for ((rank = 0; rank < size; rank++)); do
+      start env NCCL_HOSTID="card$rank" NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_MNNVL_ENABLE=0 \
+        NCCL_NVLS_ENABLE=0 NCCL_CUMEM_ENABLE=0 "$build/heddle" worker "$out/tiny" --coordinator "127.0.0.1:$((port + 1))" \
+        --rank "$rank" --tp "$size" --device cuda --device-index 0 --kv-cache-bytes 16MiB
+    done
+    serving_now && ask_tokens >"$out/nccl.$size" || { stop_all; return 1; }
+    stop_all
+  done
+  cmp "$out/nccl.1" "$out/nccl.2" && cat "$out/nccl.2"
+}
+step_bench() {
+  local words=()
+  $quick && words+=(--quick)
+  $emulated && words+=(--tiny)
+  "$build/tests/cuda/bench_cuda" "${words[@]}" | tee "$out/bench.csv"
+}
+model_small() { mkdir -p "$out/tiny" && cp tests/golden/llama_bf16/{config.json,model.safetensors} tests/golden/llama/tokenizer*.json "$out/tiny/"; }
+port=${HEDDLE_PORT:-8017}
+started=()
+start() {
+  echo "$ $*" >>"$out/heddle.log"
+  "$@" >>"$out/heddle.log" 2>&1 &
+  started+=($!)
+}
+stop_all() {
+  local pid i
+  for pid in "${started[@]}"; do kill -TERM "$pid" 2>/dev/null; done
+  for ((i = 0; i < 300; i++)); do
+    kill -0 "${started[@]}" 2>/dev/null || break
+    sleep 0.1
+  done
+  for pid in "${started[@]}"; do kill -KILL "$pid" 2>/dev/null; wait "$pid" 2>/dev/null; done
+  started=()
+}
+serving_now() { # waits until requests are taken, as long as all that was started lives
+  local pid i
+  for ((i = 0; i < 400; i++)); do
+    curl -sf -o /dev/null --max-time 2 "http://127.0.0.1:$port/health" && return 0
+    for pid in "${started[@]}"; do kill -0 "$pid" 2>/dev/null || { tail -20 "$out/heddle.log"; return 1; }; done
+    sleep 1
+  done
+  echo "not serving after $i s"
+  return 1
+}
+ask_tokens() {
+  curl -sf --max-time 60 "http://127.0.0.1:$port/v1/completions" -H 'Content-Type: application/json' \
+    -d '{"prompt":[5,9,30,17],"max_tokens":24,"temperature":0,"ignore_eos":true}' |
+    python3 -c 'import json,sys; print(json.load(sys.stdin)["choices"][0]["text"])'
+}
+serving() { # serving NAME WORDS...
+  local name=$1 model=$out/llama-3.1-8b load=(--vocab 128000 --prompt 512 --output 128 --clients 1,16,64 --requests-each 2)
+  shift
+  if $emulated; then
+    model_small || return
+    model=$out/tiny load=(--vocab 400 --prompt 16 --output 8 --clients 1,2 --requests-each 1)
+    set -- "$@" --kv-cache-bytes 16MiB
+  else
+    [ -f "$model/config.json" ] || python3 bench/make_shape.py llama-3.1-8b "$model" || return
+    set -- --load-format dummy "$@"
+  fi
+  local status=1
+  start "$build/heddle" serve "$model" --device cuda --port "$port" "$@"
+  serving_now && { python3 bench/load.py --port "$port" "${load[@]}" >"$out/serve-$name.csv"; status=$?; }
+  stop_all
+  [ "$status" = 0 ] && cat "$out/serve-$name.csv"
+  return "$status"
+}
+step_serve-bf16() { serving bf16; }
+step_serve-fp8() { serving fp8 --quantization fp8; }
+step_serve-int4() { serving int4 --quantization int4; }
+step_peer() {
+  $emulated && skip "nothing is measured on the emulated device"
+  python3 -c 'import torch, transformers; assert torch.cuda.is_available()' 2>/dev/null || skip "no PyTorch with CUDA and transformers"
+  python3 tools/gpu_peer.py "$out/llama-3.1-8b" | tee "$out/peer.csv"
 }
 
-export HEDDLE_PLUGIN_DIR="$PWD/$build"
-unset HEDDLE_FAKE_GPU
-for name in ops attention sample; do
-  say "test_cuda_$name on the GPU"
-  status=0
-  "$build/tests/cuda/test_cuda_$name" >"$out/test_$name.log" 2>&1 || status=$?
-  note "test_cuda_$name" "$status"
-done
-# The devices that fail are played by the stand-in; of the steps only the first test is native.
-say "test_cuda_steps on the GPU"
-status=0
-HEDDLE_GPU_NATIVE=1 "$build/tests/cuda/test_cuda_steps" >"$out/test_steps.log" 2>&1 || status=$?
-note "test_cuda_steps" "$status"
-
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck synccheck initcheck; do
-    say "compute-sanitizer $tool"
-    status=0
-    HEDDLE_CUDA_QUICK=1 timeout 1200 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$build/tests/cuda/test_cuda_attention" >"$out/sanitizer_$tool.log" 2>&1 || status=$?
-    note "compute-sanitizer $tool (attention)" "$status"
-  done
-else
-  echo "| compute-sanitizer | not installed |" >>"$report"
-fi
-
-say "benchmarks"
-bench_args=()
-$quick && bench_args=(--quick)
-status=0
-"$build/tests/cuda/bench_cuda" "${bench_args[@]}" >"$out/bench.csv" 2>"$out/bench.log" || status=$?
-note "bench_cuda" "$status"
-if [ "$status" = 0 ]; then
+report() { # from the files that steps left, so that it is right after any of them
   {
+    echo "# GPU suite"
     echo
-    echo "| what | shape | ms | GB/s | TFLOP/s | share of this card's limit |"
-    echo "| --- | --- | --- | --- | --- | --- |"
-    tail -n +2 "$out/bench.csv" | awk -F, '{printf "| %s | %s | %s | %s | %s | %s |\n", $1, $2, $3, $4, $5, $6}'
-  } >>"$report"
-fi
+    date -u +%FT%TZ
+    git describe --always --dirty 2>/dev/null
+    $emulated && echo && echo "Played by the emulated device: no figure here means anything."
+    echo
+    [ -f "$out/device.log" ] && sed 's/^/    /' "$out/device.log"
+    echo
+    echo "| step | result | seconds |"
+    echo "| --- | --- | --- |"
+    for name in "${all[@]}"; do [ -f "$out/$name.result" ] && echo "| $name | $(sed 's/ / | /' "$out/$name.result") |"; done
+    python3 tools/gpu_table.py "$out"
+  } >"$out/report.md" 2>>"$out/report.log"
+}
 
-say "serving a random-weight Llama-3.1-8B shape"
-model="$out/llama-3.1-8b"
-status=0
-{
-  python3 bench/make_shape.py llama-3.1-8b "$model" &&
-    tools/gpu_serve.sh "$build/heddle" "$model" "$out"
-} >"$out/serve.log" 2>&1 || status=$?
-note "serving end to end" "$status"
-[ -f "$out/serve.md" ] && { echo; cat "$out/serve.md"; } >>"$report"
+run_step() { # in a process of its own, so that nothing of it stays behind
+  say "$1"
+  local begun=$SECONDS status=0 word
+  set -- "$1" "$out/$1.log"
+  (
+    trap stop_all EXIT
+    "step_$1"
+  ) >"$2" 2>&1 &
+  local child=$!
+  ( sleep "$limit"; pkill -TERM -P "$child"; kill -TERM "$child" ) >/dev/null 2>&1 &
+  local watch=$!
+  wait "$child" || status=$?
+  pkill -P "$watch" 2>/dev/null
+  kill "$watch" 2>/dev/null
+  wait "$watch" 2>/dev/null
+  [ $((SECONDS - begun)) -ge "$limit" ] && status=143
+  case $status in 0) word=passed ;; 77) word=skipped ;; 143) word="TIMEOUT" ;; *) word=FAILED ;; esac
+  echo "$word $((SECONDS - begun))" >"$out/$1.result"
+  case $word in FAILED | TIMEOUT) tail -5 "$2" >&2 ;; esac
+  report
+  [ "$word" = passed ] || [ "$word" = skipped ]
+}
 
-say "report: $report"
-cat "$report"
+[ ${#chosen[@]} -gt 0 ] || chosen=("${all[@]}")
+failed=0
+for name in "${chosen[@]}"; do
+  [ "$name" = report ] || run_step "$name" || failed=1
+done
+report
+cat "$out/report.md"
 exit "$failed"

@@ -166,16 +166,35 @@ static void attention_time(int n_seqs, int context, int n_new, enum dtype cache,
     mem_free(ints);
 }
 
-int main(int argc, char **argv)
+static void open_device(int tokens_max, int vocab)
 {
-    bool quick = argc > 1 && !strcmp(argv[1], "--quick");
     struct backend_options o = {.n_slots_max = 128,
-                                .n_tokens_max = TOKENS_MAX,
+                                .n_tokens_max = tokens_max,
                                 .n_rows_max = 128,
-                                .vocab_size = 128256,
+                                .vocab_size = vocab,
                                 .numa_node = -1};
     must(backend_open("cuda", &o, &b));
     printf("what,shape,ms,gb_s,tflop_s,share\n");
+}
+
+/* One small case of each kind: that the program itself works, on the emulated device. */
+static int tiny(void)
+{
+    open_device(64, 512);
+    double ms = product_time(16, 64, 64, WEIGHT_BF16, "limit: product bf16");
+    product_tflops = 2.0 * 16 * 64 * 64 / ms / 1e9;
+    product_time(4, 64, 128, WEIGHT_INT4, "product int4");
+    attention_time(2, 32, 1, DTYPE_FP8_E4M3, "decode fp8");
+    attention_time(1, 32, 16, DTYPE_BF16, "prefill bf16");
+    b->ops->close(b);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    bool quick = argc > 1 && !strcmp(argv[1], "--quick");
+    if (argc > 1 && !strcmp(argv[argc - 1], "--tiny")) return tiny();
+    open_device(TOKENS_MAX, 128256);
     limits_copy();
     double ms = product_time(4096, 8192, 8192, WEIGHT_BF16, "limit: product bf16");
     product_tflops = 2.0 * 4096 * 8192 * 8192 / ms / 1e9;

@@ -41,31 +41,59 @@ static __device__ __forceinline__ int64_t gemm_bytes(enum gemm_kind kind, int64_
     return kind == GEMM_INT4 ? n / 2 : kind == GEMM_I8 || kind == GEMM_FP8 ? n : n * 2;
 }
 
+/* A code without a conversion: its four bits become the first of the mantissa of 16, which makes
+ * 16 + code; less 24 it is the value, exactly. */
+static __device__ __forceinline__ float code4_value(uint32_t word, int i)
+{
+    uint32_t at_19 = i < 5 ? word << (19 - i * 4) : word >> (i * 4 - 19);
+    return __uint_as_float((at_19 & 0x00780000u) | 0x41800000u) - 24.0f;
+}
+
 /* Eight int4 codes times their group's scale. */
 static __device__ __forceinline__ void int4_widen8(bf16 *to, uint32_t codes, float scale)
 {
     float v[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = (float)((int)(codes >> (j * 4) & 15) - 8) * scale;
+    for (int j = 0; j < 8; j++) v[j] = code4_value(codes, j) * scale;
     *(uint4 *)to = {bf16_pack(v[0], v[1]), bf16_pack(v[2], v[3]), bf16_pack(v[4], v[5]), bf16_pack(v[6], v[7])};
 }
 
-/* Eight weights of a row, as BF16. Codes of eight bits keep their scale for the end. */
-template <enum gemm_kind KIND> static __device__ __forceinline__ void widen8(bf16 *to, const struct gemm_matrix &m, int64_t at)
+/* Eight weights of a row as they are stored, on their way. */
+struct codes8 {
+    uint4 words;
+    float scale; /* of int4 */
+};
+template <enum gemm_kind KIND>
+static __device__ __forceinline__ struct codes8 codes_fetch(const struct gemm_matrix &m, int64_t at)
 {
     const uint8_t *from = (const uint8_t *)m.w + gemm_bytes(KIND, at);
+    struct codes8 c = {{0, 0, 0, 0}, 0};
     if (KIND == GEMM_INT4) {
-        int4_widen8(to, *(const uint32_t *)from, __half2float(((const __half *)m.scales_16)[at / INT4_GROUP]));
+        c.words.x = *(const uint32_t *)from;
+        c.scale = __half2float(((const __half *)m.scales_16)[at / INT4_GROUP]);
+    } else if (KIND == GEMM_F16) {
+        c.words = *(const uint4 *)from;
+    } else {
+        uint2 w = *(const uint2 *)from;
+        c.words.x = w.x, c.words.y = w.y;
+    }
+    return c;
+}
+
+/* The same as BF16. Codes of eight bits keep their scale for the end. */
+template <enum gemm_kind KIND> static __device__ __forceinline__ void codes_widen(bf16 *to, const struct codes8 &c)
+{
+    if (KIND == GEMM_INT4) {
+        int4_widen8(to, c.words.x, c.scale);
         return;
     }
+    const uint4 w = c.words;
     float v[8];
     if (KIND == GEMM_F16) {
-        const uint4 w = *(const uint4 *)from;
         const uint32_t words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
         for (int j = 0; j < 8; j++) v[j] = half_value((uint16_t)(words[j / 2] >> (j % 2 * 16)));
     } else {
-        const uint2 w = *(const uint2 *)from;
 #pragma unroll
         for (int j = 0; j < 8; j++)
             v[j] = code_value((uint8_t)((j < 4 ? w.x : w.y) >> (j % 4 * 8)), KIND == GEMM_I8 ? DTYPE_I8 : DTYPE_FP8_E4M3);
@@ -73,10 +101,13 @@ template <enum gemm_kind KIND> static __device__ __forceinline__ void widen8(bf1
     *(uint4 *)to = {bf16_pack(v[0], v[1]), bf16_pack(v[2], v[3]), bf16_pack(v[4], v[5]), bf16_pack(v[6], v[7])};
 }
 
+enum { GEMM_FETCHES = GEMM_COLS * (GEMM_K_TILE / 8) / GEMM_THREADS }; /* eights of weights a thread brings */
+
+/* Starts a stage: x, and weights in BF16, land in shared memory by themselves; codes come to `held`. */
 template <int ROWS, enum gemm_kind KIND>
 static __device__ __forceinline__ void stage_load(const struct gemm_call &c, const struct gemm_matrix &matrix,
                                                   const struct gemm_rows &g, int col_first, int row_first, int k,
-                                                  bf16 *x_to, bf16 *w_to)
+                                                  bf16 *x_to, bf16 *w_to, struct codes8 (&held)[GEMM_FETCHES])
 {
     const bf16 *x = (const bf16 *)c.x.data;
     bool aligned = c.x.stride % 8 == 0 && (uintptr_t)x % 16 == 0;
@@ -86,13 +117,24 @@ static __device__ __forceinline__ void stage_load(const struct gemm_call &c, con
         int64_t row = at < g.end ? row_at(g, at) / g.x_rows_per : 0;
         x_chunk_load(x_to + swizzled(GEMM_K_TILE, r, chunk), x + row * c.x.stride, k + chunk * 8, (int)c.x.cols, aligned, take);
     }
-    for (int i = threadIdx.x; i < GEMM_COLS * 4; i += GEMM_THREADS) {
-        int r = i / 4, chunk = i % 4;
+#pragma unroll
+    for (int f = 0; f < GEMM_FETCHES; f++) {
+        int i = threadIdx.x + f * GEMM_THREADS, r = i / 4, chunk = i % 4;
         bool take = col_first + r < (int)c.out.cols;
         int64_t row = take ? col_first + r : col_first, at = row * c.n_in_padded + k + chunk * 8;
-        bf16 *to = w_to + swizzled(GEMM_K_TILE, r, chunk);
-        if (KIND == GEMM_BF16) cp_async16_or_zero(to, (const bf16 *)matrix.w + at, take);
-        else widen8<KIND>(to, matrix, at);
+        if (KIND == GEMM_BF16) cp_async16_or_zero(w_to + swizzled(GEMM_K_TILE, r, chunk), (const bf16 *)matrix.w + at, take);
+        else held[f] = codes_fetch<KIND>(matrix, at);
+    }
+}
+
+/* Codes that have come go to their stage. */
+template <enum gemm_kind KIND>
+static __device__ __forceinline__ void stage_widen(bf16 *w_to, const struct codes8 (&held)[GEMM_FETCHES])
+{
+#pragma unroll
+    for (int f = 0; f < GEMM_FETCHES && KIND != GEMM_BF16; f++) {
+        int i = threadIdx.x + f * GEMM_THREADS;
+        codes_widen<KIND>(w_to + swizzled(GEMM_K_TILE, i / 4, i % 4), held[f]);
     }
 }
 
@@ -149,19 +191,24 @@ static __global__ void __launch_bounds__(GEMM_THREADS) gemm_kernel(struct gemm_c
     for (int i = 0; i < M * N; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) sums[i][j] = 0;
+    struct codes8 held[GEMM_FETCHES];
+    auto stage = [&](int step) { return ring + step % GEMM_RING * (shape::X + shape::W); };
     auto load = [&](int step) {
-        bf16 *to = ring + step % GEMM_RING * (shape::X + shape::W);
         if (step < n_steps)
-            stage_load<ROWS, KIND>(c, matrix, g, col_first, row_first, step * GEMM_K_TILE, to, to + shape::X);
+            stage_load<ROWS, KIND>(c, matrix, g, col_first, row_first, step * GEMM_K_TILE, stage(step),
+                                   stage(step) + shape::X, held);
         cp_async_commit();
     };
-    for (int i = 0; i < GEMM_RING - 1; i++) load(i);
+    auto widen = [&](int step) {
+        if (step < n_steps) stage_widen<KIND>(stage(step) + shape::X, held);
+    };
+    for (int i = 0; i < GEMM_RING - 1; i++) load(i), widen(i);
     for (int step = 0; step < n_steps; step++) {
         cp_async_wait<GEMM_RING - 2>();
         __syncthreads(); /* this stage is there, and the one before is free */
         load(step + GEMM_RING - 1);
-        const bf16 *x = ring + step % GEMM_RING * (shape::X + shape::W);
-        stage_multiply<ROWS>(sums, x, x + shape::X, row_warp, col_warp, lane);
+        stage_multiply<ROWS>(sums, stage(step), stage(step) + shape::X, row_warp, col_warp, lane);
+        widen(step + GEMM_RING - 1); /* the product hid the way of its codes */
     }
     cp_async_wait<0>();
 #pragma unroll

@@ -1,59 +1,108 @@
 /* Products with int4 weights: groups of 128 inputs share an f16 scale, code 8 stands for zero.
  *
- * Few rows: one warp an output column, weights read once and used for all rows. More: the tiles of
+ * Few rows: a warp for two output columns, weights read once and used for all rows. More: the tiles of
  * gemm.cuh. Many: the matrix is expanded to BF16 once and the library multiplies. */
 #include "kernels/cuda/gemm.cuh"
 
 int launch_gemm_int4(const struct gemm_call *call, void *stream) { return gemm_launch<GEMM_INT4>(call, stream); }
 
-enum { GEMV_WARPS = 4 };
+enum { GEMV_WARPS = 4, GEMV_COLS = 2, GEMV_AHEAD = 2 };
 
-/* Thirty-two codes of one row of w against the rows of x. */
+/* Eight inputs from k on of each row, times the codes of each column; sums without the scale. */
 template <int ROWS>
-static __device__ __forceinline__ void gemv_step(float (&sums)[ROWS], const struct gemm_call &c, uint4 codes, float scale,
-                                                 int k, bool aligned)
+static __device__ __forceinline__ void gemv_step(float (&sums)[GEMV_COLS][ROWS], const struct gemm_call &c,
+                                                 const uint32_t *codes, int k, bool aligned)
 {
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+    int n = min(8, (int)c.x.cols - k);
+    float x[ROWS][8];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float w[8];
+    for (int r = 0; r < ROWS; r++) load8(x[r], (const bf16 *)c.x.data + r * c.x.stride + k, n, aligned);
 #pragma unroll
-        for (int i = 0; i < 8; i++) w[i] = (float)((int)(words[j] >> (i * 4) & 15) - 8) * scale;
-        int at = k + j * 8, n = min(8, (int)c.x.cols - at);
-        if (n <= 0) break;
+    for (int col = 0; col < GEMV_COLS; col++)
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float x[8];
-            load8(x, (const bf16 *)c.x.data + r * c.x.stride + at, n, aligned);
+        for (int i = 0; i < 8; i++) {
+            float w = code4_value(codes[col], i);
 #pragma unroll
-            for (int i = 0; i < 8; i++) sums[r] += w[i] * x[i];
+            for (int r = 0; r < ROWS; r++) sums[col][r] += w * x[r][i];
         }
+}
+
+/* Sixteen bytes, 32 codes, of each column of this warp, and their scales; zeros behind the end. */
+struct gemv_piece {
+    uint4 codes[GEMV_COLS];
+    float scales[GEMV_COLS];
+};
+static __device__ __forceinline__ void gemv_fetch(struct gemv_piece &p, const struct gemm_call &c, int col_first, int k)
+{
+#pragma unroll
+    for (int i = 0; i < GEMV_COLS; i++) {
+        int64_t at = (int64_t)(col_first + i) * c.n_in_padded + k;
+        bool take = k < (int)c.n_in_padded && col_first + i < (int)c.out.cols;
+        p.codes[i] = {0, 0, 0, 0};
+        p.scales[i] = 0;
+        if (take) p.codes[i] = *(const uint4 *)((const uint8_t *)c.w + at / 2);
+        if (take) p.scales[i] = __half2float(((const __half *)c.scales_16)[at / INT4_GROUP]);
     }
 }
 
-/* grid (n_out / 4): one warp a column. A lane reads 16 bytes of codes, 32 inputs, at a time. */
+template <int ROWS>
+static __device__ __forceinline__ void gemv_add(float (&sums)[GEMV_COLS][ROWS], const struct gemm_call &c,
+                                                const struct gemv_piece &p, int k, bool aligned)
+{
+    float part[GEMV_COLS][ROWS];
+#pragma unroll
+    for (int col = 0; col < GEMV_COLS; col++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) part[col][r] = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t words[GEMV_COLS];
+#pragma unroll
+        for (int col = 0; col < GEMV_COLS; col++)
+            words[col] = j == 0 ? p.codes[col].x : j == 1 ? p.codes[col].y : j == 2 ? p.codes[col].z : p.codes[col].w;
+        if (k + j * 8 < (int)c.x.cols) gemv_step<ROWS>(part, c, words, k + j * 8, aligned);
+    }
+#pragma unroll
+    for (int col = 0; col < GEMV_COLS; col++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) sums[col][r] += part[col][r] * p.scales[col];
+}
+
+/* grid (n_out / 8): a warp makes two columns, so that x is read once for both. The next pieces are on
+ * their way while one is worked on: what decides the speed is how many bytes are. */
 template <int ROWS> static __global__ void __launch_bounds__(GEMV_WARPS *WARP_LANES) gemv_kernel(struct gemm_call c)
 {
-    int col = blockIdx.x * GEMV_WARPS + threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;
-    if (col >= (int)c.out.cols) return;
+    int col_first = (blockIdx.x * GEMV_WARPS + threadIdx.x / WARP_LANES) * GEMV_COLS, lane = threadIdx.x % WARP_LANES;
+    if (col_first >= (int)c.out.cols) return;
     bool aligned = c.x.stride % 8 == 0 && (uintptr_t)c.x.data % 16 == 0;
-    const uint8_t *codes = (const uint8_t *)c.w + col * c.n_in_padded / 2;
-    const __half *scales = (const __half *)c.scales_16 + col * (c.n_in_padded / INT4_GROUP);
-    float sums[ROWS];
+    struct gemv_piece ring[GEMV_AHEAD];
+    float sums[GEMV_COLS][ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) sums[r] = 0;
-    for (int k = lane * 32; k < (int)c.n_in_padded; k += WARP_LANES * 32)
-        gemv_step<ROWS>(sums, c, *(const uint4 *)(codes + k / 2), __half2float(scales[k / INT4_GROUP]), k, aligned);
+    for (int col = 0; col < GEMV_COLS; col++)
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        float sum = warp_sum(sums[r]);
-        if (lane == 0) out_store(c, r, col, sum);
-    }
+        for (int r = 0; r < ROWS; r++) sums[col][r] = 0;
+#pragma unroll
+    for (int i = 0; i < GEMV_AHEAD; i++) gemv_fetch(ring[i], c, col_first, (i * WARP_LANES + lane) * 32);
+    for (int k = lane * 32; k < (int)c.n_in_padded; k += GEMV_AHEAD * WARP_LANES * 32)
+#pragma unroll
+        for (int i = 0; i < GEMV_AHEAD; i++) {
+            int at = k + i * WARP_LANES * 32;
+            struct gemv_piece piece = ring[i];
+            gemv_fetch(ring[i], c, col_first, at + GEMV_AHEAD * WARP_LANES * 32);
+            gemv_add<ROWS>(sums, c, piece, at, aligned);
+        }
+#pragma unroll
+    for (int col = 0; col < GEMV_COLS; col++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float sum = warp_sum(sums[col][r]);
+            if (lane == 0 && col_first + col < (int)c.out.cols) out_store(c, r, col_first + col, sum);
+        }
 }
 
 template <int ROWS> static cudaError_t gemv_of(const struct gemm_call *c, void *stream)
 {
-    dim3 grid((unsigned)((c->out.cols + GEMV_WARPS - 1) / GEMV_WARPS));
+    dim3 grid((unsigned)((c->out.cols + GEMV_WARPS * GEMV_COLS - 1) / (GEMV_WARPS * GEMV_COLS)));
     return LAUNCH(gemv_kernel<ROWS>, grid, dim3(GEMV_WARPS * WARP_LANES), 0, stream, *c);
 }
 

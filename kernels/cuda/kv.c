@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-enum { BLOCK_SIZE_DEFAULT = 16, TILE_TOKENS = 16 };
+enum { BLOCK_SIZE_DEFAULT = 16, TILE_TOKENS = 16, RESIDENT = 3 };
 
 int cuda_block_size_default(struct backend *base)
 {
@@ -48,10 +48,10 @@ size_t cuda_kv_bytes(struct backend *base, const struct kv_cache_args *args)
 }
 
 /* Partial results of split attention: only when blocks are few are keys split, so the number of
- * blocks is at most twice the multiprocessors. */
+ * blocks is at most RESIDENT times the multiprocessors. */
 static enum err splits_reserve(struct cuda_backend *b, int head_dim)
 {
-    size_t rows = (size_t)(2 * b->n_sms + SPLITS_MAX) * DECODE_ROWS;
+    size_t rows = (size_t)(RESIDENT * b->n_sms + SPLITS_MAX) * DECODE_ROWS;
     TRY(cuda_reserve(b, (void **)&b->split_out, &b->split_out_bytes,
                      rows * (size_t)head_dim * sizeof(float)));
     return cuda_reserve(b, (void **)&b->split_ml, &b->split_ml_bytes, rows * 2 * sizeof(float));
@@ -152,10 +152,11 @@ void cuda_qkv_prepare(struct backend *base, struct tensor qkv, struct kv_cache *
     cuda_ok(b, (cudaError_t)r, "qkv_prepare");
 }
 
-/* Keys are split when sequences and kv heads alone would leave half of the device idle. */
+/* Keys are split when sequences and kv heads alone would leave some of the blocks that fit the
+ * device's shared memory at once (heads of 128) without work. */
 static int split_count(const struct cuda_backend *b, int n_blocks)
 {
-    int n = 2 * b->n_sms / n_blocks;
+    int n = RESIDENT * b->n_sms / n_blocks;
     return n < 1 ? 1 : n > SPLITS_MAX ? SPLITS_MAX : n;
 }
 

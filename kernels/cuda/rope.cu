@@ -1,6 +1,6 @@
 /* Between the projection and attention: norm of heads, rope on q and k, k and v into the cache.
  *
- * One block a token, one warp a head at a time. A head is held in shared memory as F32. Rope:
+ * One warp a head of a token. A head is held in shared memory as F32. Rope:
  * Su et al., "RoFormer", section 3.4; the tables already hold any scaling of the context. */
 #include "kernels/cuda/common.cuh"
 
@@ -57,13 +57,15 @@ static __device__ void cache_write(const struct kv_layout &kv, const float *head
     if (lane == 0) scales[first + row] = scale;
 }
 
+/* grid (tokens, heads / 8) */
 static __global__ void __launch_bounds__(ROPE_WARPS *WARP_LANES) qkv_prepare_kernel(struct rope_call c)
 {
     const struct attention_args &a = c.args;
     int token = blockIdx.x, warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES, dim = a.head_dim;
     int n_heads = a.n_heads + 2 * a.n_kv_heads, slot = c.batch.cache_slot[token];
     float *head = (float *)cuda_smem + warp * dim;
-    for (int h = warp; h < n_heads; h += ROPE_WARPS) {
+    int h = blockIdx.y * ROPE_WARPS + warp;
+    if (h < n_heads) {
         bool is_q = h < a.n_heads, is_v = h >= a.n_heads + a.n_kv_heads;
         bf16 *row = c.qkv + token * c.stride + (int64_t)h * dim;
         for (int i = lane; i < dim; i += WARP_LANES) head[i] = to_float(row[i]);
@@ -76,7 +78,6 @@ static __global__ void __launch_bounds__(ROPE_WARPS *WARP_LANES) qkv_prepare_ker
         } else if (slot >= 0) {
             cache_write(c.kv, head, is_v, (h - a.n_heads) % a.n_kv_heads, slot, lane);
         }
-        __syncwarp();
     }
 }
 
@@ -84,6 +85,7 @@ int launch_qkv_prepare(struct tensor qkv, struct kv_layout kv, const struct atte
                        const struct device_batch *batch, void *stream)
 {
     struct rope_call c = {(bf16 *)qkv.data, qkv.stride, kv, *args, *batch};
-    return LAUNCH(qkv_prepare_kernel, dim3((unsigned)qkv.rows), dim3(ROPE_WARPS * WARP_LANES),
+    unsigned heads = (unsigned)(args->n_heads + 2 * args->n_kv_heads);
+    return LAUNCH(qkv_prepare_kernel, dim3((unsigned)qkv.rows, (heads + ROPE_WARPS - 1) / ROPE_WARPS), dim3(ROPE_WARPS * WARP_LANES),
                   ROPE_WARPS * args->head_dim * sizeof(float), stream, c);
 }
