@@ -200,7 +200,7 @@ static __device__ __forceinline__ void decode_merge(const struct attend_call &c,
 }
 
 template <int DIM, bool EIGHT, bool BULK>
-static __global__ void __launch_bounds__(decode_shape<DIM, EIGHT>::THREADS) decode_kernel(struct attend_call c)
+static __global__ void __launch_bounds__(decode_shape<DIM, EIGHT>::THREADS, 1) decode_kernel(struct attend_call c)
 {
     typedef decode_shape<DIM, EIGHT> shape;
     struct decode_work w;

@@ -171,7 +171,7 @@ static __device__ __forceinline__ void out_store(const struct gemm_call &c, int6
 
 /* grid (columns / 64, rows / ROWS, experts). 64 rows: warps 2 x 2, each 32 x 32; 16 rows: each 16 x 16. */
 template <int ROWS, enum gemm_kind KIND>
-static __global__ void __launch_bounds__(GEMM_THREADS) gemm_kernel(struct gemm_call c)
+static __global__ void __launch_bounds__(GEMM_THREADS, 4) gemm_kernel(struct gemm_call c)
 {
     typedef gemm_shape<ROWS> shape;
     constexpr int M = ROWS == 64 ? 2 : 1, N = ROWS == 64 ? 4 : 2;

@@ -99,7 +99,7 @@ static __device__ void apply_edits(const struct sample_view &v, const struct sam
         atomicAdd(&v.x[edits[i].token], edits[i].bias);
     __syncthreads();
     for (int i = t.edits[EDIT_BAN] + threadIdx.x; i < t.edits[EDIT_BAN + 1]; i += blockDim.x)
-        v.x[edits[i].token] = -INFINITY;
+        atomicExch(&v.x[edits[i].token], -INFINITY); /* a client may ban a token twice */
     const uint32_t *mask = (const uint32_t *)(edits + t.mask);
     for (int i = threadIdx.x; t.mask >= 0 && i < v.vocab; i += blockDim.x)
         if (mask[i / 32] >> (i % 32) & 1) v.x[i] = -INFINITY;

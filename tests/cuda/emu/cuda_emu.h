@@ -229,6 +229,7 @@ template <class T> static inline T atomicAdd(T *p, T v)
     return a.fetch_add(v);
 }
 static inline int atomicExch(int *p, int v) { return std::atomic_ref<int>(*p).exchange(v); }
+static inline float atomicExch(float *p, float v) { return std::atomic_ref<float>(*p).exchange(v); }
 
 /* --- the PTX wrappers that kernels may use (kernels/cuda/ptx.cuh has the real ones) ---------- */
 static inline void cp_async16(void *to, const void *from) { emu::copy_start(to, from, 16, 16); }
