@@ -326,7 +326,8 @@ static void test_penalty_signs(void **state)
 }
 
 /* An output token that only the device knows counts like one that was named: one that was generated
- * before, one of the prompt, a new one, and one beyond the vocabulary, which nobody counts. */
+ * before, one of the prompt, a new one, and one beyond the vocabulary, which nobody counts. Its bias
+ * is added to what the penalties left. */
 static void test_pending_output(void **state)
 {
     enum { V = 300, SLOT = 3 };
@@ -336,6 +337,8 @@ static void test_pending_output(void **state)
     (void)state;
     for (int i = 0; i < 4; i++) {
         int32_t known[] = {8, 9, 9, pending[i]}, unknown[] = {8, 9, 9, -1};
+        int32_t biased[] = {10, pending[i] < V ? pending[i] : 8};
+        static const float bias[] = {0.75f, 1.5f};
         struct sample_result results[2];
         struct sample_row rows[2];
         for (int t = 0; t < V; t++)
@@ -349,7 +352,10 @@ static void test_pending_output(void **state)
                                                 .n_logprobs = 8,
                                                 .prompt_tokens = prompt,
                                                 .n_prompt_tokens = 3,
-                                                .n_output_tokens = 4};
+                                                .n_output_tokens = 4,
+                                                .bias_tokens = biased,
+                                                .bias_values = bias,
+                                                .n_bias = 2};
         rows[0].output_tokens = known, rows[1].output_tokens = unknown;
         rows[0].slot = -1; /* the rows of a call have slots of their own */
         b->ops->feed(b, SLOT, pending[i]);
