@@ -125,7 +125,6 @@ static __device__ int32_t first_equal(const struct sample_view &v, float value)
     for (int i = threadIdx.x; i < v.vocab && first == v.vocab; i += blockDim.x)
         if (v.x[i] == value) first = i;
     for (int d = 16; d; d >>= 1) first = min(first, __shfl_xor_sync(FULL_WARP, first, d));
-    __syncthreads();
     if (v.lane == 0) v.s->warp_ties[v.warp] = first;
     __syncthreads();
     for (int w = 0; w < v.n_warps; w++) first = min(first, v.s->warp_ties[w]);
@@ -190,7 +189,6 @@ static __device__ struct sample_cut cut_at_mass(const struct sample_view &v, uin
         above = s->found_above;
         prefix |= (uint32_t)s->found_bucket << shift;
         mask |= (uint32_t)(n_buckets - 1) << shift;
-        __syncthreads();
     }
     if (!weighted) return {prefix, MASS_ALL};
     mass_t each = mass_of(weight_of(v, key_value(prefix)));
@@ -222,7 +220,6 @@ static __device__ mass_t kept_mass(const struct sample_view &v, const struct sam
         n_ties += __shfl_xor_sync(FULL_WARP, n_ties, d);
         each = max(each, __shfl_xor_sync(FULL_WARP, each, d));
     }
-    __syncthreads();
     if (v.lane == 0) v.s->warp_ties[v.warp] = n_ties;
     __syncthreads();
     mass_t before = 0;
@@ -342,7 +339,6 @@ static __global__ void __launch_bounds__(THREADS_WIDE)
     apply_edits(v, t, edits, t.n_pending && t.slot >= 0 && t.slot < n_slots ? feedback[t.slot] : -1);
     v.max = clean_max(v);
     v.inverse = 1.0f / t.temperature;
-    __syncthreads();
     int32_t token;
     if (t.forced_token >= 0 && t.forced_token < vocab)
         token = t.forced_token;
@@ -356,7 +352,6 @@ static __global__ void __launch_bounds__(THREADS_WIDE)
         out->n_top = 0;
         if (t.slot >= 0 && t.slot < n_slots) feedback[t.slot] = token;
     }
-    __syncthreads();
     if (t.n_logprobs >= 0) logprobs(v, t, token, out);
 }
 
