@@ -241,6 +241,8 @@ static void products(struct backend *b, enum weight_format format)
                                                                           */
         {4, 256, {33, 0}, 256, 40, format, true, true, DTYPE_F32, false},
         {2, 130, {9, 0}, 131, 9, format, false, false, DTYPE_BF16, false}, /* rows not aligned */
+        {2, 5248, {5, 0}, 0, 0, format, false, true, DTYPE_BF16, false},   /* longer than what is
+                                                                              fetched ahead */
     };
     for (size_t i = 0; i < sizeof list / sizeof *list; i++)
         product_case(b, &list[i]);
