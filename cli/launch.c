@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { ARGS_MAX = 192, RANKS_MAX = 64, PAUSE_MS_MIN = 100, PAUSE_MS_MAX = 10000, POLL_MS = 20 };
+enum { WORDS_MAX = 128, ARGS_MAX = LAUNCH_WORKER_ARGS_MAX + WORDS_MAX + 32, RANKS_MAX = 64, PAUSE_MS_MIN = 100, PAUSE_MS_MAX = 10000, POLL_MS = 20 };
 static const int64_t STEADY_US = 60 * 1000000ll, HOUR_US = 3600 * 1000000ll, WORKED_US = 10 * 1000000ll;
 
 /* One child: the mpirun of a replica, or one rank of it. */
@@ -35,7 +35,7 @@ struct launcher {
     int n_restarts;
     int64_t first_restart_us;
     pthread_t thread;
-    _Atomic bool stopping, failed;
+    _Atomic bool stopping, resting, failed;
     struct arena arena; /* arguments */
     char self[4096];
 };
@@ -44,8 +44,7 @@ static void add_words(struct launcher *l, const char **args, int *n, const char 
 {
     char *copy, *save = NULL;
     if (!words || arena_copy_string(&l->arena, words, strlen(words), &copy)) return;
-    for (char *word = strtok_r(copy, " ", &save); word && *n < ARGS_MAX - 1; word = strtok_r(NULL, " ", &save))
-        args[(*n)++] = word;
+    for (char *word = strtok_r(copy, " ", &save); word; word = strtok_r(NULL, " ", &save)) args[(*n)++] = word;
 }
 
 static const char *number_text(struct launcher *l, int value)
@@ -73,7 +72,7 @@ static void build_args(struct launcher *l, const struct child *child, const char
     }
     args[n++] = l->self;
     args[n++] = "worker";
-    for (const char *const *a = l->config.worker_args; *a && n < ARGS_MAX - 6; a++) args[n++] = *a;
+    for (const char *const *a = l->config.worker_args; *a; a++) args[n++] = *a;
     args[n++] = "--replica";
     args[n++] = number_text(l, child->replica);
     if (!l->config.use_mpirun) {
@@ -81,6 +80,7 @@ static void build_args(struct launcher *l, const struct child *child, const char
         args[n++] = number_text(l, child->rank);
     }
     args[n] = NULL;
+    ASSERT_CMP(n, <, ARGS_MAX); /* the words were counted, the worker's arguments have their own limit */
 }
 
 /* Between fork and exec only calls that are safe there. */
@@ -128,7 +128,7 @@ static void ended(struct launcher *l, struct child *child, int status)
     int64_t now = clock_monotonic_us();
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     child->pid = 0;
-    if (atomic_load(&l->stopping)) return;
+    if (atomic_load(&l->stopping) || atomic_load(&l->resting)) return;
     if (code == 127) {
         give_up(l, l->config.use_mpirun ? "mpirun cannot be run; install Open MPI or use --launcher fork" : "the worker cannot be run");
         return;
@@ -160,17 +160,29 @@ static void *supervise(void *ctx)
             int status;
             if (child->pid && waitpid(child->pid, &status, WNOHANG) == child->pid) ended(l, child, status);
             bool due = !child->pid && clock_monotonic_us() >= child->start_at_us;
-            if (due && !atomic_load(&l->failed)) start(l, child);
+            if (due && !atomic_load(&l->failed) && !atomic_load(&l->resting)) start(l, child);
         }
         clock_sleep_us(POLL_MS * 1000);
     }
     return NULL;
 }
 
+static int words_count(const char *words)
+{
+    int n = 0;
+    for (const char *at = words ? words + strspn(words, " ") : ""; *at; n++) {
+        at += strcspn(at, " ");
+        at += strspn(at, " ");
+    }
+    return n;
+}
+
 enum err launcher_create(const struct launch_config *config, struct launcher **out)
 {
     struct launcher *l;
     enum err e = OK;
+    if (words_count(config->mpirun_args) > WORDS_MAX)
+        FAIL(ERR_INVALID, "--mpirun-args: %d words, at most %d", words_count(config->mpirun_args), WORDS_MAX);
     TRY(MEM_NEW(&l));
     l->config = *config;
     arena_init(&l->arena, 8192, 0);
@@ -207,6 +219,8 @@ static bool all_gone(struct launcher *l)
     }
     return gone;
 }
+
+void launcher_rest(struct launcher *l) { atomic_store(&l->resting, true); }
 
 void launcher_destroy(struct launcher *l, int grace_ms)
 {

@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { WORKER_ARGS_MAX = 2 * CONF_ROWS_MAX + 16, STOP_GRACE_MS = 5000 };
+enum { STOP_GRACE_MS = 5000 };
 
 static void coordinator_config_from_options(const struct options *o, const char *model, struct coordinator_config *out)
 {
@@ -73,7 +73,7 @@ struct serving {
     const char *model;
     char dir[64], address[96], token[65];
     const char *device_argument; /* NULL = as the options say */
-    const char *worker_args[WORKER_ARGS_MAX];
+    const char *worker_args[LAUNCH_WORKER_ARGS_MAX];
     struct launch_config launch;
     struct launcher *_Atomic launcher;
 };
@@ -208,6 +208,12 @@ static void rank_stuck(void *ctx, uint32_t replica, uint32_t rank, const char *h
     if (s->launcher) launcher_kill(s->launcher, host, pid);
 }
 
+static void ranks_leave(void *ctx)
+{
+    struct serving *s = ctx;
+    if (s->launcher) launcher_rest(s->launcher);
+}
+
 static enum err serve(struct serving *s)
 {
     struct coordinator_config config;
@@ -221,6 +227,7 @@ static enum err serve(struct serving *s)
     config.cluster_token = s->token;
     config.on_listening = start_ranks;
     config.on_stuck = rank_stuck;
+    config.on_leaving = ranks_leave;
     config.ctx = s;
     return coordinator_run(&config);
 }

@@ -354,6 +354,7 @@ static void drain(struct coordinator *c)
         hurried = signal_wait(20);
     }
     if (hurried) return;
+    if (c->config->on_leaving) c->config->on_leaving(c->config->ctx);
     cluster_drain(c->cluster, CLUSTER_ALL);
     for (int ms = 0; cluster_groups_up(c->cluster) && ms < LEAVE_MS; ms += 20)
         if (signal_wait(20)) return;

@@ -33,11 +33,12 @@ struct coordinator_config { /* strings stay the caller's; NULL and 0 mean the de
     bool prefix_cache, always_offload;
     const char *record_path;
     /* Called once the workers' port listens, before the model's files are read: `heddle serve`
-     * starts its ranks here, so that they load while the tokenizer does. Not NULL-safe fields above are already checked. May be NULL. */
+     * starts its ranks here, so that they load while the tokenizer does. May be NULL. */
     enum err (*on_listening)(void *ctx);
     void *ctx;
     /* May be NULL. A rank's process hangs (see struct cluster_hooks); gets ctx too. Any thread. */
     void (*on_stuck)(void *ctx, uint32_t replica, uint32_t rank, const char *host, uint32_t pid);
+    void (*on_leaving)(void *ctx); /* the ranks are about to be told to leave; may be NULL */
 };
 
 /* Checks the files, listens, serves until SIGTERM or SIGINT (drains, then OK; a second signal leaves

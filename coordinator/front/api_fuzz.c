@@ -2,7 +2,7 @@
  * or a call whose every number is within its limits. */
 #include "base/clock.h"
 #include "coordinator/front/api.h"
-#include "tests/unit/coordinator/front/bytes_tokenizer.h"
+#include "coordinator/front/bytes_tokenizer.h"
 
 #include <string.h>
 

@@ -60,6 +60,7 @@ static __device__ __forceinline__ void gemv_add(float (&sums)[GEMV_COLS][ROWS], 
 #pragma unroll
         for (int col = 0; col < GEMV_COLS; col++)
             words[col] = j == 0 ? p.codes[col].x : j == 1 ? p.codes[col].y : j == 2 ? p.codes[col].z : p.codes[col].w;
+        /* behind the end there are only zeros to add; without the question registers spill */
         if (k + j * 8 < (int)c.x.cols) gemv_step<ROWS>(part, c, words, k + j * 8, aligned);
     }
 #pragma unroll

@@ -122,6 +122,7 @@ def wrong_options():
     assert "tensor" in attempt("serve", DEMO, "--tp", "65", code=2)
     assert "no verb" in attempt("sevre", DEMO, code=2)
     assert "which model" in attempt("serve", code=1)
+    assert "500 words" in serve(DEMO, "--launcher", "mpirun", "--mpirun-args", "-v " * 500)
 
 
 def worker_without_coordinator():

@@ -202,6 +202,7 @@ def drains_on_sigterm():
     assert (503, 200) in status, status
     server.process.wait(40)
     assert server.process.returncode == 0, server.output()
+    assert "starting again" not in server.output(), "ranks that were told to leave were started again"
 
 
 def main():

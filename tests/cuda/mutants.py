@@ -70,7 +70,6 @@ MUTANTS = [
     ("graph.c", "    b->quantized.of = NULL;\n    if (!b->failed) cuda_ok(b, cudaGraphLaunch", "    if (!b->failed) cuda_ok(b, cudaGraphLaunch", "ops"),
     ("step.c", "if (b->capturing && is_long) {", "if (false) {", "attention"),
     ("gemm_int4.cu", "[at / INT4_GROUP]", "[at / INT4_GROUP / 2]", "ops"),
-    ("gemm_int4.cu", "if (k + j * 8 < (int)c.x.cols)", "", "ops"),
     ("gemm_int4.cu", "scales[i * 8 / INT4_GROUP]", "scales[0]", "ops"),
     ("pack.c", "if (error < best_error)", "if (true)", "ops"),
     ("moe.cu", "best = left[i], at = i;", "best = left[i], at = i + 1 < n ? i + 1 : i;", "moe"),

@@ -9,7 +9,7 @@
 #include <cmocka.h>
 
 #include "base/json.h"
-#include "bytes_tokenizer.h"
+#include "coordinator/front/bytes_tokenizer.h"
 #include "coordinator/front/front.h"
 #include "fake_engine.h"
 
