@@ -273,6 +273,7 @@ const struct backend_ops backend_cpu = {
     .upload = cpu_upload,
     .download = cpu_upload,
     .weight_create = cpu_weight_create,
+    .weight_create_int4 = cpu_weight_create_int4,
     .weight_destroy = cpu_weight_destroy,
     .weight_bytes = cpu_weight_bytes,
     .table_create = cpu_table_create,

@@ -67,25 +67,23 @@ static void group_pack(const struct activations *a, const float *x, int64_t stri
         }
         words_store(words + s * rows, v, rows, a->n_steps - s);
     }
-    for (int r = 0; r < rows; r++) {
-        uint32_t total = (uint32_t)_mm512_reduce_add_epi32(sum[r]);
-        uint32_t added = (uint32_t)n_vectors * 16u * (uint32_t)MAGIC_BITS;
-        out_sums[r] = inverse[r] > 0.0f ? (int32_t)(total - added) : 0;
-    }
+    const __m512i added = _mm512_set1_epi32((int)((uint32_t)n_vectors * (uint32_t)MAGIC_BITS));
+    for (int r = 0; r < rows; r++)
+        out_sums[r] =
+            inverse[r] > 0.0f ? _mm512_reduce_add_epi32(_mm512_sub_epi32(sum[r], added)) : 0;
 }
 
 void words_pack_int8(const struct activations *a, const float *x, int64_t stride, int64_t row,
                      int rows, uint32_t *words)
 {
     float inverse[PANEL_ROWS_MAX];
-    int32_t sums[PANEL_ROWS_MAX], offset = a->format == WEIGHT_INT4 ? 8 : 128;
-    int64_t group_steps = a->n_groups > 1 ? GROUP_STEPS : a->n_steps;
+    int32_t sums[PANEL_ROWS_MAX];
     for (int r = 0; r < rows; r++)
         inverse[r] = row_inverse(a, x + r * stride, row + r);
-    for (int64_t g = 0; g * group_steps < a->n_steps; g++) {
-        group_pack(a, x, stride, rows, inverse, g * group_steps, (g + 1) * group_steps, words,
+    for (int64_t g = 0; g < a->n_groups; g++) {
+        group_pack(a, x, stride, rows, inverse, g * a->group_steps, (g + 1) * a->group_steps, words,
                    sums);
         for (int r = 0; r < rows; r++)
-            a->correction[(row + r) * a->n_groups + g] = -offset * sums[r];
+            a->correction[(row + r) * a->n_groups + g] = -a->offset * sums[r];
     }
 }
