@@ -68,9 +68,9 @@ static void group_pack(const struct activations *a, const float *x, int64_t stri
         words_store(words + s * rows, v, rows, a->n_steps - s);
     }
     for (int r = 0; r < rows; r++) {
-        uint32_t total = (uint32_t)_mm512_reduce_add_epi32(sum[r]);
-        uint32_t added = (uint32_t)n_vectors * 16u * (uint32_t)MAGIC_BITS;
-        out_sums[r] = inverse[r] > 0.0f ? (int32_t)(total - added) : 0;
+        __m512i added = _mm512_set1_epi32((int)((uint32_t)n_vectors * (uint32_t)MAGIC_BITS));
+        int32_t total = _mm512_reduce_add_epi32(_mm512_sub_epi32(sum[r], added));
+        out_sums[r] = inverse[r] > 0.0f ? total : 0;
     }
 }
 
