@@ -344,6 +344,7 @@ static void test_codes_and_graphs(void **state)
                 up = both_rand(b, N, K, K, DTYPE_BF16, 2), out = both_new(b, N, M, M, DTYPE_BF16);
     for (int part = 0; part < 3; part++) {
         if (part == 0) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false); /* codes of y */
+        if (part == 1) b->ops->activate(b, up.t, x.t, ACTIVATION_SILU, false); /* others */
         must(b->ops->capture_begin(b));
         if (part == 0) b->ops->matmul(b, out.t, y.t, weight);
         if (part == 2) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false);
