@@ -15,7 +15,7 @@
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
-enum { BACKEND_ABI = 2 };
+enum { BACKEND_ABI = 3 };
 
 /* How weights are stored on the device. AUTO keeps the checkpoint's own type where it can. */
 enum weight_format {
@@ -26,6 +26,7 @@ enum weight_format {
     WEIGHT_INT8, /* one scale per output row; activations quantized per token to int8 */
     WEIGHT_INT4, /* groups of 128 inputs, f16 scale, symmetric; activations as for INT8 */
     WEIGHT_FP8,  /* E4M3, one scale per output row; CUDA sm_90 */
+    WEIGHT_INT4_GROUPS, /* a checkpoint's own codes: see struct int4_matrix; activations as for INT8 */
     WEIGHT_FORMAT_COUNT
 };
 
@@ -135,6 +136,19 @@ struct sample_result {
     float top_logprobs[SAMPLE_LOGPROBS_MAX];
 };
 
+/* A matrix of 4-bit codes in host memory, as a checkpoint quantized it. The code of output r at slot s
+ * stands for (code - zero) * scale, with the zero and the scale of r and of the group that s lies
+ * in; it multiplies input order[s]. Slots of no input add nothing, whatever their code. */
+struct int4_matrix {
+    int64_t n_out, n_in;    /* n_in: columns of the activations */
+    int64_t n_slots;        /* a multiple of group */
+    int group;              /* slots that share a scale: 32, 64 or 128 */
+    const int32_t *order;   /* [n_slots], -1 = no input; NULL = slot s is input s, none from n_in on */
+    const uint8_t *codes;   /* [n_out][n_slots / 2], the even slot in the low half */
+    const uint16_t *scales; /* f16 [n_out][n_slots / group], finite */
+    const uint8_t *zeros;   /* [n_out][n_slots / group], 0 to 15; NULL = 8 everywhere */
+};
+
 /* A packed weight as bytes: what a file of packed weights holds. Views only. */
 struct packed_weight {
     enum weight_format format; /* INT8 or INT4 */
@@ -162,6 +176,9 @@ struct backend_ops {
      * bias: host F32 [sum of rows] or NULL. ERR_UNSUPPORTED names a format the device cannot do. */
     enum err (*weight_create)(struct backend *b, const struct matrix_view *parts, int n_parts,
                               const float *bias, enum weight_format format, struct weight **out);
+    /* Takes a matrix of codes as it is, bias as above. Its format is INT4 where that holds it without
+     * loss (groups of 128, zeros all 8, no order), else INT4_GROUPS. */
+    enum err (*weight_create_int4)(struct backend *b, const struct int4_matrix *matrix, const float *bias, struct weight **out);
     void (*weight_destroy)(struct backend *b, struct weight *w);
     size_t (*weight_bytes)(const struct weight *w); /* resident, and read once per step */
     /* A table that embed reads rows of. The CPU may keep the view (the caller keeps the file mapped). */

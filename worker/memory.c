@@ -22,7 +22,7 @@ static const uint64_t cpu_kv_bytes_default = 4ull << 30;
 const char *weight_format_name(enum weight_format f)
 {
     static const char *const names[WEIGHT_FORMAT_COUNT] = {"auto", "f32",  "f16", "bf16",
-                                                           "int8", "int4", "fp8"};
+                                                           "int8", "int4", "fp8", "int4"};
     return (unsigned)f < WEIGHT_FORMAT_COUNT ? names[f] : "?";
 }
 
@@ -338,8 +338,10 @@ static enum err blocks_choose(const struct worker_config *config, const struct m
     if (p->n_host_blocks > INT32_MAX) p->n_host_blocks = INT32_MAX;
     if (!config->kv_disk_dir || !config->kv_disk_bytes) return OK;
     if (!p->n_host_blocks)
-        FAIL(ERR_INVALID, "--kv-disk needs --swap-bytes of at least a block (%llu bytes): blocks "
-             "reach the disk through host memory", (unsigned long long)p->block_bytes);
+        FAIL(ERR_INVALID,
+             "--kv-disk needs --swap-bytes of at least a block (%llu bytes): blocks "
+             "reach the disk through host memory",
+             (unsigned long long)p->block_bytes);
     p->n_disk_blocks = kv_disk_blocks(config->kv_disk_bytes, p->block_bytes);
     if (!p->n_disk_blocks)
         FAIL(ERR_INVALID, "--kv-disk-space %llu holds no block of %llu bytes",

@@ -1,93 +1,15 @@
 /* Loads one rank's share: for each layer the views of its roles, sliced by this rank, packed by the
- * backend. Which slice is said by the table of roles alone. */
+ * backend. */
 #include "worker/weights.h"
-#include "base/buf.h"
-#include "base/hash.h"
 #include "base/log.h"
 #include "base/mem.h"
-#include "worker/packed.h"
-#include "worker/source.h"
+#include "worker/loader.h"
 
-#include <pthread.h>
-#include <stdio.h>
 #include <string.h>
-
-struct loader {
-    const struct weights_options *options;
-    struct model *m;
-    struct source source;
-    struct backend *backend;
-    const struct backend_ops *ops;
-    struct matrix_view embedding; /* stays readable: it is mapped or kept */
-    float *bias;                  /* [bias_max] stacked biases of one fused weight */
-    int64_t bias_max;
-    uint64_t done, total;
-    bool is_packed; /* the file holds packed weights */
-    struct packed_file packed;
-};
-
-/* --- slices --- */
-
-static struct shard_range scaled(struct shard_range r, int64_t by)
-{
-    return (struct shard_range){r.begin * by, r.end * by};
-}
-
-/* This rank's rows or columns of a role. segment: 0, 1, 2 = q, k, v of SHARD_OUT_QKV. */
-static struct shard_range slice_of(const struct model *m, enum role role, int segment)
-{
-    const struct model_config *c = &m->config;
-    int64_t q = config_dim(c, DIM_Q), kv = config_dim(c, DIM_KV);
-    struct shard_range query = scaled(m->heads.q, c->head_dim),
-                       key = scaled(m->heads.kv, c->head_dim);
-    switch (roles[role].shard) {
-    case SHARD_OUT_Q:
-    case SHARD_IN_Q:
-        return query;
-    case SHARD_OUT_KV:
-        return key;
-    case SHARD_OUT_FFN:
-    case SHARD_IN_FFN:
-        return m->ffn;
-    case SHARD_VOCAB:
-        return m->vocab;
-    case SHARD_OUT_QKV: {
-        if (segment == 0) return query;
-        int64_t base = q + (segment - 1) * kv;
-        return (struct shard_range){base + key.begin, base + key.end};
-    }
-    default:
-        return (struct shard_range){0, config_dim(c, roles[role].rows)};
-    }
-}
-
-static struct matrix_view rows_of(struct matrix_view v, struct shard_range r)
-{
-    v.data = (const char *)v.data + (size_t)(r.begin * v.row_stride) * dtype_bytes(v.dtype);
-    v.rows = shard_count(r);
-    return v;
-}
-
-static struct matrix_view columns_of(struct matrix_view v, struct shard_range r)
-{
-    v.data = (const char *)v.data + (size_t)(r.begin * v.col_stride) * dtype_bytes(v.dtype);
-    v.cols = shard_count(r);
-    return v;
-}
-
-static bool is_shard_in(enum role role)
-{
-    return roles[role].shard == SHARD_IN_Q || roles[role].shard == SHARD_IN_FFN;
-}
-
-static int segments_of(enum role role)
-{
-    return roles[role].shard == SHARD_OUT_QKV ? 3 : 1;
-}
 
 /* --- matrices --- */
 
-static void advance(struct loader *l, uint64_t bytes)
+void loader_advance(struct loader *l, uint64_t bytes)
 {
     l->done += bytes;
     if (l->options->progress)
@@ -99,10 +21,11 @@ static enum err bias_add(struct loader *l, enum role role, int layer, int segmen
 {
     int64_t rows = config_dim(&l->m->config, roles[role].rows);
     struct shard_range r =
-        is_shard_in(role) ? (struct shard_range){0, rows} : slice_of(l->m, role, segment);
+        role_is_shard_in(role) ? (struct shard_range){0, rows} : loader_slice(l->m, role, segment);
     int64_t n = shard_count(r);
     ASSERT_CMP(*at + rows, <=, l->bias_max);
-    if (config_has_bias(&l->m->config, role) && !(is_shard_in(role) && l->m->group.rank != 0)) {
+    if (config_has_bias(&l->m->config, role) &&
+        !(role_is_shard_in(role) && l->m->group.rank != 0)) {
         TRY(source_vector(&l->source, role, layer, true, rows, l->bias + *at));
         memmove(l->bias + *at, l->bias + *at + r.begin, (size_t)n * sizeof(float));
     } else {
@@ -114,105 +37,6 @@ static enum err bias_add(struct loader *l, enum role role, int layer, int segmen
     *at += n;
     return OK;
 }
-
-/* --- packed weights --- */
-
-void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX])
-{
-    static const struct {
-        const char *name;
-        bool of_layer;
-    } stems[ROLE_COUNT] = {
-        [ROLE_WQ] = {"qkv", true},
-        [ROLE_WQKV] = {"qkv", true},
-        [ROLE_WO] = {"out", true},
-        [ROLE_W_GATE] = {"up", true},
-        [ROLE_W_UP] = {"up", true},
-        [ROLE_W_DOWN] = {"down", true},
-        [ROLE_LM_HEAD] = {"lm_head", false},
-        [ROLE_PROJECT_IN] = {"project_in", false},
-        [ROLE_PROJECT_OUT] = {"project_out", false},
-    };
-    ASSERT(stems[first].name);
-    packed_stem(stems[first].name, stems[first].of_layer ? layer : -1, out);
-}
-
-/* This rank's slices of a whole fused weight that was unpacked to floats. */
-static void packed_slices(const struct loader *l, const enum role *of, int n_of, const float *whole,
-                          int64_t n_in, const float *bias, struct matrix_view *parts, int *n_parts)
-{
-    int64_t first = 0, bias_at = 0;
-    bool drops_bias = is_shard_in(of[0]) && l->m->group.rank != 0;
-    for (int i = 0; i < n_of; i++) {
-        int64_t rows = config_dim(&l->m->config, roles[of[i]].rows);
-        struct matrix_view view = {whole + first * n_in, DTYPE_F32, rows, n_in, n_in, 1};
-        for (int s = 0; s < segments_of(of[i]); s++) {
-            struct shard_range r = slice_of(l->m, of[i], s), all = {0, rows};
-            struct shard_range b = is_shard_in(of[i]) ? all : r;
-            parts[(*n_parts)++] = is_shard_in(of[i]) ? columns_of(view, r) : rows_of(view, r);
-            ASSERT_CMP(bias_at + shard_count(b), <=, l->bias_max);
-            for (int64_t k = 0; bias && k < shard_count(b); k++)
-                l->bias[bias_at + k] = drops_bias ? 0 : bias[first + b.begin + k];
-            bias_at += shard_count(b);
-        }
-        first += rows;
-    }
-}
-
-/* Unpacks, slices and packs for this rank and device. */
-static enum err packed_again(struct loader *l, const enum role *of, int n_of,
-                             const struct packed_weight *p, enum weight_format format,
-                             struct weight **out)
-{
-    struct matrix_view parts[4];
-    int n_parts = 0;
-    size_t bytes;
-    float *whole;
-    if (!size_mul((size_t)p->n_out, (size_t)p->n_in, &bytes) || !size_mul(bytes, 4, &bytes))
-        FAIL(ERR_NO_MEMORY, "a weight of %lld x %lld", (long long)p->n_out, (long long)p->n_in);
-    TRY(mem_alloc_huge(bytes, (void **)&whole));
-    for (int64_t r = 0; r < p->n_out; r++)
-        backend_cpu.packed_row(p, r, whole + r * p->n_in);
-    packed_slices(l, of, n_of, whole, p->n_in, p->bias, parts, &n_parts);
-    bool biased = p->bias && !(is_shard_in(of[0]) && l->m->group.rank != 0);
-    enum err e =
-        l->ops->weight_create(l->backend, parts, n_parts, biased ? l->bias : NULL, format, out);
-    mem_free_huge(whole, bytes);
-    return e;
-}
-
-/* A weight of a packed file: its bytes as they are where one rank has this device's layout. */
-static enum err packed_load(struct loader *l, const enum role *of, int n_of, int layer,
-                            enum weight_format format, struct weight **out)
-{
-    struct packed_weight p = {.format = format,
-                              .n_in = config_dim(&l->m->config, roles[of[0]].columns)};
-    struct packed_parts parts;
-    struct hash128 want, have;
-    char stem[PACKED_STEM_MAX];
-    bool biased = false;
-    const char *layout = l->ops->packed_layout;
-    for (int i = 0; i < n_of; i++) {
-        p.n_out += config_dim(&l->m->config, roles[of[i]].rows);
-        biased = biased || config_has_bias(&l->m->config, of[i]);
-    }
-    weights_stem(of[0], layer, stem);
-    TRY(packed_find(l->m->file, stem, biased, &p, &parts, &want));
-    source_use(&l->source, parts.panels);
-    source_use(&l->source, parts.scale);
-    source_use(&l->source, parts.bias);
-    if (l->m->group.size == 1 && layout && !strcmp(layout, l->packed.layout)) {
-        TRY(l->ops->weight_import(l->backend, &p, &have, out));
-    } else {
-        have = backend_cpu.packed_digest(&p);
-        TRY(packed_again(l, of, n_of, &p, format, out));
-    }
-    source_release(&l->source);
-    l->m->weight_bytes += l->ops->weight_bytes(*out);
-    advance(l, l->ops->weight_bytes(*out));
-    return packed_verify(l->m->file, &parts, want, have);
-}
-
 /* --- weights --- */
 
 /* One packed weight of the given roles, stacked by rows. */
@@ -223,22 +47,23 @@ static enum err weight_load(struct loader *l, const enum role *of, int n_of, int
     int n_parts = 0;
     int64_t bias_at = 0;
     bool biased = false;
-    if (l->is_packed) return packed_load(l, of, n_of, layer, format, out);
+    if (l->is_packed) return loader_packed_weight(l, of, n_of, layer, format, out);
     for (int i = 0; i < n_of; i++) {
         struct matrix_view whole;
         TRY(source_matrix(&l->source, of[i], layer, &whole));
         biased = biased || config_has_bias(&l->m->config, of[i]);
-        for (int s = 0; s < segments_of(of[i]); s++) {
-            struct shard_range r = slice_of(l->m, of[i], s);
-            parts[n_parts++] = is_shard_in(of[i]) ? columns_of(whole, r) : rows_of(whole, r);
+        for (int s = 0; s < role_segments(of[i]); s++) {
+            struct shard_range r = loader_slice(l->m, of[i], s);
+            parts[n_parts++] =
+                role_is_shard_in(of[i]) ? view_columns(whole, r) : view_rows(whole, r);
             TRY(bias_add(l, of[i], layer, s, &bias_at));
         }
-        if (is_shard_in(of[i]) && l->m->group.rank != 0) biased = false;
+        if (role_is_shard_in(of[i]) && l->m->group.rank != 0) biased = false;
     }
     TRY(l->ops->weight_create(l->backend, parts, n_parts, biased ? l->bias : NULL, format, out));
     source_release(&l->source);
     l->m->weight_bytes += l->ops->weight_bytes(*out);
-    advance(l, l->ops->weight_bytes(*out));
+    loader_advance(l, l->ops->weight_bytes(*out));
     return OK;
 }
 
@@ -256,7 +81,7 @@ static enum err table_load(struct loader *l, enum role role, struct weight **out
     if (role == ROLE_EMBED) l->embedding = view;
     TRY(l->ops->table_create(l->backend, view, out));
     l->m->table_bytes += view_bytes(view);
-    advance(l, view_bytes(view));
+    loader_advance(l, view_bytes(view));
     source_release(&l->source);
     return OK;
 }
@@ -267,102 +92,14 @@ static enum err head_load(struct loader *l)
     struct model *m = l->m;
     enum role role = ROLE_LM_HEAD;
     if (m->config.tied && !l->is_packed) {
-        struct matrix_view view = rows_of(l->embedding, m->vocab);
+        struct matrix_view view = view_rows(l->embedding, m->vocab);
         TRY(l->ops->weight_create(l->backend, &view, 1, NULL, l->options->head_format,
                                   &m->lm_head));
         m->weight_bytes += l->ops->weight_bytes(m->lm_head);
-        advance(l, l->ops->weight_bytes(m->lm_head));
+        loader_advance(l, l->ops->weight_bytes(m->lm_head));
         return OK;
     }
     return weight_load(l, &role, 1, 0, l->options->head_format, &m->lm_head);
-}
-
-/* --- vectors --- */
-
-static enum err vector_upload(struct loader *l, const float *host, size_t n, const float **out)
-{
-    struct model *m = l->m;
-    void *mem;
-    ASSERT_CMP(m->n_vectors, <, m->vectors_max);
-    TRY(l->ops->alloc(l->backend, n * sizeof(float), &mem));
-    m->vectors[m->n_vectors++] = mem;
-    m->weight_bytes += n * sizeof(float);
-    TRY(l->ops->upload(l->backend, mem, host, n * sizeof(float)));
-    *out = mem;
-    return OK;
-}
-
-static enum err vector_load(struct loader *l, enum role role, int layer, bool bias,
-                            const float **out)
-{
-    int64_t n = config_dim(&l->m->config, roles[role].rows);
-    ASSERT_CMP(n, <=, l->bias_max);
-    TRY(source_vector(&l->source, role, layer, bias, n, l->bias));
-    return vector_upload(l, l->bias, (size_t)n, out);
-}
-
-static enum err norm_load(struct loader *l, enum role role, int layer, struct norm_args *out)
-{
-    out->kind = l->m->config.arch->norm;
-    out->epsilon = l->m->config.norm_epsilon;
-    TRY(vector_load(l, role, layer, false, &out->weight));
-    if (config_has_bias(&l->m->config, role)) TRY(vector_load(l, role, layer, true, &out->bias));
-    return OK;
-}
-
-/* --- rotary tables --- */
-
-enum { ROPE_THREADS_MAX = 16, ROPE_PART_MIN = 4096 }; /* positions that are worth a thread */
-
-struct rope_part {
-    const struct model_config *config;
-    float *cos, *sin;
-    int first, end;
-    pthread_t thread;
-    bool started;
-};
-
-static void *rope_fill(void *arg)
-{
-    struct rope_part *p = arg;
-    config_rope_tables(p->config, p->first, p->end, p->cos, p->sin);
-    return NULL;
-}
-
-/* Long contexts have millions of cosines: every thread of the rank makes some. */
-static void rope_tables(const struct loader *l, float *cos, float *sin)
-{
-    struct rope_part parts[ROPE_THREADS_MAX];
-    int n_positions = l->m->context_max, n = l->options->n_threads;
-    n = n > ROPE_THREADS_MAX ? ROPE_THREADS_MAX : n;
-    n = n > n_positions / ROPE_PART_MIN ? n_positions / ROPE_PART_MIN : n;
-    n = n < 1 ? 1 : n;
-    for (int i = 0; i < n; i++) {
-        parts[i] = (struct rope_part){.config = &l->m->config,
-                                      .cos = cos,
-                                      .sin = sin,
-                                      .first = (int)((int64_t)n_positions * i / n),
-                                      .end = (int)((int64_t)n_positions * (i + 1) / n)};
-        parts[i].started = i && !pthread_create(&parts[i].thread, NULL, rope_fill, &parts[i]);
-    }
-    for (int i = 0; i < n; i++) {
-        if (parts[i].started)
-            pthread_join(parts[i].thread, NULL);
-        else
-            rope_fill(&parts[i]);
-    }
-}
-
-static enum err rope_load(struct loader *l, const float **out_cos, const float **out_sin)
-{
-    size_t n = (size_t)l->m->context_max * (size_t)(l->m->config.rope.rotary_dim / 2);
-    float *cos_sin;
-    TRY(MEM_NEW_ARRAY(2 * n, &cos_sin));
-    rope_tables(l, cos_sin, cos_sin + n);
-    enum err e = vector_upload(l, cos_sin, n, out_cos);
-    if (!e) e = vector_upload(l, cos_sin + n, n, out_sin);
-    mem_free(cos_sin);
-    return e;
 }
 
 /* --- layers --- */
@@ -388,11 +125,11 @@ static enum err attention_load(struct loader *l, int i, struct attention_args *a
         a->rope_cos = m->layers[0].attention.rope_cos;
         a->rope_sin = m->layers[0].attention.rope_sin;
     } else if (c->rope.type != ROPE_NONE) {
-        TRY(rope_load(l, &a->rope_cos, &a->rope_sin));
+        TRY(loader_rope(l, &a->rope_cos, &a->rope_sin));
     }
     if (config_has_role(c, ROLE_Q_NORM)) {
-        TRY(vector_load(l, ROLE_Q_NORM, i, false, &a->q_norm));
-        TRY(vector_load(l, ROLE_K_NORM, i, false, &a->k_norm));
+        TRY(loader_vector(l, ROLE_Q_NORM, i, false, &a->q_norm));
+        TRY(loader_vector(l, ROLE_K_NORM, i, false, &a->k_norm));
     }
     return OK;
 }
@@ -436,10 +173,10 @@ static enum err layer_load(struct loader *l, int i)
     enum weight_format format = l->options->format;
     bool is_fused = config_has_role(&l->m->config, ROLE_WQKV), is_gated = l->m->config.gated;
     TRY(attention_load(l, i, &layer->attention));
-    TRY(norm_load(l, ROLE_ATTN_NORM, i, &layer->attention_norm));
+    TRY(loader_norm(l, ROLE_ATTN_NORM, i, &layer->attention_norm));
     TRY(weight_load(l, is_fused ? fused : separate, is_fused ? 1 : 3, i, format, &layer->qkv));
     TRY(weight_load(l, out, 1, i, format, &layer->out));
-    TRY(norm_load(l, ROLE_FFN_NORM, i, &layer->ffn_norm));
+    TRY(loader_norm(l, ROLE_FFN_NORM, i, &layer->ffn_norm));
     if (l->m->config.n_experts) return experts_load(l, i);
     TRY(weight_load(l, is_gated ? gated : plain, is_gated ? 2 : 1, i, format, &layer->up));
     return weight_load(l, down, 1, i, format, &layer->down);
@@ -456,7 +193,8 @@ static enum err shares_load(struct loader *l)
         TRY(weight_load(l, &in, 1, 0, l->options->head_format, &m->project_in));
     for (int i = 0; i < c->n_layers; i++)
         TRY(layer_load(l, i));
-    if (config_has_role(c, ROLE_FINAL_NORM)) TRY(norm_load(l, ROLE_FINAL_NORM, 0, &m->final_norm));
+    if (config_has_role(c, ROLE_FINAL_NORM))
+        TRY(loader_norm(l, ROLE_FINAL_NORM, 0, &m->final_norm));
     if (config_has_role(c, ROLE_PROJECT_OUT))
         TRY(weight_load(l, &project, 1, 0, l->options->head_format, &m->project_out));
     TRY(head_load(l));
@@ -538,7 +276,7 @@ static enum err model_fill(struct model *m, const struct weights_options *option
     TRY_OUT(source_init(&l.source, &m->config, m->file, options->seed));
     TRY_OUT(shares_load(&l));
     l.done = l.total;
-    advance(&l, 0);
+    loader_advance(&l, 0);
 out:
     source_fini(&l.source);
     mem_free(l.bias);
@@ -593,78 +331,4 @@ void model_unload(struct model *m)
     mem_free(m->vectors);
     mem_free(m->layers);
     mem_free(m);
-}
-
-static void digest_words(struct hash128 *h, const char *words)
-{
-    *h = hash_chain(*h, words, strlen(words));
-}
-
-enum err model_digest(const struct weights_options *options, const struct model_config *config,
-                      const struct safetensors *file, char out[33])
-{
-    struct hash128 h = {0, 0};
-    struct buf text;
-    buf_init(&text, 0);
-    enum err e = buf_read_file(&text, config->path, 0);
-    if (!e) h = hash_chain(h, buf_string(&text), text.n);
-    buf_fini(&text);
-    TRY(e);
-    for (size_t i = 0; file && i < safetensors_count(file); i++) {
-        const struct st_tensor *t = safetensors_at(file, i);
-        digest_words(&h, t->name);
-        digest_words(&h, st_dtype_name(t->dtype));
-        h = hash_chain(h, t->shape, (size_t)t->n_dims * sizeof *t->shape);
-    }
-    uint64_t rest[3] = {(uint64_t)options->format, (uint64_t)options->head_format,
-                        options->dummy ? ~options->seed : 0};
-    h = hash_chain(h, rest, sizeof rest);
-    snprintf(out, 33, "%016llx%016llx", (unsigned long long)h.high, (unsigned long long)h.low);
-    return OK;
-}
-
-static double bytes_per_weight(enum weight_format format, enum dtype file_dtype)
-{
-    switch (format) {
-    case WEIGHT_F32:
-        return 4;
-    case WEIGHT_F16:
-    case WEIGHT_BF16:
-        return 2;
-    case WEIGHT_INT8:
-    case WEIGHT_FP8:
-        return 1.01;
-    case WEIGHT_INT4:
-        return 0.52;
-    default:
-        return (double)dtype_bytes(file_dtype);
-    }
-}
-
-void model_bytes_estimate(const struct model_config *config, struct group group,
-                          const struct weights_options *options, enum dtype file_dtype,
-                          uint64_t *out_weights, uint64_t *out_tables)
-{
-    struct shard_heads heads =
-        shard_heads(config->n_heads, config->n_kv_heads, group.rank, group.size);
-    int64_t q = shard_count(heads.q) * config->head_dim,
-            kv = shard_count(heads.kv) * config->head_dim;
-    int64_t ffn = shard_count(shard_rounded(config->ffn, 128, group.rank, group.size));
-    int64_t vocab = shard_count(shard_rounded(config->vocab_size, 128, group.rank, group.size));
-    int64_t n_experts = config->n_experts ? config->n_experts : 1;
-    double layer =
-        (double)(q + 2 * kv + q + (config->gated ? 3 : 2) * ffn * n_experts + config->n_experts) *
-        config->hidden;
-    double weights = layer * config->n_layers * bytes_per_weight(options->format, file_dtype);
-    weights +=
-        (double)vocab * config->embed_dim * bytes_per_weight(options->head_format, file_dtype);
-    if (config->embed_dim != config->hidden)
-        weights += 2.0 * config->hidden * config->embed_dim *
-                   bytes_per_weight(options->head_format, file_dtype);
-    weights += 4.0 * (config->n_layers * 4.0 + 2) * config->hidden;
-    weights += 4.0 * options->context_max * config->rope.rotary_dim;
-    *out_weights = (uint64_t)weights;
-    *out_tables = ((uint64_t)config->vocab_size * (uint64_t)config->embed_dim +
-                   (uint64_t)config->n_positions * (uint64_t)config->hidden) *
-                  dtype_bytes(file_dtype);
 }

@@ -91,7 +91,9 @@ static void matmul_choose(struct cpu_backend *cpu)
                 cpu->matmul.rows_max[format] = k->rows_max[format];
                 cpu->matmul.row_major[format] = k->row_major[format];
             }
-            if (k && k->pack_rows[format]) cpu->matmul.pack_rows[format] = k->pack_rows[format];
+            if (!k || !k->pack_rows[format]) continue;
+            cpu->matmul.pack_rows[format] = k->pack_rows[format];
+            cpu->matmul.pack_panel[format] = k->pack_panel[format];
         }
 }
 
@@ -271,6 +273,7 @@ const struct backend_ops backend_cpu = {
     .upload = cpu_upload,
     .download = cpu_upload,
     .weight_create = cpu_weight_create,
+    .weight_create_int4 = cpu_weight_create_int4,
     .weight_destroy = cpu_weight_destroy,
     .weight_bytes = cpu_weight_bytes,
     .table_create = cpu_table_create,

@@ -27,6 +27,7 @@ enum {
     PANEL_OUTPUTS = 32,     /* outputs that one packed panel of a weight computes */
     GROUP_INPUTS = 128,     /* inputs that share a scale in INT4 */
     GROUP_STEPS = 32,       /* of 4 inputs each */
+    GROUP_HEADER = 64,      /* bytes before the steps of a group: 32 f16 scales */
     PANEL_ROWS_MAX = 12,    /* rows of activations that one microkernel call takes at most */
     ACTIVATION_ROWS = 1024, /* rows packed at once; longer matmuls run in slices of this many */
     WEIGHT_SIDE_MAX =
@@ -40,15 +41,20 @@ enum {
  * packed activation row: 1 input (F32, F16), 2 (BF16), or 4 (INT8, INT4). Bytes of a step of a
  * panel, output-major: F32 [32] floats; F16 [32] halves; BF16 [32][2]; INT8 [32][4] of q + 128;
  * INT4 two steps share [32][4] bytes of q + 8, the even step in the low nibble, and a group of 32
- * steps begins with its 32 f16 scales. Outputs and inputs beyond the matrix are zeros. */
+ * steps begins with its 32 f16 scales. INT4_GROUPS is the same with groups of group_steps, codes as
+ * the checkpoint has them, and their zero points beside the panels. Outputs and inputs beyond the
+ * matrix are zeros. */
 struct weight {
     enum weight_format format;
     int64_t n_out, n_in, n_panels, n_steps;
     size_t panel_bytes, packed_bytes;
     uint8_t *panels; /* in slab */
     struct slab *slab;
-    float *scale;             /* INT8: [n_panels * 32], else NULL */
-    float *bias;              /* [n_panels * 32] or NULL */
+    float *scale;        /* INT8: [n_panels * 32], else NULL */
+    float *bias;         /* [n_panels * 32] or NULL */
+    int64_t group_steps; /* INT4: GROUP_STEPS; INT4_GROUPS: 8, 16 or 32; else 0 */
+    uint8_t *zeros;      /* INT4_GROUPS: [n_panels][n_steps / group_steps][32], else NULL */
+    int32_t *order;      /* INT4_GROUPS: [n_steps * 4] input of each slot or -1; NULL = as is */
     struct matrix_view table; /* of table_create; then nothing above is set */
 };
 
@@ -65,6 +71,9 @@ struct activations {
     int n_rows, rows_max, n_row_panels;
     bool row_major; /* AMX: words [n_rows][n_steps] instead */
     int64_t n_inputs, n_steps, n_groups;
+    int64_t group_steps;  /* that share a correction */
+    int32_t offset;       /* what the correction is made of */
+    const int32_t *order; /* of the weight, or NULL */
     uint32_t *words;
     float *row_scale;    /* [n_rows]: INT8, INT4; else unused */
     int32_t *correction; /* INT8: [n_rows]; INT4: [n_rows][n_groups]: -offset * sum of the row */
@@ -83,6 +92,8 @@ struct panel_call {
     int64_t correction_stride;
     const float *row_scale, *column_scale;
     const float *bias; /* [32] or NULL */
+    int64_t group_steps;
+    const uint8_t *zeros; /* INT4_GROUPS: [groups][32] from the first group of this call on */
     float *out;
     int64_t out_stride;
     const uint8_t
@@ -92,6 +103,9 @@ struct panel_call {
 typedef void panel_kernel(const struct panel_call *call, int rows);
 typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
                              uint32_t *words);
+/* The same of rows [row, row + rows) at once, `stride` floats apart: words [n_steps][rows]. */
+typedef void words_kernel(const struct activations *a, const float *x, int64_t stride, int64_t row,
+                          int rows, uint32_t *words);
 
 /* The kernels of one ISA; a NULL entry falls back to the ISA below. */
 struct matmul_kernels {
@@ -99,9 +113,13 @@ struct matmul_kernels {
     int rows_max[FORMATS];
     bool row_major[FORMATS]; /* the panel kernel takes rows of words, see struct activations */
     quantize_kernel *pack_rows[FORMATS];
+    words_kernel *pack_panel[FORMATS]; /* NULL: row by row; never where the ISA is row_major */
 };
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
     matmul_bf16, matmul_amx;
+
+/* INT4_GROUPS, in files of their own. */
+panel_kernel panel_int4_groups_avx2, panel_int4_groups_vnni;
 
 /* Kernels of attention: see attention.h. */
 struct chunk_call;
@@ -192,6 +210,10 @@ enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias);
 void pack_row(struct weight *w, int64_t row, const float *inputs);
 /* From format, n_out and n_in: everything else that says how large the weight is. */
 enum err weight_sizes(struct weight *w);
+
+/* int4.c: codes of a checkpoint into panels. */
+enum err cpu_weight_create_int4(struct backend *b, const struct int4_matrix *matrix,
+                                const float *bias, struct weight **out);
 
 /* packed.c: struct weight as bytes of files. The name changes with the bytes. */
 #define CPU_PACKED_LAYOUT "cpu-panels-1"

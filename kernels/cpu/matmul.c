@@ -6,6 +6,7 @@
  * whatever the batch: that is what keeps law 4. The driver knows formats only as rows of tables. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/quantize.h"
 
 #include <math.h>
 #include <string.h>
@@ -50,7 +51,8 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 {
     struct activations *a = &cpu->activations;
     size_t words = (size_t)w->n_steps * ACTIVATION_ROWS * 4;
-    size_t corrections = ((size_t)w->n_steps / GROUP_STEPS + 1) * ACTIVATION_ROWS * 4;
+    int64_t group_steps = w->group_steps ? w->group_steps : w->n_steps;
+    size_t corrections = (size_t)(w->n_steps / group_steps + 1) * ACTIVATION_ROWS * 4;
     void *bigger;
     if (words < WORDS_BYTES_MIN) words = WORDS_BYTES_MIN;
     if (words > cpu->words_bytes) {
@@ -72,6 +74,7 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 struct pack_rows_args {
     const struct activations *a;
     quantize_kernel *pack;
+    words_kernel *pack_panel;
     const float *x;
     int64_t stride;
 };
@@ -82,6 +85,10 @@ static void pack_rows_chunk(const void *args, int chunk, void *scratch)
     int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
     (void)scratch;
     uint32_t *words = p->a->words + first * p->a->n_steps;
+    if (p->pack_panel) {
+        p->pack_panel(p->a, p->x + first * p->stride, p->stride, first, rows, words);
+        return;
+    }
     for (int r = 0; r < rows; r++)
         p->pack(p->a, p->x + (first + r) * p->stride, first + r, p->a->row_major ? 1 : rows,
                 words + (p->a->row_major ? r * p->a->n_steps : r));
@@ -98,8 +105,13 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->n_row_panels = (n_rows + a->rows_max - 1) / a->rows_max;
     a->n_inputs = w->n_in;
     a->n_steps = w->n_steps;
-    a->n_groups = w->format == WEIGHT_INT4 ? w->n_steps / GROUP_STEPS : 1;
-    struct pack_rows_args args = {a, cpu->matmul.pack_rows[w->format], x, stride};
+    a->group_steps = w->group_steps ? w->group_steps : w->n_steps;
+    a->n_groups = w->n_steps / a->group_steps;
+    a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
+    a->order = w->order;
+    struct pack_rows_args args = {
+        a, w->order ? quantize_row_pack_ordered : cpu->matmul.pack_rows[w->format],
+        a->row_major || w->order ? NULL : cpu->matmul.pack_panel[w->format], x, stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);
@@ -164,7 +176,8 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
     int64_t block = block_steps(a, n_row_panels);
     for (int64_t s = 0; s < a->n_steps; s += block) {
         int64_t n = a->n_steps - s < block ? a->n_steps - s : block;
-        size_t header = (size_t)(f->header_bytes ? s / GROUP_STEPS * f->header_bytes : 0);
+        int64_t group = s / a->group_steps; /* 0 where one group is all */
+        size_t header = (size_t)(group * f->header_bytes);
         const uint8_t *weights =
             w->panels + (size_t)panel * w->panel_bytes + (size_t)(s * f->step_bytes) + header;
         for (int i = i0; i < i1; i++) {
@@ -177,12 +190,13 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
                 .scratch = parked + (first - row0) * PANEL_OUTPUTS,
                 .first = s == 0,
                 .last = s + n == a->n_steps,
-                .correction =
-                    a->correction + first * a->n_groups + (a->n_groups > 1 ? s / GROUP_STEPS : 0),
+                .correction = a->correction + first * a->n_groups + group,
                 .correction_stride = a->n_groups,
                 .row_scale = f->inputs_per_step == 4 ? a->row_scale + first : NULL,
                 .column_scale = w->scale ? w->scale + panel * PANEL_OUTPUTS : NULL,
                 .bias = w->bias ? w->bias + panel * PANEL_OUTPUTS : NULL,
+                .group_steps = a->group_steps,
+                .zeros = w->zeros ? w->zeros + (panel * a->n_groups + group) * PANEL_OUTPUTS : NULL,
                 .out = out + (first - row0) * out_stride,
                 .out_stride = out_stride,
             };

@@ -70,9 +70,8 @@ static void pack_int8(const struct activations *a, const float *x, int64_t row, 
             max, _mm512_and_si512(_mm512_castps_si512(floats_at(x, i, a->n_inputs)), magnitude));
     float inverse;
     a->row_scale[row] = quantize_scale(_mm512_reduce_max_epu32(max), &inverse);
-    int32_t offset = a->format == WEIGHT_INT4 ? 8 : 128;
     int32_t *correction = a->correction + row * a->n_groups;
-    int64_t group_steps = a->n_groups > 1 ? GROUP_STEPS : a->n_steps;
+    int64_t group_steps = a->group_steps;
     const __m512 factor = _mm512_set1_ps(inverse), magic = _mm512_set1_ps(12582912.0f);
     for (int64_t g = 0; g < a->n_steps; g += group_steps) {
         __m512i sum = _mm512_setzero_si512();
@@ -86,7 +85,7 @@ static void pack_int8(const struct activations *a, const float *x, int64_t row, 
             for (int i = 0; i < 4 && s + i < a->n_steps; i++)
                 words[(s + i) * rows] = four[i];
         }
-        *correction++ = -offset * _mm512_reduce_add_epi32(sum);
+        *correction++ = -a->offset * _mm512_reduce_add_epi32(sum);
     }
 }
 
@@ -95,5 +94,7 @@ const struct matmul_kernels matmul_avx512 = {
               [WEIGHT_F16] = panel_f16_any,
               [WEIGHT_BF16] = panel_widened_any},
     .rows_max = {[WEIGHT_F32] = 12, [WEIGHT_F16] = 12, [WEIGHT_BF16] = 12},
-    .pack_rows = {[WEIGHT_INT8] = pack_int8, [WEIGHT_INT4] = pack_int8},
+    .pack_rows =
+        {[WEIGHT_INT8] = pack_int8, [WEIGHT_INT4] = pack_int8, [WEIGHT_INT4_GROUPS] = pack_int8},
+    .pack_panel = {[WEIGHT_INT8] = words_pack_int8, [WEIGHT_INT4] = words_pack_int8},
 };

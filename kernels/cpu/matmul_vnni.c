@@ -146,6 +146,10 @@ static void panel_int4_any(const struct panel_call *c, int rows)
 }
 
 const struct matmul_kernels matmul_vnni = {
-    .panel = {[WEIGHT_INT8] = panel_int8_any, [WEIGHT_INT4] = panel_int4_any},
-    .rows_max = {[WEIGHT_INT8] = PANEL_ROWS_MAX, [WEIGHT_INT4] = INT4_ROWS_MAX},
+    .panel = {[WEIGHT_INT8] = panel_int8_any,
+              [WEIGHT_INT4] = panel_int4_any,
+              [WEIGHT_INT4_GROUPS] = panel_int4_groups_vnni},
+    .rows_max = {[WEIGHT_INT8] = PANEL_ROWS_MAX,
+                 [WEIGHT_INT4] = INT4_ROWS_MAX,
+                 [WEIGHT_INT4_GROUPS] = INT4_ROWS_MAX},
 };

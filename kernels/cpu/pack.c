@@ -13,11 +13,12 @@ const struct format_info format_infos[FORMATS] = {
     [WEIGHT_F16] = {1, 64, 0, 2},
     [WEIGHT_BF16] = {2, 128, 0, 2},
     [WEIGHT_INT8] = {4, 128, 0, 2},
-    [WEIGHT_INT4] = {4, 64, 64, GROUP_STEPS},
+    [WEIGHT_INT4] = {4, 64, GROUP_HEADER, GROUP_STEPS},
+    [WEIGHT_INT4_GROUPS] = {4, 64, GROUP_HEADER, 1},
 };
 
 static const char *const format_names[FORMATS] = {"auto", "f32",  "f16", "bf16",
-                                                  "int8", "int4", "fp8"};
+                                                  "int8", "int4", "fp8", "int4"};
 
 /* Packing is the same arithmetic on every machine; only how many values at a time differs. */
 #ifdef __SANITIZE_ADDRESS__
@@ -208,9 +209,12 @@ enum err weight_sizes(struct weight *w)
         FAIL(ERR_FORMAT, "a weight of %lld x %lld", (long long)w->n_out, (long long)w->n_in);
     const struct format_info *f = &format_infos[w->format];
     int64_t multiple = (int64_t)f->inputs_per_step * f->steps_multiple;
-    w->n_steps = (w->n_in + multiple - 1) / multiple * f->steps_multiple;
+    if (w->format != WEIGHT_INT4_GROUPS) {
+        w->n_steps = (w->n_in + multiple - 1) / multiple * f->steps_multiple;
+        w->group_steps = w->format == WEIGHT_INT4 ? GROUP_STEPS : 0;
+    }
     w->n_panels = (w->n_out + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
-    int64_t groups = f->header_bytes ? w->n_steps / GROUP_STEPS : 0;
+    int64_t groups = f->header_bytes ? w->n_steps / w->group_steps : 0;
     size_t step_bytes = (size_t)w->n_steps * (size_t)f->step_bytes;
     w->panel_bytes = step_bytes + (size_t)groups * (size_t)f->header_bytes;
     if (!size_mul((size_t)w->n_panels, w->panel_bytes, &w->packed_bytes))
@@ -239,6 +243,9 @@ enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias)
     size_t lanes = (size_t)w->n_panels * PANEL_OUTPUTS;
     TRY(slab_take(&cpu_of(b)->slabs, w->packed_bytes, &w->panels, &w->slab));
     if (w->format == WEIGHT_INT8) TRY(mem_alloc_aligned(64, lanes * 4, (void **)&w->scale));
+    if (w->format == WEIGHT_INT4_GROUPS)
+        TRY(mem_alloc_aligned(64, lanes * (size_t)(w->n_steps / w->group_steps),
+                              (void **)&w->zeros));
     if (with_bias) TRY(mem_alloc_aligned(64, lanes * 4, (void **)&w->bias));
     return OK;
 }
@@ -298,7 +305,8 @@ enum err cpu_weight_create(struct backend *b, const struct matrix_view *parts, i
     float *inputs = NULL;
     TRY_OUT(MEM_NEW(&w));
     w->format = format == WEIGHT_AUTO ? format_auto(parts, n_parts) : format;
-    if ((int)w->format >= FORMATS || !format_infos[w->format].inputs_per_step)
+    if ((int)w->format >= FORMATS || !format_infos[w->format].inputs_per_step ||
+        w->format == WEIGHT_INT4_GROUPS)
         FAIL_OUT(ERR_UNSUPPORTED, "weight format %s is not supported on the CPU",
                  (unsigned)w->format < FORMATS ? format_names[w->format] : "?");
     TRY_OUT(weight_shape(w, parts, n_parts));
@@ -337,11 +345,15 @@ void cpu_weight_destroy(struct backend *b, struct weight *w)
     slab_give(&cpu_of(b)->slabs, w->slab);
     mem_free(w->scale);
     mem_free(w->bias);
+    mem_free(w->zeros);
+    mem_free(w->order);
     mem_free(w);
 }
 
 size_t cpu_weight_bytes(const struct weight *w)
 {
     size_t lanes = (size_t)w->n_panels * PANEL_OUTPUTS * 4;
-    return w->packed_bytes + (w->scale ? lanes : 0) + (w->bias ? lanes : 0);
+    size_t zeros = w->zeros ? lanes / 4 * (size_t)(w->n_steps / w->group_steps) : 0;
+    return w->packed_bytes + (w->scale ? lanes : 0) + (w->bias ? lanes : 0) + zeros +
+           (w->order ? (size_t)w->n_steps * 16 : 0);
 }

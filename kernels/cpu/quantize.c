@@ -47,7 +47,7 @@ void quantize_row_pack_int8(const struct activations *a, const float *x, int64_t
     }
     float inverse;
     a->row_scale[row] = quantize_scale(max_bits, &inverse);
-    int32_t offset = a->format == WEIGHT_INT4 ? 8 : 128, sum = 0;
+    int32_t sum = 0;
     int32_t *correction = a->correction + row * a->n_groups;
     for (int64_t step = 0; step < a->n_steps; step++) {
         uint32_t word = 0;
@@ -58,10 +58,36 @@ void quantize_row_pack_int8(const struct activations *a, const float *x, int64_t
             sum += q;
         }
         words[step * rows] = word;
-        bool group_ends =
-            a->n_groups > 1 ? step % GROUP_STEPS == GROUP_STEPS - 1 : step == a->n_steps - 1;
-        if (!group_ends) continue;
-        *correction++ = -offset * sum;
+        if ((step + 1) % a->group_steps) continue;
+        *correction++ = -a->offset * sum;
+        sum = 0;
+    }
+}
+
+/* The same for a weight whose slots take their inputs in another order. */
+void quantize_row_pack_ordered(const struct activations *a, const float *x, int64_t row, int rows,
+                               uint32_t *words)
+{
+    uint32_t max_bits = 0;
+    for (int64_t i = 0; i < a->n_inputs; i++) {
+        uint32_t u = float_bits(x[i]) & 0x7fffffff;
+        max_bits = u > max_bits ? u : max_bits;
+    }
+    float inverse;
+    a->row_scale[row] = quantize_scale(max_bits, &inverse);
+    int32_t sum = 0, *correction = a->correction + row * a->n_groups;
+    for (int64_t step = 0; step < a->n_steps; step++) {
+        uint32_t word = 0;
+        for (int i = 0; inverse > 0.0f && i < 4; i++) {
+            int32_t from = a->order[step * 4 + i];
+            float v = from < 0 ? 0.0f : x[from];
+            int32_t q = (int32_t)((v * inverse + 12582912.0f) - 12582912.0f);
+            word |= (uint32_t)(uint8_t)q << i * 8;
+            sum += q;
+        }
+        words[step * rows] = word;
+        if ((step + 1) % a->group_steps) continue;
+        *correction++ = -a->offset * sum;
         sum = 0;
     }
 }

@@ -10,7 +10,7 @@ enum { CHUNK_BYTES = 8 << 20, K_PAD = 32 };
 static enum err format_resolve(const struct cuda_backend *b, enum weight_format *format)
 {
     static const char *const names[WEIGHT_FORMAT_COUNT] = {"auto", "f32",  "f16", "bf16",
-                                                           "int8", "int4", "fp8"};
+                                                           "int8", "int4", "fp8", "int4"};
     if (*format == WEIGHT_AUTO) *format = WEIGHT_BF16; /* what the activations are in */
     bool need_library = *format == WEIGHT_F16 || *format == WEIGHT_INT8 || *format == WEIGHT_FP8;
     if (*format == WEIGHT_F32)

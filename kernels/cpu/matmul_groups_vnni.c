@@ -1,0 +1,100 @@
+/* AVX-512 VNNI: INT4_GROUPS, 4-bit codes with zero points in groups of 32, 64 or 128 inputs.
+ *
+ * As INT4 in matmul_vnni.c, but the accumulators of a group begin at zero * -sum(x) of each output
+ * instead of one number for all. Both factors fit in 16 bits, so that is one vpmaddwd. */
+#include "kernels/cpu/matmul_avx512.h"
+
+enum { ROWS_MAX = 6 };
+
+ALWAYS_INLINE __m512i zeros_load(const uint8_t *zeros)
+{
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)zeros));
+}
+
+/* The exact sums of one group, added to sum. */
+ALWAYS_INLINE void group_add(const uint8_t *weights, const uint32_t *words, int64_t steps,
+                             const int rows, const uint8_t *ahead, int64_t prefetch_bytes,
+                             __m512i sum[ROWS_MAX][2])
+{
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t s = 0; s < steps; s += 2) {
+        __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        ahead += prefetch_bytes;
+        __m512i w0 = _mm512_and_si512(v0, low), w1 = _mm512_and_si512(v1, low);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            __m512i x = broadcast_word(words, r);
+            DOT_INT8(sum[r][0], w0, x);
+            DOT_INT8(sum[r][1], w1, x);
+        }
+        w0 = _mm512_and_si512(_mm512_srli_epi16(v0, 4), low);
+        w1 = _mm512_and_si512(_mm512_srli_epi16(v1, 4), low);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            __m512i x = broadcast_word(words, rows + r);
+            DOT_INT8(sum[r][0], w0, x);
+            DOT_INT8(sum[r][1], w1, x);
+        }
+        weights += 128;
+        words += 2 * rows;
+    }
+}
+
+ALWAYS_INLINE void panel(const struct panel_call *c, const int rows)
+{
+    __m512 total[ROWS_MAX][2];
+    float *parked = c->scratch;
+    const int64_t steps = c->group_steps, group_bytes = GROUP_HEADER + steps * 64;
+    const uint8_t *group = c->weights, *zeros = c->zeros, *ahead = c->prefetch;
+    const uint32_t *words = c->words;
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        total[r][0] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32);
+        total[r][1] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32 + 16);
+    }
+    for (int64_t g = 0; g * steps < c->n_steps; g++) {
+        __m512i sum[ROWS_MAX][2], z0 = zeros_load(zeros), z1 = zeros_load(zeros + 16);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            __m512i x = _mm512_set1_epi32(c->correction[r * c->correction_stride + g]);
+            sum[r][0] = _mm512_madd_epi16(z0, x);
+            sum[r][1] = _mm512_madd_epi16(z1, x);
+        }
+        group_add(group + GROUP_HEADER, words, steps, rows, ahead, c->prefetch_bytes, sum);
+        __m512 scale0 = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)group));
+        __m512 scale1 = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(group + 32)));
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            total[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][0]), scale0, total[r][0]);
+            total[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][1]), scale1, total[r][1]);
+        }
+        group += group_bytes;
+        zeros += PANEL_OUTPUTS;
+        words += steps * rows;
+        ahead += steps / 2 * c->prefetch_bytes;
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        if (c->last) {
+            result_store(c, r, 0, total[r][0]);
+            result_store(c, r, 1, total[r][1]);
+        } else {
+            _mm512_storeu_ps(parked + r * 32, total[r][0]);
+            _mm512_storeu_ps(parked + r * 32 + 16, total[r][1]);
+        }
+    }
+}
+ONE_HEIGHT(panel, 1, )
+ONE_HEIGHT(panel, 2, )
+ONE_HEIGHT(panel, 3, KERNEL_UNCHECKED)
+ONE_HEIGHT(panel, 4, KERNEL_UNCHECKED)
+ONE_HEIGHT(panel, 5, KERNEL_UNCHECKED)
+ONE_HEIGHT(panel, 6, KERNEL_UNCHECKED)
+
+void panel_int4_groups_vnni(const struct panel_call *c, int rows)
+{
+    static void (*const heights[ROWS_MAX])(const struct panel_call *) = {panel_1, panel_2, panel_3,
+                                                                         panel_4, panel_5, panel_6};
+    heights[rows - 1](c);
+}
