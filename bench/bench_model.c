@@ -3,7 +3,8 @@
  *
  * usage: bench_model MODEL_DIR [name=value …], names as in `defaults` below; prints one CSV row a
  * round: model, format, threads, prompt, batch, context, prefill tokens/s, decode tokens/s, bytes
- * read a step, decode GB/s, read GB/s, share. */
+ * read a step, decode GB/s, read GB/s, share, peak of the format's products in GOP/s, prefill's
+ * share of it. */
 #include "base/clock.h"
 #include "base/mem.h"
 #include "proto/plan.h"
@@ -147,6 +148,75 @@ static double median(double *values, int n)
     return values[n / 2];
 }
 
+/* --- the arithmetic's own speed --- */
+
+enum { PEAK_LOOPS = 100000, PEAK_PIECES = 15 };
+
+#define PEAK_BF16(i)  "vdpbf16ps %%zmm31, %%zmm30, %%zmm" #i "\n\t"
+#define PEAK_INT8(i)  "vpdpbusd %%zmm31, %%zmm30, %%zmm" #i "\n\t"
+#define PEAK_FLOAT(i) "vfmadd231ps %%zmm31, %%zmm30, %%zmm" #i "\n\t"
+#define TIMES12(X)    X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define PEAK(NAME, DOT)                                                                                                \
+    __attribute__((target("avx512f"))) static void NAME(void)                                                          \
+    {                                                                                                                  \
+        __asm__ volatile("vpxord %%zmm30, %%zmm30, %%zmm30\n\tvpxord %%zmm31, %%zmm31, %%zmm31" ::: "xmm30", "xmm31");   \
+        for (int i = 0; i < PEAK_LOOPS; i++)                                                                           \
+            __asm__ volatile(TIMES12(DOT)::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",   \
+                             "xmm9", "xmm10", "xmm11");                                                                \
+    }
+PEAK(peak_bf16, PEAK_BF16)
+PEAK(peak_int8, PEAK_INT8)
+PEAK(peak_float, PEAK_FLOAT)
+
+struct peak {
+    void (*loops)(void);
+    int operations;  /* of one instruction */
+    double rate;     /* GOP/s of this thread */
+    pthread_t thread;
+};
+
+/* A thread that has just been made may share a core at first: the median of many pieces. */
+static void *peak_run(void *ctx)
+{
+    struct peak *p = ctx;
+    double rates[PEAK_PIECES];
+    for (int i = 0; i < PEAK_PIECES; i++) {
+        int64_t t = clock_monotonic_ns();
+        p->loops();
+        rates[i] = 12.0 * PEAK_LOOPS * p->operations / (double)(clock_monotonic_ns() - t);
+    }
+    p->rate = median(rates, PEAK_PIECES);
+    return NULL;
+}
+
+/* GOP/s of products from registers by n threads, in the format that the weights are multiplied in; 0
+ * where this program knows no such instruction of the machine. */
+static double peak_once(int n_threads, const char *format)
+{
+    struct peak all[64], one = {0};
+    double sum = 0;
+    if (!strncmp(format, "int", 3) && __builtin_cpu_supports("avx512vnni")) one = (struct peak){peak_int8, 128, 0, 0};
+    else if (!strncmp(format, "bf16", 4) && __builtin_cpu_supports("avx512bf16")) one = (struct peak){peak_bf16, 64, 0, 0};
+    else if (!strncmp(format, "f", 1) && __builtin_cpu_supports("avx512f")) one = (struct peak){peak_float, 32, 0, 0};
+    if (!one.loops || n_threads > 64) return 0;
+    for (int i = 0; i < n_threads; i++) {
+        all[i] = one;
+        if (i) pthread_create(&all[i].thread, NULL, peak_run, &all[i]);
+    }
+    peak_run(&all[0]);
+    for (int i = 1; i < n_threads; i++) pthread_join(all[i].thread, NULL);
+    for (int i = 0; i < n_threads; i++) sum += all[i].rate;
+    return sum;
+}
+
+/* Operations a token of a prompt of n: two a weight of the layers, and its part of attention. */
+static double token_operations(const struct worker_info *i, int n)
+{
+    double q = (double)i->n_heads * i->head_dim, kv = (double)i->n_kv_heads * i->head_dim;
+    double layer = 2.0 * i->hidden * (2 * q + 2 * kv + 3.0 * i->ffn) + 4.0 * q * n / 2;
+    return layer * i->n_layers;
+}
+
 /* --- decoding --- */
 
 enum { SEED_BLOCKS = 16, PIECES_MAX = 256, PIECE_STEPS = 8 };
@@ -200,17 +270,20 @@ static double decode(struct bench *b, const struct settings *s, double *out_read
 
 static void round_once(struct bench *b, const struct settings *s, const char *model)
 {
-    double us = 0, read;
+    double us = 0, read, peak = 0;
     for (int i = 0; i < 2; i++) { /* the better of two, as peers' benchmarks report theirs */
+        double before = peak_once(s->threads, b->info.weight_format);
         double once = prefill(b, s, 0, s->prompt, false);
         close_slots(b, 1);
-        if (!i || once < us) us = once;
+        double after = peak_once(s->threads, b->info.weight_format);
+        if (!i || once < us) us = once, peak = before > after ? before : after;
     }
     double step_us = decode(b, s, &read);
     double kv = (double)b->info.block_bytes / b->info.block_size * (s->context + s->decode / 2) * s->batch;
     double bytes = (double)b->info.weight_bytes + kv, gb = bytes / step_us * 1e-3;
-    printf("%s,%s,%d,%d,%d,%d,%.1f,%.2f,%.0f,%.1f,%.1f,%.3f\n", model, b->info.weight_format, s->threads, s->prompt,
-           s->batch, s->context, s->prompt / us * 1e6, s->batch / step_us * 1e6, bytes, gb, read, gb / read);
+    double share = peak > 0 ? token_operations(&b->info, s->prompt) * s->prompt / us * 1e-3 / peak : 0;
+    printf("%s,%s,%d,%d,%d,%d,%.1f,%.2f,%.0f,%.1f,%.1f,%.3f,%.0f,%.3f\n", model, b->info.weight_format, s->threads, s->prompt,
+           s->batch, s->context, s->prompt / us * 1e6, s->batch / step_us * 1e6, bytes, gb, read, gb / read, peak, share);
     fflush(stdout);
     arena_reset(&b->arena);
 }

@@ -138,7 +138,7 @@ static enum err finish_one(struct engine *e, struct job *job, const struct candi
     to->stop_token = stopped ? c->token : -1;
     if (b->n_finished < b->width) b->n_finished++;
     TRY(copy_strip(&e->pool, &to->tokens, sequence_tokens(s) + s->n_prompt, n - 1, 1));
-    TRY(copy_strip(&e->pool, &to->scores, s->scores.items, s->scores.n, 1));
+    TRY(copy_strip(&e->pool, &to->scores, s->logprobs.chosen.items, s->logprobs.chosen.n, 1));
     ((int32_t *)to->tokens.items)[to->tokens.n++] = c->token;
     ((float *)to->scores.items)[to->scores.n++] = c->logprob;
     return OK;
@@ -254,9 +254,10 @@ static struct sequence *find_parked(struct job *job)
 static enum err extend_by(struct engine *e, struct sequence *s, const struct candidate *c)
 {
     TRY(sequence_append(&e->pool, s, c->token));
-    TRY(strip_reserve(&e->pool, &s->scores, (size_t)s->scores.n + 1, sizeof(float)));
-    ((float *)s->scores.items)[s->scores.n++] = c->logprob;
-    s->score_sum = c->score;
+    TRY(strip_reserve(&e->pool, &s->logprobs.chosen, (size_t)s->logprobs.chosen.n + 1,
+                      sizeof(float)));
+    ((float *)s->logprobs.chosen.items)[s->logprobs.chosen.n++] = c->logprob;
+    s->logprobs.sum = c->score;
     s->job->beam->ranks[s->choice] = (uint32_t)(c - s->job->beam->chosen);
     return OK;
 }
@@ -273,7 +274,8 @@ static enum err bear(struct engine *e, struct group *g, struct sequence *parent,
     s->resumed = true; /* if it has to be computed, it is for the second time */
     s->parent = parent;
     TRY(sequence_set_tokens(&e->pool, s, sequence_tokens(parent), parent->tokens.n, 1));
-    TRY(copy_strip(&e->pool, &s->scores, parent->scores.items, parent->scores.n, 1));
+    TRY(copy_strip(&e->pool, &s->logprobs.chosen, parent->logprobs.chosen.items,
+                   parent->logprobs.chosen.n, 1));
     TRY(extend_by(e, s, c));
     sequence_list_append(&g->forking, LINK_WORK, s);
     return OK;
@@ -340,7 +342,7 @@ void beam_learn(struct engine *e, struct group *g, struct sequence *s, const str
     struct candidate *tops = &b->tops[(size_t)s->choice * b->n_keep];
     uint32_t n_tops = t->n_top < b->n_keep ? t->n_top : b->n_keep;
     for (uint32_t k = 0; k < n_tops; k++)
-        tops[k] = (struct candidate){.score = s->score_sum + (double)t->top_logprobs[k],
+        tops[k] = (struct candidate){.score = s->logprobs.sum + (double)t->top_logprobs[k],
                                      .parent = (uint32_t)s->choice,
                                      .parent_rank = b->ranks[s->choice],
                                      .rank = k,

@@ -58,7 +58,7 @@ static uint32_t find(struct sequence *s, uint32_t n_max, int32_t *out)
 
 static float acceptance(const struct group *g, const struct sequence *s, enum draft_kind kind)
 {
-    if (s->n_draft_tries[kind]) return (float)s->draft_accept[kind] / ACCEPT_ONE;
+    if (s->drafting.n_tries[kind]) return (float)s->drafting.accept[kind] / ACCEPT_ONE;
     return g->costs.n_tries[kind] ? g->costs.accept[kind] : ACCEPT_FIRST;
 }
 
@@ -66,11 +66,11 @@ static void learn_one(struct group *g, struct sequence *s, enum draft_kind kind,
 {
     struct draft_costs *c = &g->costs;
     float p = acceptance(g, s, kind), q = c->n_tries[kind] ? c->accept[kind] : ACCEPT_FIRST;
-    uint32_t n = s->n_draft_tries[kind], m = c->n_tries[kind];
+    uint32_t n = s->drafting.n_tries[kind], m = c->n_tries[kind];
     p += ((float)kept - p) / (float)(TRIES_FEW + (n < TRIES_OWN ? n : TRIES_OWN));
     q += ((float)kept - q) / (float)(TRIES_FEW + (m < TRIES_GROUP ? m : TRIES_GROUP));
-    s->draft_accept[kind] = (uint16_t)(p * ACCEPT_ONE);
-    if (n < UINT8_MAX) s->n_draft_tries[kind]++;
+    s->drafting.accept[kind] = (uint16_t)(p * ACCEPT_ONE);
+    if (n < UINT8_MAX) s->drafting.n_tries[kind]++;
     c->accept[kind] = q;
     c->n_tries[kind]++;
 }
@@ -78,7 +78,7 @@ static void learn_one(struct group *g, struct sequence *s, enum draft_kind kind,
 void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t n_tried,
                  uint32_t n_kept)
 {
-    enum draft_kind kind = s->draft_kind;
+    enum draft_kind kind = s->drafting.kind;
     e->stats.drafts_accepted += n_kept;
     if (kind == DRAFT_MODEL) {
         e->stats.drafts_proposed += n_tried;
@@ -93,11 +93,11 @@ void draft_learn(struct engine *e, struct group *g, struct sequence *s, uint32_t
 void draft_came(struct sequence *s, uint32_t n)
 {
     if (n)
-        s->n_draft_waits = WAITS_MIN;
-    else if (s->n_draft_waits)
-        s->n_draft_waits--; /* it reads a long prompt piece by piece */
+        s->drafting.n_waits = WAITS_MIN;
+    else if (s->drafting.n_waits)
+        s->drafting.n_waits--; /* it reads a long prompt piece by piece */
     else
-        s->draft_rest = REST_MISSED; /* it has not so many positions, or no room */
+        s->drafting.rest = REST_MISSED; /* it has not so many positions, or no room */
 }
 
 /* --- whether and how many pay --- */
@@ -167,7 +167,7 @@ static uint32_t limit_of(const struct engine *e, const struct group *g)
 static uint32_t own_length(const struct engine *e, const struct group *g, const struct sequence *s)
 {
     float gain_us;
-    if (!g->info.has_draft_model || s->n_end <= s->tokens.n + 2 || s->draft_rest > REST_UNPAID)
+    if (!g->info.has_draft_model || s->n_end <= s->tokens.n + 2 || s->drafting.rest > REST_UNPAID)
         return 0;
     uint32_t k = best_length(g, s, DRAFT_MODEL, least(limit_of(e, g), s->n_end - s->tokens.n - 2),
                              false, &gain_us);
@@ -175,7 +175,7 @@ static uint32_t own_length(const struct engine *e, const struct group *g, const 
     uint32_t n_steps = sequence_generated(s);
     if (n_steps < STEPS_TO_COME) n_steps = STEPS_TO_COME; /* it may go on as long as it has gone */
     n_steps = least(n_steps, s->n_end - s->tokens.n) / 2;
-    return draft_cost_known(g, s->tokens.n - s->n_draft_seen) < gain_us * (float)n_steps ? k : 0;
+    return draft_cost_known(g, s->tokens.n - s->drafting.n_seen) < gain_us * (float)n_steps ? k : 0;
 }
 
 /* A try where it does not pay, out of the group's credit: kinds that were not kept once may be now.
@@ -188,7 +188,7 @@ static bool try_paid(struct group *g, const struct sequence *s, bool found)
         cost_us = time_of(g, DRAFT_NGRAM, n, TRY_FOUND, false);
     else if (g->info.has_draft_model && s->n_end > s->tokens.n + 2 + TRY_OWN)
         cost_us = (float)n * time_of(g, DRAFT_MODEL, n, TRY_OWN, false) +
-                  draft_cost_known(g, s->tokens.n - s->n_draft_seen);
+                  draft_cost_known(g, s->tokens.n - s->drafting.n_seen);
     else
         return false;
     if (cost_us > g->costs.credit_us) return false;
@@ -201,22 +201,22 @@ bool draft_wanted(const struct engine *e, struct group *g, struct sequence *s)
     int32_t tokens[TRY_FOUND];
     float gain_us;
     if (!limit_of(e, g) || s->job->beam) return false;
-    if (s->draft_rest) {
-        s->draft_rest--;
+    if (s->drafting.rest) {
+        s->drafting.rest--;
         return false;
     }
     uint32_t n_found = find(s, TRY_FOUND, tokens);
-    s->draft_rest = n_found ? REST_UNPAID : REST_NONE;
+    s->drafting.rest = n_found ? REST_UNPAID : REST_NONE;
     if (n_found && best_length(g, s, DRAFT_NGRAM, limit_of(e, g), false, &gain_us)) return true;
     if (own_length(e, g, s)) return true;
-    s->draft_try = try_paid(g, s, n_found > 0);
-    return s->draft_try;
+    s->drafting.try_again = try_paid(g, s, n_found > 0);
+    return s->drafting.try_again;
 }
 
 uint32_t draft_after_prompt(const struct engine *e, const struct group *g, struct sequence *s)
 {
     uint32_t n = limit_of(e, g) && !s->job->beam ? own_length(e, g, s) : 0;
-    if (n) s->n_draft_waits = rounds_for(g, s->tokens.n - s->n_draft_seen);
+    if (n) s->drafting.n_waits = rounds_for(g, s->tokens.n - s->drafting.n_seen);
     return n;
 }
 
@@ -226,19 +226,20 @@ void draft_choose(const struct engine *e, struct group *g, struct sequence *s, u
     float found_us, own_us = 0;
     uint32_t n_limit = least(n_most, limit_of(e, g)), n_found = find(s, n_limit, list);
     uint32_t n_listed = best_length(g, s, DRAFT_NGRAM, n_found, false, &found_us);
-    uint32_t n_there = least(s->n_ahead, n_limit);
+    uint32_t n_there = least(s->drafting.n_ahead, n_limit);
     uint32_t n_own = best_length(g, s, DRAFT_MODEL, n_there, true, &own_us);
     if (!n_own) n_own = n_there; /* a try, or the price has risen: they are paid for */
     *out = (struct draft_choice){.n_ahead = own_length(e, g, s)};
-    if (s->draft_try && !n_listed) n_listed = least(n_found, TRY_FOUND);
+    if (s->drafting.try_again && !n_listed) n_listed = least(n_found, TRY_FOUND);
     if (n_own && own_us >= found_us)
         out->n_own = n_own;
     else
         out->n_listed = n_listed;
-    if (s->draft_try && !out->n_own && !out->n_listed && g->info.has_draft_model && !out->n_ahead)
+    if (s->drafting.try_again && !out->n_own && !out->n_listed && g->info.has_draft_model &&
+        !out->n_ahead)
         out->n_ahead = least(TRY_OWN, limit_of(e, g));
-    s->draft_try = false;
-    if (!n_found && s->draft_rest == REST_UNPAID) s->draft_rest = REST_NONE; /* soon again */
-    if (out->n_ahead && !s->n_ahead)
-        s->n_draft_waits = rounds_for(g, s->tokens.n - s->n_draft_seen);
+    s->drafting.try_again = false;
+    if (!n_found && s->drafting.rest == REST_UNPAID) s->drafting.rest = REST_NONE; /* soon again */
+    if (out->n_ahead && !s->drafting.n_ahead)
+        s->drafting.n_waits = rounds_for(g, s->tokens.n - s->drafting.n_seen);
 }

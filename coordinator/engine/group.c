@@ -125,8 +125,8 @@ bool group_seat(struct group *g, struct sequence *s)
     s->may_preempt = s->decoding = false;
     s->last_step = 0;
     s->first_step = UINT64_MAX;
-    s->n_drafting = s->n_draft_seen = 0;
-    s->n_ahead = 0;
+    s->n_drafting = s->drafting.n_seen = 0;
+    s->drafting.n_ahead = 0;
     s->run_step = 0;
     g->slots[s->slot] = s;
     sequence_list_append(&g->running, LINK_PLACE, s);

@@ -268,14 +268,15 @@ static enum err gather(struct engine *e, struct sequence *s, uint32_t *out_n)
     const int32_t *tokens = sequence_tokens(s) + s->n_prompt;
     TRY(job_room(e, n));
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t n_top = i < s->top_counts.n ? ((uint32_t *)s->top_counts.items)[i] : 0;
-        e->emit_tokens[i] =
-            (struct step_token){.token = tokens[i],
-                                .has_logprob = i < s->scores.n,
-                                .logprob = i < s->scores.n ? ((float *)s->scores.items)[i] : 0,
-                                .n_top = n_top,
-                                .top_tokens = n_top ? (int32_t *)s->top_tokens.items + top : NULL,
-                                .top_logprobs = n_top ? (float *)s->top_scores.items + top : NULL};
+        uint32_t n_top =
+            i < s->logprobs.top_counts.n ? ((uint32_t *)s->logprobs.top_counts.items)[i] : 0;
+        e->emit_tokens[i] = (struct step_token){
+            .token = tokens[i],
+            .has_logprob = i < s->logprobs.chosen.n,
+            .logprob = i < s->logprobs.chosen.n ? ((float *)s->logprobs.chosen.items)[i] : 0,
+            .n_top = n_top,
+            .top_tokens = n_top ? (int32_t *)s->logprobs.top_tokens.items + top : NULL,
+            .top_logprobs = n_top ? (float *)s->logprobs.top_scores.items + top : NULL};
         top += n_top;
     }
     *out_n = n;
@@ -297,7 +298,7 @@ static bool better(const struct sequence *a, const struct sequence *b)
 {
     bool whole_a = a->finish <= FINISH_LENGTH, whole_b = b->finish <= FINISH_LENGTH;
     if (whole_a != whole_b) return whole_a;
-    if (a->score_sum != b->score_sum) return a->score_sum > b->score_sum;
+    if (a->logprobs.sum != b->logprobs.sum) return a->logprobs.sum > b->logprobs.sum;
     return a->choice < b->choice;
 }
 

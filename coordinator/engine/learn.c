@@ -27,7 +27,7 @@ static enum err take_drafted(struct group *g, const struct step_result *r, struc
         uint32_t slot = r->drafted[i].from, n = r->drafted[i].to;
         struct sequence *s = slot < g->n_slots ? g->slots[slot] : NULL;
         if (slot < g->n_slots && !s) continue; /* closed meanwhile */
-        if (!s || s->draft_kind != DRAFT_MODEL || n > s->n_drafting)
+        if (!s || s->drafting.kind != DRAFT_MODEL || n > s->n_drafting)
             FAIL(ERR_FORMAT, "group %u: slot %u verified %u drafts that no plan asked for",
                  g->index, slot, n);
         f->n_unused += s->n_drafting - n;
@@ -128,20 +128,23 @@ static enum err check_result(struct group *g, const struct step_result *r)
 
 static enum err keep_score(struct engine *e, struct sequence *s, const struct step_token *t)
 {
-    TRY(strip_reserve(&e->pool, &s->scores, s->scores.n + 1, sizeof(float)));
-    ((float *)s->scores.items)[s->scores.n++] = t->logprob;
-    s->score_sum += t->logprob;
+    TRY(strip_reserve(&e->pool, &s->logprobs.chosen, s->logprobs.chosen.n + 1, sizeof(float)));
+    ((float *)s->logprobs.chosen.items)[s->logprobs.chosen.n++] = t->logprob;
+    s->logprobs.sum += t->logprob;
     if (s->job->request->sampling.n_logprobs <= 0) return OK;
-    TRY(strip_reserve(&e->pool, &s->top_counts, s->top_counts.n + 1, sizeof(uint32_t)));
-    TRY(strip_reserve(&e->pool, &s->top_tokens, s->top_tokens.n + t->n_top, sizeof(int32_t)));
-    TRY(strip_reserve(&e->pool, &s->top_scores, s->top_scores.n + t->n_top, sizeof(float)));
-    ((uint32_t *)s->top_counts.items)[s->top_counts.n++] = t->n_top;
+    TRY(strip_reserve(&e->pool, &s->logprobs.top_counts, s->logprobs.top_counts.n + 1,
+                      sizeof(uint32_t)));
+    TRY(strip_reserve(&e->pool, &s->logprobs.top_tokens, s->logprobs.top_tokens.n + t->n_top,
+                      sizeof(int32_t)));
+    TRY(strip_reserve(&e->pool, &s->logprobs.top_scores, s->logprobs.top_scores.n + t->n_top,
+                      sizeof(float)));
+    ((uint32_t *)s->logprobs.top_counts.items)[s->logprobs.top_counts.n++] = t->n_top;
     if (!t->n_top) return OK;
-    memcpy((int32_t *)s->top_tokens.items + s->top_tokens.n, t->top_tokens,
+    memcpy((int32_t *)s->logprobs.top_tokens.items + s->logprobs.top_tokens.n, t->top_tokens,
            t->n_top * sizeof(int32_t));
-    memcpy((float *)s->top_scores.items + s->top_scores.n, t->top_logprobs,
+    memcpy((float *)s->logprobs.top_scores.items + s->logprobs.top_scores.n, t->top_logprobs,
            t->n_top * sizeof(float));
-    s->top_tokens.n += t->n_top, s->top_scores.n += t->n_top;
+    s->logprobs.top_tokens.n += t->n_top, s->logprobs.top_scores.n += t->n_top;
     return OK;
 }
 
@@ -214,7 +217,7 @@ static void learn_samples(struct engine *e, struct group *g, struct sequence *s,
         s->n_drafting = 0;
         s->n_planned = s->tokens.n - 1;
     }
-    if (s->n_ahead) s->n_draft_seen = s->tokens.n; /* it is about to be shown them */
+    if (s->drafting.n_ahead) s->drafting.n_seen = s->tokens.n; /* it is about to be shown them */
     news->n = i; /* what came after a stop is not for the client */
     if (ended) {
         end_with(e, g, s, news, &end);

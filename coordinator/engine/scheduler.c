@@ -66,7 +66,7 @@ static void extend_decoding(struct engine *e, struct group *g)
 static void run_sampling(struct group *g, struct sequence *s, struct plan_run *run)
 {
     bool drafts = run->n_drafts || run->n_own;
-    s->n_ahead = (uint8_t)run->n_ahead;
+    s->drafting.n_ahead = (uint8_t)run->n_ahead;
     g->n_step_ahead += run->n_ahead > 0;
     g->n_step_drafted += drafts;
     g->n_step_syncs += drafts || run->n_ahead;
@@ -105,7 +105,7 @@ static bool run_next(struct engine *e, struct group *g, struct sequence *s,
     run->n_own = c->n_own;
     run->n_ahead = room_ahead(e, g, s, s->n_planned + 2 + n_drafts, c->n_ahead);
     s->n_drafting = n_drafts;
-    s->draft_kind = c->n_own ? DRAFT_MODEL : DRAFT_NGRAM;
+    s->drafting.kind = c->n_own ? DRAFT_MODEL : DRAFT_NGRAM;
     if (c->n_own) g->step_kind = DRAFT_MODEL;
     s->n_planned++;
     g->n_tokens_left -= 1 + n_drafts;

@@ -129,8 +129,8 @@ void sequence_fini(struct pool *p, struct sequence *s)
     strip_free(p, &s->keys);
     strip_free(p, &s->blocks);
     strip_free(p, &s->host);
-    strip_free(p, &s->scores);
-    strip_free(p, &s->top_tokens);
-    strip_free(p, &s->top_scores);
-    strip_free(p, &s->top_counts);
+    strip_free(p, &s->logprobs.chosen);
+    strip_free(p, &s->logprobs.top_tokens);
+    strip_free(p, &s->logprobs.top_scores);
+    strip_free(p, &s->logprobs.top_counts);
 }

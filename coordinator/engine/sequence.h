@@ -51,6 +51,25 @@ struct job { /* the first line of cache is what each token's news needs */
     struct job *next_done;        /* of those to destroy after the flush; of the free ones */
 };
 
+/* Whether and what to draft for a sequence next: draft.c. */
+struct drafting {
+    uint8_t rest;    /* tokens to decode before asking again whether drafts pay */
+    uint8_t kind;    /* of those sent and not answered */
+    uint8_t n_waits; /* rounds that the draft model may still need to catch up */
+    uint8_t n_ahead; /* own drafts that its last run asked the group to prepare */
+    bool try_again;  /* drafts next, though they do not pay: perhaps they will */
+    uint8_t n_tries[DRAFT_KINDS];
+    uint16_t accept[DRAFT_KINDS]; /* chance that a draft is kept, of 65535 */
+    uint32_t n_seen;              /* tokens that the draft model need not be shown any more */
+};
+
+/* What is kept of a choice's logprobs until it is given; per token where the choice is buffered. */
+struct logprobs {
+    double sum;
+    struct strip chosen; /* float */
+    struct strip top_tokens, top_scores, top_counts;
+};
+
 enum { TAIL_TOKENS = 32 };
 /* The first lines of cache are all that a token's news needs, and they lie close together:
  * that is why the last tokens stand in `tail` until there is a line full of them. */
@@ -83,14 +102,7 @@ struct sequence {
     struct strip keys;                      /* struct hash128 of its first full blocks */
     struct hash128 last_key;                /* of block n_chained - 1, when that is not 0 */
     uint32_t key_block_size, n_chained, n_registered, n_window_freed;
-    uint8_t draft_rest;    /* tokens to decode before asking again whether drafts pay */
-    uint8_t draft_kind;    /* of those sent and not answered */
-    uint8_t n_draft_waits; /* rounds that the draft model may still need to catch up */
-    uint8_t n_ahead;       /* own drafts that its last run asked the group to prepare */
-    bool draft_try;        /* drafts next, though they do not pay: perhaps they will */
-    uint8_t n_draft_tries[DRAFT_KINDS];
-    uint16_t draft_accept[DRAFT_KINDS]; /* chance that a draft is kept, of 65535 */
-    uint32_t n_draft_seen;              /* tokens that the draft model need not be shown any more */
+    struct drafting drafting;
     uint32_t group;
     struct sequence_list *lists[LINK_COUNT]; /* the list it stands in, or NULL */
     struct {
@@ -107,9 +119,7 @@ struct sequence {
     uint32_t run_index;
     uint64_t fetch_number;  /* waits until so many fetches are done */
     int64_t fetch_until_us; /* or until then */
-    double score_sum;       /* cumulative logprob */
-    struct strip scores;    /* float, of buffered choices */
-    struct strip top_tokens, top_scores, top_counts;
+    struct logprobs logprobs;
     enum finish finish;
     int32_t stop_token;
     enum err error;

@@ -103,6 +103,9 @@ struct panel_call {
 typedef void panel_kernel(const struct panel_call *call, int rows);
 typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
                              uint32_t *words);
+/* The same of rows [row, row + rows) at once, `stride` floats apart: words [n_steps][rows]. */
+typedef void words_kernel(const struct activations *a, const float *x, int64_t stride, int64_t row,
+                          int rows, uint32_t *words);
 
 /* The kernels of one ISA; a NULL entry falls back to the ISA below. */
 struct matmul_kernels {
@@ -110,6 +113,7 @@ struct matmul_kernels {
     int rows_max[FORMATS];
     bool row_major[FORMATS]; /* the panel kernel takes rows of words, see struct activations */
     quantize_kernel *pack_rows[FORMATS];
+    words_kernel *pack_panel[FORMATS]; /* NULL: row by row; never where the ISA is row_major */
 };
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
     matmul_bf16, matmul_amx;

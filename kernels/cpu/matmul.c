@@ -74,6 +74,7 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 struct pack_rows_args {
     const struct activations *a;
     quantize_kernel *pack;
+    words_kernel *pack_panel;
     const float *x;
     int64_t stride;
 };
@@ -84,6 +85,10 @@ static void pack_rows_chunk(const void *args, int chunk, void *scratch)
     int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
     (void)scratch;
     uint32_t *words = p->a->words + first * p->a->n_steps;
+    if (p->pack_panel) {
+        p->pack_panel(p->a, p->x + first * p->stride, p->stride, first, rows, words);
+        return;
+    }
     for (int r = 0; r < rows; r++)
         p->pack(p->a, p->x + (first + r) * p->stride, first + r, p->a->row_major ? 1 : rows,
                 words + (p->a->row_major ? r * p->a->n_steps : r));
@@ -105,7 +110,8 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
     a->order = w->order;
     struct pack_rows_args args = {
-        a, w->order ? quantize_row_pack_ordered : cpu->matmul.pack_rows[w->format], x, stride};
+        a, w->order ? quantize_row_pack_ordered : cpu->matmul.pack_rows[w->format],
+        a->row_major || w->order ? NULL : cpu->matmul.pack_panel[w->format], x, stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);

@@ -94,7 +94,7 @@ const struct matmul_kernels matmul_avx512 = {
               [WEIGHT_F16] = panel_f16_any,
               [WEIGHT_BF16] = panel_widened_any},
     .rows_max = {[WEIGHT_F32] = 12, [WEIGHT_F16] = 12, [WEIGHT_BF16] = 12},
-    .pack_rows = {[WEIGHT_INT8] = pack_int8,
-                  [WEIGHT_INT4] = pack_int8,
-                  [WEIGHT_INT4_GROUPS] = pack_int8},
+    .pack_rows =
+        {[WEIGHT_INT8] = pack_int8, [WEIGHT_INT4] = pack_int8, [WEIGHT_INT4_GROUPS] = pack_int8},
+    .pack_panel = {[WEIGHT_INT8] = words_pack_int8, [WEIGHT_INT4] = words_pack_int8},
 };

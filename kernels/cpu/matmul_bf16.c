@@ -1,5 +1,6 @@
 /* AVX-512 BF16: vdpbf16ps multiplies pairs of inputs and adds both products to a float. */
 #include "kernels/cpu/matmul_avx512.h"
+#include "kernels/cpu/quantize.h"
 
 #define STEP_BF16(W, X)                                                                            \
     {                                                                                              \
@@ -36,4 +37,5 @@ const struct matmul_kernels matmul_bf16 = {
     .panel = {[WEIGHT_BF16] = panel_bf16_any},
     .rows_max = {[WEIGHT_BF16] = PANEL_ROWS_MAX},
     .pack_rows = {[WEIGHT_BF16] = pack_bf16},
+    .pack_panel = {[WEIGHT_BF16] = words_pack_bf16},
 };

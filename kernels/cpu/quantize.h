@@ -9,6 +9,11 @@ void quantize_row_pack_bf16(const struct activations *a, const float *x, int64_t
                             uint32_t *words);
 void quantize_row_pack_int8(const struct activations *a, const float *x, int64_t row, int rows,
                             uint32_t *words);
+/* Whole panels of rows, AVX-512 and AVX-512 BF16. */
+void words_pack_int8(const struct activations *a, const float *x, int64_t stride, int64_t row,
+                     int rows, uint32_t *words);
+void words_pack_bf16(const struct activations *a, const float *x, int64_t stride, int64_t row,
+                     int rows, uint32_t *words);
 void quantize_row_pack_ordered(const struct activations *a, const float *x, int64_t row, int rows,
                                uint32_t *words);
 /* The scale of a row whose largest magnitude has these bits, and its inverse (0 = all words zero).

@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,33 @@ BINARY_DIR = os.environ.get("HEDDLE_BINARY_DIR", os.path.join(ROOT, "build", "de
 HEDDLE = os.path.join(BINARY_DIR, "heddle")
 DEMO = os.path.join(ROOT, "models", "demo")
 GOLDEN = os.path.join(ROOT, "tests", "golden")
+
+
+def first_layers(model, folder, n_layers):
+    """A model folder with the first layers of another one."""
+    os.makedirs(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(os.path.join(model, name), folder)
+    with open(os.path.join(model, "config.json")) as f:
+        config = json.load(f)
+    config["num_hidden_layers"] = n_layers
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(config, f)
+    with open(os.path.join(model, "model.safetensors"), "rb") as f:
+        data = f.read()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header, kept, blob = json.loads(data[8:end]), {}, b""
+    for name, tensor in header.items():
+        layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "0"
+        if name == "__metadata__" or int(layer) >= n_layers:
+            continue
+        a, b = tensor["data_offsets"]
+        kept[name] = dict(tensor, data_offsets=[len(blob), len(blob) + b - a])
+        blob += data[end + a:end + b]
+    text = json.dumps(kept).encode()
+    text += b" " * (-len(text) % 8)
+    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + blob)
 
 
 def skip(why):

@@ -3,7 +3,7 @@
 
 Method: greedy answers on the CPU are the reference. The same requests on one rank and on two, with
 steps replayed as graphs; the log of the stand-in says in what order the host launched steps and
-saw them end. Then ranks that die, hang and fault in mid-stream: time is lost and nothing else.
+saw them end. A draft model, whose tokens must be those without one. Then ranks that die, hang and fault in mid-stream: time is lost and nothing else.
 """
 import os
 import signal
@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 
-from harness import BINARY_DIR, DEMO, HEDDLE, Server, environment, free_port, run, skip
+from harness import BINARY_DIR, DEMO, HEDDLE, Server, environment, first_layers, free_port, run, skip
 
 PLUGIN_DIR = os.path.join(BINARY_DIR, "emulated")
 PROMPTS = ["Once upon a time there was a", "The king said to his"]
@@ -130,6 +130,35 @@ def one_rank_without_gaps():
     assert good >= 0.9 * steps, f"only {good} of {steps} steps were launched ahead"
 
 
+def texts(answer):
+    return ["".join(token for token, _, _ in one) for one in answer]
+
+
+def a_draft_model_changes_nothing():
+    """Exactly, where every sum keeps its order; on two ranks up to what BF16 decides otherwise. In the
+    end a fault, so that a draft's cache is lost and caught up with."""
+    with tempfile.TemporaryDirectory() as folder:
+        draft = os.path.join(folder, "draft")
+        first_layers(DEMO, draft, 2)
+        always = ["--draft-model", draft, "--draft-policy", "always", "--speculative-tokens", "3"]
+        with Cuda("--deterministic") as server:
+            expected = answers(server)
+        check(expected, EXPECTED, "with sums in one order")
+        cuda = Cuda("--deterministic", *always)
+        with cuda as server:
+            got = answers(server)
+            assert texts(got) == texts(expected), f"expected {texts(expected)}, got {texts(got)}"
+            tried, kept = server.metric("heddle:draft_tokens_total"), server.metric("heddle:draft_tokens_kept_total")
+            assert tried >= TOKENS and 0 < kept <= tried, (tried, kept)
+            got = answers(server, lambda: cuda.fail("fault"))
+            assert texts(got) == texts(expected), f"after a fault: expected {texts(expected)}, got {texts(got)}"
+            assert server.metric("heddle:requests_resumed_total") > 0, "no request was resumed: the fault came too late"
+        with Cuda("--tp", "2", "--launcher", "fork", *always, settings="devices=2") as server:
+            check(answers(server), EXPECTED, "two ranks with drafts")
+            assert server.metric("heddle:draft_tokens_total") >= TOKENS
+    print(f"     {kept:.0f} of {tried:.0f} drafts were kept")
+
+
 def two_ranks_and_a_killed_one():
     with Cuda("--tp", "2", "--launcher", "fork", settings="devices=2") as server:
         expected = answers(server)
@@ -205,5 +234,5 @@ if __name__ == "__main__":
     if not os.path.exists(os.path.join(PLUGIN_DIR, "heddle_cuda.so")):
         skip("the emulated CUDA plugin is not built")
     EXPECTED = reference()
-    run([one_rank_without_gaps, two_ranks_and_a_killed_one, a_fault_costs_time_only, a_hang_costs_time_only,
+    run([one_rank_without_gaps, a_draft_model_changes_nothing, two_ranks_and_a_killed_one, a_fault_costs_time_only, a_hang_costs_time_only,
          what_cannot_work_is_said_at_once, without_a_gpu_auto_goes_on, replicas_have_gpus_of_their_own])

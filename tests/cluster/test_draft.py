@@ -5,44 +5,14 @@ Method: the demo model with its own first two layers as draft model, made here, 
 step; greedy and seeded answers, several choices, penalties and logprobs must be those of a server
 without one, also when a rank is killed in mid-stream.
 """
-import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import tempfile
 
-from harness import DEMO, GOLDEN, HEDDLE, Server, environment, run
+from harness import DEMO, GOLDEN, HEDDLE, Server, environment, first_layers, run
 from test_restart import REQUESTS, answers
-
-
-def first_layers(model, folder, n_layers):
-    """A model folder with the first layers of another one."""
-    os.makedirs(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(os.path.join(model, name), folder)
-    with open(os.path.join(model, "config.json")) as f:
-        config = json.load(f)
-    config["num_hidden_layers"] = n_layers
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(config, f)
-    with open(os.path.join(model, "model.safetensors"), "rb") as f:
-        data = f.read()
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header, kept, blob = json.loads(data[8:end]), {}, b""
-    for name, tensor in header.items():
-        layer = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "0"
-        if name == "__metadata__" or int(layer) >= n_layers:
-            continue
-        a, b = tensor["data_offsets"]
-        kept[name] = dict(tensor, data_offsets=[len(blob), len(blob) + b - a])
-        blob += data[end + a:end + b]
-    text = json.dumps(kept).encode()
-    text += b" " * (-len(text) % 8)
-    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text + blob)
-
 
 FOLDER = tempfile.mkdtemp()
 DRAFT = os.path.join(FOLDER, "draft")

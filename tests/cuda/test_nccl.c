@@ -171,6 +171,13 @@ static void *abort_soon(void *context)
     return NULL;
 }
 
+/* Until both others have given up: leaving earlier would be another error to who has not. */
+static void rank_stays(struct seat *s)
+{
+    for (int ms = 0; ms < 20000 && atomic_load(&s->m->given_up) < 2; ms += 10)
+        usleep(10000);
+}
+
 /* Rank 2 never comes to the sum; rank 0 is aborted by hand, rank 1 learns that the group has ended.
  */
 static void rank_is_told(struct seat *s)
@@ -180,8 +187,7 @@ static void rank_is_told(struct seat *s)
     struct both x = both_rand(b, 2, 8, 8, DTYPE_F32, 1);
     pthread_t aborter;
     if (s->rank == 2) {
-        for (int ms = 0; ms < 20000 && atomic_load(&s->m->given_up) < 2; ms += 10)
-            usleep(10000); /* leaving earlier would be another error */
+        rank_stays(s);
         atomic_store(&s->m->ended, true);
         usleep(500000);
     } else {
@@ -206,13 +212,13 @@ static void rank_waits_to_join(struct seat *s)
     if (s->rank == 2) {
         uint8_t id[128] = {0}, all[SIZE * 128];
         exchange(s, "nccl-id", id, sizeof id, all);
-        for (int ms = 0; ms < 20000 && atomic_load(&s->m->given_up) < 2; ms += 10)
-            usleep(10000); /* leaving earlier would be another error */
+        rank_stays(s);
     } else {
         REQUIRE(coll_nccl.open(b, (struct group){s->rank, SIZE}, &boot, &options, &c) == ERR_PEER);
         REQUIRE(strstr(err_detail(), "600 ms"));
         REQUIRE(c == NULL);
         atomic_fetch_add(&s->m->given_up, 1);
+        rank_stays(s);
     }
     gear_close(b);
 }
