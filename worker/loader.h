@@ -1,7 +1,8 @@
 /* What the files that load a model share: the loader's state, and each other's parts of it.
  *
  * weights.c walks the layers; slices.c says which rows and columns are this rank's; vectors.c
- * brings plain floats to the device; packed_load.c takes weights from files of packed ones. */
+ * brings plain floats to the device; packed_load.c takes weights from files of packed ones;
+ * int4_load.c those that a checkpoint holds as 4-bit codes. */
 #pragma once
 #include "worker/packed.h"
 #include "worker/source.h"
@@ -21,6 +22,9 @@ struct loader {
     uint64_t done, total;
     bool is_packed; /* the file holds packed weights */
     struct packed_file packed;
+    int n_expanded; /* weights of codes that had to become plain numbers, the first's reason */
+    const char *expanded_why;
+    uint64_t expanded_bytes;
 };
 
 /* slices.c: this rank's rows or columns of a role. segment: 0, 1, 2 = q, k, v of SHARD_OUT_QKV. */
@@ -43,3 +47,11 @@ enum err loader_rope(struct loader *l, const float **out_cos, const float **out_
  * layout. */
 enum err loader_packed_weight(struct loader *l, const enum role *of, int n_of, int layer,
                               enum weight_format format, struct weight **out);
+
+/* int4_load.c: weights of which the checkpoint holds at least one role as 4-bit codes. bias: of the
+ * whole stack, or NULL. */
+bool loader_has_codes(const struct loader *l, const enum role *of, int n_of, int layer);
+enum err loader_codes_weight(struct loader *l, const enum role *of, int n_of, int layer,
+                             const float *bias, struct weight **out);
+/* After all is loaded: one line in the log if some weights could not stay codes. */
+void loader_codes_report(const struct loader *l);

@@ -35,7 +35,9 @@ void memory_format_words(const struct memory_plan *p, char *out, size_t size)
 {
     enum weight_format f = p->format ? p->format : stored_format(p->file_dtype);
     enum weight_format h = p->head_format ? p->head_format : stored_format(p->file_dtype);
-    if (f == h)
+    if (p->quant)
+        snprintf(out, size, "int4 by %s (head %s)", quant_name(p->quant), weight_format_name(h));
+    else if (f == h)
         snprintf(out, size, "%s", weight_format_name(f));
     else
         snprintf(out, size, "%s (head %s)", weight_format_name(f), weight_format_name(h));
@@ -102,6 +104,29 @@ static enum err packed_formats(const struct worker_config *config, const struct 
     p->format = f->format;
     p->head_format = f->head_format;
     p->file_dtype = f->dtype;
+    return OK;
+}
+
+/* A checkpoint of codes says how its matrices are kept; a flag may only agree. Dummy weights are of
+ * our own format of the same size. file: NULL = dummy. */
+static enum err codes_formats(const struct worker_config *config, const struct model_config *model,
+                              const struct safetensors *file, bool *out_auto, struct memory_plan *p)
+{
+    const char *asked = config->quantization ? config->quantization : "none";
+    struct worker_config own = *config;
+    if (strcmp(asked, "none") && strcmp(asked, "auto") && strcmp(asked, "int4"))
+        FAIL(ERR_INVALID, "--quantization %.16s, but %s holds int4 weights made by %s", asked,
+             config->model_dir, quant_name(model->quant.method));
+    own.quantization = "none";
+    TRY(formats_read(&own, out_auto, p));
+    if (!file) {
+        p->format = WEIGHT_INT4;
+        return OK;
+    }
+    p->quant = model->quant.method;
+    if (safetensors_find(file, "lm_head.qweight") ||
+        safetensors_find(file, "lm_head.weight_packed"))
+        p->head_format = WEIGHT_INT4;
     return OK;
 }
 
@@ -268,7 +293,7 @@ static void advice_find(struct advice *a)
     p.kv_dtype = DTYPE_I8;
     advice_try(a, p, a->group.size, "--kv-cache-dtype int8");
     p = *a->plan;
-    bool whole = p.format <= WEIGHT_BF16; /* not in fewer bits already */
+    bool whole = p.format <= WEIGHT_BF16 && !p.quant; /* not in fewer bits already */
     p.format = p.head_format = WEIGHT_INT8;
     if (whole) advice_try(a, p, a->group.size, "--quantization int8");
     p.format = WEIGHT_INT4;
@@ -379,11 +404,11 @@ static enum err draft_formats(const struct worker_config *config, const struct m
     if (config->draft_quantization)
         own.quantization = config->draft_quantization, own.head_quantization = NULL;
     if (!dummy) TRY(safetensors_open(config->draft_model_dir, &file));
-    if (file && safetensors_count(file)) {
-        enum st_dtype t = safetensors_at(file, 0)->dtype;
-        out->file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
-    }
-    TRY_OUT(formats_read(&own, out_auto, out));
+    out->file_dtype = weights_dtype(draft, file);
+    if (draft->quant.method)
+        TRY_OUT(codes_formats(&own, draft, file, out_auto, out));
+    else
+        TRY_OUT(formats_read(&own, out_auto, out));
     if (file) TRY_OUT(packed_read(file, &is_packed, &packed));
     if (is_packed) TRY_OUT(packed_formats(&own, &packed, out_auto, out));
     TRY_OUT(kv_dtype_read(&own, b, out));
@@ -404,6 +429,7 @@ static enum err draft_measure(const struct worker_config *config, const struct m
     TRY(draft_formats(config, draft, b, &automatic, &formats));
     p->draft.file_dtype = formats.file_dtype;
     p->draft.group = divides ? g : (struct group){0, 1};
+    p->draft.quant = formats.quant;
     p->draft.format = automatic ? p->format : formats.format;
     p->draft.head_format = automatic ? p->head_format : formats.head_format;
     p->draft.context_max =
@@ -447,11 +473,11 @@ enum err memory_plan(const struct worker_config *config, const struct model_conf
     struct packed_file packed;
     bool automatic, is_packed = false;
     size_t free_bytes, total_bytes;
-    if (file && safetensors_count(file)) {
-        enum st_dtype t = safetensors_at(file, 0)->dtype;
-        p.file_dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
-    }
-    TRY(formats_read(config, &automatic, &p));
+    p.file_dtype = weights_dtype(model, file);
+    if (model->quant.method)
+        TRY(codes_formats(config, model, file, &automatic, &p));
+    else
+        TRY(formats_read(config, &automatic, &p));
     if (file) TRY(packed_read(file, &is_packed, &packed));
     if (is_packed) TRY(packed_formats(config, &packed, &automatic, &p));
     TRY(kv_dtype_read(config, b, &p));

@@ -7,6 +7,7 @@
 #include "worker/worker.h"
 
 struct memory_plan {
+    enum quant_method quant; /* what the checkpoint's own codes were made by; format: all else */
     enum weight_format format, head_format;
     enum dtype file_dtype, kv_dtype;
     struct kv_cache_args kv; /* of this rank; n_blocks included */
@@ -15,6 +16,7 @@ struct memory_plan {
     uint64_t weight_bytes, table_bytes, work_bytes, block_bytes, n_host_blocks, n_disk_blocks;
     uint64_t memory_free, memory_total;
     struct { /* of the draft model; group.size 0 = none. The sums above count its parts, too. */
+        enum quant_method quant;
         struct group group; /* size 1 where its heads do not divide: whole on every rank */
         enum weight_format format, head_format;
         enum dtype file_dtype;

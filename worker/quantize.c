@@ -144,11 +144,7 @@ static enum err header_make(struct packer *p, struct buf *out)
 {
     const struct quantize_config *c = p->config;
     size_t at = 0;
-    enum dtype dtype = p->model->embed ? p->model_config.dtype : DTYPE_BF16;
-    if (p->model->file && safetensors_count(p->model->file)) {
-        enum st_dtype t = safetensors_at(p->model->file, 0)->dtype;
-        dtype = t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
-    }
+    enum dtype dtype = weights_dtype(&p->model_config, p->model->file);
     TRY(buf_printf(out,
                    "{\"__metadata__\":{\"%s\":\"%s\",\"%s\":\"%s\",\"%s\":\"%s\",\"%s\":\"%s\",\"%"
                    "s\":\"%s\"%s}",
@@ -321,6 +317,9 @@ static enum err model_make(struct packer *p)
                                   .context_max = CONTEXT,
                                   .n_threads = c->n_threads};
     TRY(config_read(c->model_dir, &p->model_config));
+    if (p->model_config.quant.method)
+        FAIL(ERR_INVALID, "%s: its weights are quantized already, by %s", p->model_config.path,
+             quant_name(p->model_config.quant.method));
     if (p->model_config.n_experts)
         FAIL(ERR_UNSUPPORTED,
              "%s: models of experts are packed when they are loaded (--quantize), "

@@ -113,7 +113,9 @@ static void folder_name(const char *dir, char *out, size_t size)
 static void info_fill_draft(const struct worker_config *c, const struct memory_plan *p,
                             struct worker_info *out)
 {
-    struct memory_plan formats = {.format = p->draft.format, .head_format = p->draft.head_format};
+    struct memory_plan formats = {.quant = p->draft.quant,
+                                  .format = p->draft.format,
+                                  .head_format = p->draft.head_format};
     folder_name(c->draft_model_dir, out->draft_name, sizeof out->draft_name);
     formats.file_dtype = p->draft.file_dtype;
     memory_format_words(&formats, out->draft_format, sizeof out->draft_format);

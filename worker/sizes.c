@@ -34,6 +34,16 @@ enum err model_digest(const struct weights_options *options, const struct model_
     return OK;
 }
 
+enum dtype weights_dtype(const struct model_config *config, const struct safetensors *file)
+{
+    for (size_t i = 0; file && i < safetensors_count(file); i++) {
+        enum st_dtype t = safetensors_at(file, i)->dtype;
+        if (t == ST_F32 || t == ST_F16 || t == ST_BF16)
+            return t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
+    }
+    return config->dtype;
+}
+
 static double bytes_per_weight(enum weight_format format, enum dtype file_dtype)
 {
     switch (format) {
@@ -66,7 +76,11 @@ void model_bytes_estimate(const struct model_config *config, struct group group,
     double layer =
         (double)(q + 2 * kv + q + (config->gated ? 3 : 2) * ffn * n_experts + config->n_experts) *
         config->hidden;
-    double weights = layer * config->n_layers * bytes_per_weight(options->format, file_dtype);
+    /* codes of the checkpoint, unless dummy weights stand for them */
+    bool codes = config->quant.method && options->format <= WEIGHT_BF16;
+    double each = codes ? quant_bytes_per_weight(&config->quant)
+                        : bytes_per_weight(options->format, file_dtype);
+    double weights = layer * config->n_layers * each;
     weights +=
         (double)vocab * config->embed_dim * bytes_per_weight(options->head_format, file_dtype);
     if (config->embed_dim != config->hidden)

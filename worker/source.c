@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static float half_to_float(uint16_t h)
+float source_half_value(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
     union {
@@ -22,7 +22,7 @@ static float half_to_float(uint16_t h)
     return u.value;
 }
 
-static float element_read(const void *data, enum dtype dtype, int64_t i)
+float source_element(const void *data, enum dtype dtype, int64_t i)
 {
     union {
         uint32_t bits;
@@ -34,9 +34,26 @@ static float element_read(const void *data, enum dtype dtype, int64_t i)
         return u.value;
     }
     memcpy(&half, (const char *)data + 2 * i, 2);
-    if (dtype == DTYPE_F16) return half_to_float(half);
+    if (dtype == DTYPE_F16) return source_half_value(half);
     u.bits = (uint32_t)half << 16;
     return u.value;
+}
+
+uint16_t source_half(float v)
+{
+    union {
+        float value;
+        uint32_t bits;
+    } u = {v};
+    uint32_t sign = u.bits >> 16 & 0x8000, size = u.bits & 0x7fffffff;
+    if (size >= 0x7f800000) return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds beyond the largest */
+    if (size < 0x38800000) {                                  /* subnormal: steps of 2^-24 */
+        u.bits = size;
+        u.value = u.value * 0x1p24f + 8388608.0f;
+        return (uint16_t)(sign | (u.bits & 0x7fffff));
+    }
+    return (uint16_t)(sign | (((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10)));
 }
 
 void source_name(const struct source *s, enum role role, int layer, const char *suffix,
@@ -72,8 +89,12 @@ bool source_has(const struct source *s, enum role role)
 {
     char name[SOURCE_NAME_MAX];
     if (!s->file) return role != ROLE_LM_HEAD || !s->config->tied;
-    source_name(s, role, 0, ".weight", name);
-    return safetensors_find(s->file, name) != NULL;
+    static const char *const suffixes[] = {".weight", ".qweight", ".weight_packed"};
+    for (int i = 0; i < (s->config->quant.method ? 3 : 1); i++) {
+        source_name(s, role, 0, suffixes[i], name);
+        if (safetensors_find(s->file, name)) return true;
+    }
+    return false;
 }
 
 enum err source_init(struct source *s, const struct model_config *config, struct safetensors *file,
@@ -202,7 +223,7 @@ static void dummy_vector(const struct source *s, const char *name, bool norm, in
 
 /* --- tensors of a file --- */
 
-static enum err dtype_check(const struct source *s, const struct st_tensor *t, enum dtype *out)
+enum err source_dtype(const struct source *s, const struct st_tensor *t, enum dtype *out)
 {
     switch (t->dtype) {
     case ST_F32:
@@ -228,8 +249,8 @@ static void shape_words(const int64_t *shape, int n, char *out, size_t size)
         at += (size_t)snprintf(out + at, size - at, "%s%lld", i ? ", " : "", (long long)shape[i]);
 }
 
-static enum err tensor_get(struct source *s, const char *name, int n_dims, const int64_t *shape,
-                           const struct st_tensor **out)
+enum err source_tensor(struct source *s, const char *name, int n_dims, const int64_t *shape,
+                       const struct st_tensor **out)
 {
     const struct st_tensor *t = safetensors_find(s->file, name);
     if (!t) FAIL(ERR_FORMAT, "%s: tensor '%s' is missing", place(s), name);
@@ -282,8 +303,8 @@ enum err source_matrix(struct source *s, enum role role, int layer, struct matri
     if (!s->file) return dummy_matrix(s, name, rows, columns, out);
     bool flip = stored_in_out(s, role);
     int64_t shape[2] = {flip ? columns : rows, flip ? rows : columns};
-    TRY(tensor_get(s, name, 2, shape, &t));
-    TRY(dtype_check(s, t, &dtype));
+    TRY(source_tensor(s, name, 2, shape, &t));
+    TRY(source_dtype(s, t, &dtype));
     TRY(aligned_data(s, t, dtype, &data));
     *out = (struct matrix_view){data, dtype, rows, columns, flip ? 1 : columns, flip ? rows : 1};
     return OK;
@@ -300,10 +321,10 @@ enum err source_vector(struct source *s, enum role role, int layer, bool bias, i
         dummy_vector(s, name, !bias, n, out);
         return OK;
     }
-    TRY(tensor_get(s, name, 1, &n, &t));
-    TRY(dtype_check(s, t, &dtype));
+    TRY(source_tensor(s, name, 1, &n, &t));
+    TRY(source_dtype(s, t, &dtype));
     for (int64_t i = 0; i < n; i++)
-        out[i] = element_read(t->data, dtype, i);
+        out[i] = source_element(t->data, dtype, i);
     return OK;
 }
 

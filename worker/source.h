@@ -43,6 +43,15 @@ bool source_keep(struct source *s, const void *data, void **out_mem, size_t *out
 /* The name of a role's tensor in this checkpoint, suffix included: ".weight" or ".bias". */
 void source_name(const struct source *s, enum role role, int layer, const char *suffix,
                  char out[SOURCE_NAME_MAX]);
+/* A tensor of exactly this shape, marked as asked for; its type, where it is F32, F16 or BF16; and
+ * one element of such data. */
+enum err source_tensor(struct source *s, const char *name, int n_dims, const int64_t *shape,
+                       const struct st_tensor **out);
+enum err source_dtype(const struct source *s, const struct st_tensor *t, enum dtype *out);
+float source_element(const void *data, enum dtype dtype, int64_t i);
+/* IEEE half precision: the nearest, ties to even; and back. */
+uint16_t source_half(float v);
+float source_half_value(uint16_t h);
 /* Says that a tensor of the file was asked for; NULL is none. */
 void source_use(struct source *s, const struct st_tensor *t);
 /* Whether the checkpoint holds the role at all. */

@@ -3,6 +3,7 @@
 #include "worker/weights.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "worker/int4.h"
 #include "worker/loader.h"
 #include "worker/settle.h"
 
@@ -17,6 +18,16 @@ void loader_advance(struct loader *l, uint64_t bytes)
         l->options->progress(l->options->ctx, l->done < l->total ? l->done : l->total, l->total);
 }
 
+/* Programs that quantize may save a bias with every matrix, also where the model has none. */
+static bool role_has_bias(const struct loader *l, enum role role, int layer)
+{
+    char name[SOURCE_NAME_MAX];
+    if (config_has_bias(&l->m->config, role)) return true;
+    if (!int4_has(&l->source, role, layer)) return false;
+    source_name(&l->source, role, layer, ".bias", name);
+    return safetensors_find(l->m->file, name) != NULL;
+}
+
 /* The bias of a role's slice into l->bias from *at on; zeros where the role has none. */
 static enum err bias_add(struct loader *l, enum role role, int layer, int segment, int64_t *at)
 {
@@ -24,44 +35,63 @@ static enum err bias_add(struct loader *l, enum role role, int layer, int segmen
     struct shard_range r =
         role_is_shard_in(role) ? (struct shard_range){0, rows} : loader_slice(l->m, role, segment);
     int64_t n = shard_count(r);
+    bool has = role_has_bias(l, role, layer), mine = !role_is_shard_in(role) || !l->m->group.rank;
     ASSERT_CMP(*at + rows, <=, l->bias_max);
-    if (config_has_bias(&l->m->config, role) &&
-        !(role_is_shard_in(role) && l->m->group.rank != 0)) {
+    if (has) /* the file is checked on every rank */
         TRY(source_vector(&l->source, role, layer, true, rows, l->bias + *at));
+    if (has && mine)
         memmove(l->bias + *at, l->bias + *at + r.begin, (size_t)n * sizeof(float));
-    } else {
-        if (config_has_bias(&l->m->config,
-                            role)) /* the file is checked on every rank all the same */
-            TRY(source_vector(&l->source, role, layer, true, rows, l->bias + *at));
+    else
         memset(l->bias + *at, 0, (size_t)n * sizeof(float));
-    }
     *at += n;
     return OK;
 }
+
+/* The biases of a fused weight into l->bias; *out_bias: that, or NULL where this rank has none. */
+static enum err bias_load(struct loader *l, const enum role *of, int n_of, int layer,
+                          const float **out_bias)
+{
+    int64_t at = 0;
+    *out_bias = NULL;
+    for (int i = 0; i < n_of; i++) {
+        if (role_has_bias(l, of[i], layer) && !(role_is_shard_in(of[i]) && l->m->group.rank))
+            *out_bias = l->bias;
+        for (int s = 0; s < role_segments(of[i]); s++)
+            TRY(bias_add(l, of[i], layer, s, &at));
+    }
+    return OK;
+}
+
 /* --- weights --- */
+
+static enum err plain_weight(struct loader *l, const enum role *of, int n_of, int layer,
+                             const float *bias, enum weight_format format, struct weight **out)
+{
+    struct matrix_view parts[WEIGHT_PARTS_MAX];
+    int n_parts = 0;
+    for (int i = 0; i < n_of; i++) {
+        struct matrix_view whole;
+        TRY(source_matrix(&l->source, of[i], layer, &whole));
+        for (int s = 0; s < role_segments(of[i]); s++) {
+            struct shard_range r = loader_slice(l->m, of[i], s);
+            parts[n_parts++] =
+                role_is_shard_in(of[i]) ? view_columns(whole, r) : view_rows(whole, r);
+        }
+    }
+    return l->ops->weight_create(l->backend, parts, n_parts, bias, format, out);
+}
 
 /* One packed weight of the given roles, stacked by rows. */
 static enum err weight_load(struct loader *l, const enum role *of, int n_of, int layer,
                             enum weight_format format, struct weight **out)
 {
-    struct matrix_view parts[4];
-    int n_parts = 0;
-    int64_t bias_at = 0;
-    bool biased = false;
+    const float *bias;
     if (l->is_packed) return loader_packed_weight(l, of, n_of, layer, format, out);
-    for (int i = 0; i < n_of; i++) {
-        struct matrix_view whole;
-        TRY(source_matrix(&l->source, of[i], layer, &whole));
-        biased = biased || config_has_bias(&l->m->config, of[i]);
-        for (int s = 0; s < role_segments(of[i]); s++) {
-            struct shard_range r = loader_slice(l->m, of[i], s);
-            parts[n_parts++] =
-                role_is_shard_in(of[i]) ? view_columns(whole, r) : view_rows(whole, r);
-            TRY(bias_add(l, of[i], layer, s, &bias_at));
-        }
-        if (role_is_shard_in(of[i]) && l->m->group.rank != 0) biased = false;
-    }
-    TRY(l->ops->weight_create(l->backend, parts, n_parts, biased ? l->bias : NULL, format, out));
+    TRY(bias_load(l, of, n_of, layer, &bias));
+    if (loader_has_codes(l, of, n_of, layer))
+        TRY(loader_codes_weight(l, of, n_of, layer, bias, out));
+    else
+        TRY(plain_weight(l, of, n_of, layer, bias, format, out));
     source_release(&l->source);
     l->m->weight_bytes += l->ops->weight_bytes(*out);
     loader_advance(l, l->ops->weight_bytes(*out));
@@ -241,10 +271,7 @@ static enum err file_open(struct model *m, const struct weights_options *options
 
 static enum dtype file_dtype(const struct model *m, const struct loader *l)
 {
-    if (l->is_packed) return l->packed.dtype;
-    if (!m->file || !safetensors_count(m->file)) return m->config.dtype;
-    enum st_dtype t = safetensors_at(m->file, 0)->dtype;
-    return t == ST_F32 ? DTYPE_F32 : t == ST_F16 ? DTYPE_F16 : DTYPE_BF16;
+    return l->is_packed ? l->packed.dtype : weights_dtype(&m->config, m->file);
 }
 
 static enum err model_fill(struct model *m, const struct weights_options *options)
@@ -280,6 +307,7 @@ static enum err model_fill(struct model *m, const struct weights_options *option
     TRY_OUT(shares_load(&l));
     l.done = l.total;
     loader_advance(&l, 0);
+    loader_codes_report(&l);
 out:
     source_fini(&l.source);
     mem_free(l.bias);

@@ -240,18 +240,6 @@ static enum err rope_read(struct model_config *c, const json_t *json)
     return OK;
 }
 
-static enum err refusals_check(const json_t *json)
-{
-    const json_t *quantized = json_object_get(json, "quantization_config");
-    if (json_is_object(quantized)) {
-        const char *method = NULL;
-        TRY(json_read_string(quantized, "quant_method", &method));
-        FAIL(ERR_UNSUPPORTED, "weights quantized by '%.64s' are not supported",
-             method ? method : "?");
-    }
-    return OK;
-}
-
 static enum err epsilon_read(struct model_config *c, const json_t *json)
 {
     double epsilon = c->arch->norm == NORM_RMS ? 1e-6 : 1e-5;
@@ -301,7 +289,7 @@ static enum err fields_read(struct model_config *c, const json_t *json)
     if (!json_is_object(json)) FAIL(ERR_INVALID, "no JSON object");
     TRY(arch_find(json, &c->arch));
     defaults_set(c);
-    TRY(refusals_check(json));
+    TRY(quant_read(json, &c->quant));
     TRY(ints_read(c, json));
     TRY(heads_check(c));
     TRY(activation_read(c, json));

@@ -22,6 +22,16 @@ struct rope_config {
     int rotary_dim;
 };
 
+/* Checkpoints whose matrices are 4-bit codes with scales. */
+enum quant_method { QUANT_NONE, QUANT_GPTQ, QUANT_AWQ, QUANT_COMPRESSED };
+struct quant_config {
+    enum quant_method method;
+    int group_size;     /* inputs that share a scale, a multiple of 32; 0 = all of an output */
+    bool symmetric;     /* every zero point is 8, as the file says */
+    bool act_order;     /* groups are of inputs that do not follow each other */
+    bool zero_less_one; /* GPTQ's first format stores zero points less one */
+};
+
 struct model_config {
     char path[CONFIG_PATH_MAX]; /* of config.json, for errors */
     const struct arch *arch;
@@ -42,6 +52,7 @@ struct model_config {
     int window;                          /* of the layers that have one, 0 = none */
     int layer_window[CONFIG_LAYERS_MAX]; /* [n_layers], 0 = sees all */
     struct rope_config rope;
+    struct quant_config quant;
     enum dtype dtype;       /* of the checkpoint as config.json says; BF16 where it does not */
     int32_t bos_id, eos_id; /* -1 = not said */
 };
@@ -59,6 +70,12 @@ int64_t config_dim(const struct model_config *c, enum dim dim);
 int config_window(const struct model_config *c);
 /* Parameters of the whole model; a tied output counts once. */
 uint64_t config_parameters(const struct model_config *c);
+
+/* quant.c: "quantization_config" of a whole config.json; method NONE where there is none. */
+enum err quant_read(const json_t *config, struct quant_config *out);
+const char *quant_name(enum quant_method method);
+/* On a device, scales and zero points included. */
+double quant_bytes_per_weight(const struct quant_config *q);
 
 /* cos and sin of positions [first, end) and every frequency, scaling folded in, into tables that
  * begin at position 0: [positions][rotary_dim / 2]. */

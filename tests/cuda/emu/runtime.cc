@@ -15,6 +15,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <deque>
 #include <map>
 #include <memory>
@@ -27,7 +28,8 @@ struct CUstream_st {
 };
 struct CUevent_st {
     CUstream_st *stream = nullptr;
-    bool recorded = false, reached = true, told = true;
+    bool recorded = false, reached = true, told = true, timed = false;
+    std::chrono::steady_clock::time_point when;
     uint64_t generation = 0, number = 0;
 };
 struct CUgraph_st {
@@ -259,9 +261,10 @@ cudaError_t cudaStreamQuery(cudaStream_t s)
     bool ran = step(s);
     return sticky != cudaSuccess ? sticky : ran || !s->work.empty() ? cudaErrorNotReady : cudaSuccess;
 }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags)
 {
     *out = new CUevent_st;
+    (*out)->timed = !(flags & cudaEventDisableTiming);
     return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t e)
@@ -282,7 +285,10 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
     e->number = ++n_records;
     e->told = false;
     note("record", e->number);
-    return queue(s, [=] { e->reached = e->generation == generation; });
+    return queue(s, [=] {
+        e->reached = e->generation == generation;
+        e->when = std::chrono::steady_clock::now();
+    });
 }
 cudaError_t cudaEventQuery(cudaEvent_t e)
 {
@@ -300,9 +306,12 @@ cudaError_t cudaEventSynchronize(cudaEvent_t e)
     while (!e->reached && step(e->stream)) {}
     return sticky;
 }
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t)
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 {
-    *ms = 1.0f; /* no time passes on this device: equal candidates keep their order */
+    guard hold(lock);
+    if (!from->timed || !to->timed || !from->recorded || !to->recorded) return cudaErrorInvalidValue;
+    if (!from->reached || !to->reached) return cudaErrorNotReady;
+    *ms = std::chrono::duration<float, std::milli>(to->when - from->when).count();
     return sticky;
 }
 

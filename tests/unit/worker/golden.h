@@ -20,7 +20,8 @@ struct golden_prompt {
 struct golden {
     char dir[512];
     int vocab_size, n_prompts;
-    bool bf16; /* how the checkpoint is stored */
+    bool bf16;      /* how the checkpoint is stored */
+    bool quantized; /* its matrices are 4-bit codes */
     struct golden_prompt prompts[GOLDEN_PROMPTS_MAX];
     json_t *json;
     struct safetensors *tensors;
@@ -54,6 +55,7 @@ static inline void golden_open(const char *name, struct golden *g)
     }
     g->vocab_size = (int)json_integer_value(json_object_get(g->json, "vocab_size"));
     g->bf16 = !strcmp(json_string_value(json_object_get(g->json, "stored_dtype")), "bfloat16");
+    g->quantized = json_object_get(g->json, "weights") != NULL;
     const json_t *prompts = json_object_get(g->json, "prompts");
     g->n_prompts = (int)json_array_size(prompts);
     if (g->n_prompts < 1 || g->n_prompts > GOLDEN_PROMPTS_MAX) abort();

@@ -16,6 +16,7 @@
 
 #include <cmocka.h>
 
+#define QUANT(settings) "{" LLAMA_BASE ",\"quantization_config\":{" settings "}}"
 #define LLAMA_BASE                                                                                 \
     "\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64,\"intermediate_size\":96,\"num_"  \
     "hidden_layers\":2,"                                                                           \
@@ -159,8 +160,34 @@ static void test_refusals(void **state)
          "no multiple of 'num_key_value_heads' 3"},
         {"{" LLAMA_BASE ",\"head_dim\":\"x\"}", ERR_FORMAT, "'head_dim' must be an integer"},
         {"{" LLAMA_BASE ",\"head_dim\":-4}", ERR_FORMAT, "'head_dim' is -4"},
-        {"{" LLAMA_BASE ",\"quantization_config\":{\"quant_method\":\"gptq\"}}", ERR_UNSUPPORTED,
-         "quantized by 'gptq'"},
+        {QUANT("\"quant_method\":\"bitsandbytes\""), ERR_UNSUPPORTED,
+         "quantized by 'bitsandbytes'"},
+        {QUANT("\"quant_method\":\"gptq\""), ERR_FORMAT, "does not say the bits"},
+        {QUANT("\"quant_method\":\"gptq\",\"bits\":8"), ERR_UNSUPPORTED, "to 8 bits"},
+        {QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"group_size\":0"), ERR_FORMAT,
+         "'group_size' is 0"},
+        {QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"group_size\":-2"), ERR_FORMAT,
+         "'group_size' is -2"},
+        {QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"group_size\":48"), ERR_UNSUPPORTED,
+         "'group_size' 48"},
+        {QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"checkpoint_format\":\"marlin\""),
+         ERR_UNSUPPORTED, "'marlin'"},
+        {QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"dynamic\":{\"+:.*q_proj\":{\"bits\":8}}"),
+         ERR_UNSUPPORTED, "'dynamic' changes 'bits'"},
+        {QUANT("\"quant_method\":\"awq\",\"bits\":4,\"version\":\"gemv\""), ERR_UNSUPPORTED,
+         "'version' 'gemv'"},
+        {QUANT("\"quant_method\":\"awq\",\"bits\":4,\"zero_point\":false"), ERR_UNSUPPORTED,
+         "without 'zero_point'"},
+        {QUANT("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\""),
+         ERR_UNSUPPORTED, "'float-quantized'"},
+        {QUANT("\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\""), ERR_FORMAT,
+         "'config_groups' is missing"},
+        {QUANT("\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\","
+               "\"config_groups\":{\"a\":{\"weights\":{\"num_bits\":4,\"type\":\"float\"}}}"),
+         ERR_UNSUPPORTED, "type 'float'"},
+        {QUANT("\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\","
+               "\"config_groups\":{\"a\":{\"input_activations\":{},\"weights\":{\"num_bits\":4}}}"),
+         ERR_UNSUPPORTED, "quantized activations"},
         {"{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64}", ERR_FORMAT,
          "'num_hidden_layers' is missing"},
         {"{\"model_type\":\"opt\",\"hidden_size\":64,\"num_hidden_layers\":2,\"num_attention_"
@@ -174,6 +201,30 @@ static void test_refusals(void **state)
     struct model_config out;
     assert_int_not_equal(config_read("/nonexistent", &out), OK);
     assert_non_null(strstr(err_detail(), "/nonexistent/config.json"));
+}
+
+static void test_quantized(void **state)
+{
+    (void)state;
+    expect_ok(QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"group_size\":128,\"desc_act\":false,"
+                    "\"sym\":true,\"dynamic\":{\"-:.*gate$\":{}}"));
+    assert_true(c.quant.method == QUANT_GPTQ && c.quant.group_size == 128 && c.quant.symmetric);
+    assert_true(c.quant.zero_less_one && !c.quant.act_order);
+    assert_true(fabs(quant_bytes_per_weight(&c.quant) - 0.515625) < 1e-9);
+    expect_ok(QUANT("\"quant_method\":\"gptq\",\"bits\":4,\"group_size\":-1,\"desc_act\":true,"
+                    "\"sym\":false,\"checkpoint_format\":\"gptq_v2\""));
+    assert_true(c.quant.group_size == 0 && !c.quant.symmetric && c.quant.act_order);
+    assert_false(c.quant.zero_less_one);
+    expect_ok(QUANT("\"quant_method\":\"awq\",\"bits\":4,\"group_size\":64,\"zero_point\":true,"
+                    "\"version\":\"GEMM\""));
+    assert_true(c.quant.method == QUANT_AWQ && c.quant.group_size == 64 && !c.quant.symmetric);
+    expect_ok(
+        QUANT("\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\","
+              "\"config_groups\":{\"group_0\":{\"input_activations\":null,\"weights\":{"
+              "\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,\"strategy\":\"channel\"}}}"));
+    assert_true(c.quant.method == QUANT_COMPRESSED && c.quant.group_size == 0 && c.quant.symmetric);
+    expect_ok("{" LLAMA_BASE "}");
+    assert_true(c.quant.method == QUANT_NONE);
 }
 
 static void test_rope_linear_and_llama3(void **state)
@@ -264,13 +315,10 @@ static void test_rope_llama3_golden(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_llama_defaults),
-        cmocka_unit_test(test_parameters_of_real_shapes),
-        cmocka_unit_test(test_windows),
-        cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_rope_linear_and_llama3),
-        cmocka_unit_test(test_rope_yarn_golden),
-        cmocka_unit_test(test_rope_llama3_golden),
+        cmocka_unit_test(test_llama_defaults),   cmocka_unit_test(test_parameters_of_real_shapes),
+        cmocka_unit_test(test_windows),          cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_quantized),        cmocka_unit_test(test_rope_linear_and_llama3),
+        cmocka_unit_test(test_rope_yarn_golden), cmocka_unit_test(test_rope_llama3_golden),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
