@@ -2,7 +2,7 @@
 # Everything that only a GPU can prove: ./dev gpu [--quick] [--emulated] [STEP ...]
 # Each step is a process of its own with its own time limit, and none ends the others; without names
 # all run in order. A step that was stopped goes on where it can when it is named again.
-#   device build ops attention sample moe steps worker   the tests of the backend, natively
+#   device build ops int4 attention sample moe steps worker   the tests of the backend, natively
 #   memcheck racecheck                                   compute-sanitizer on the small ones
 #   nccl                                                 two ranks on this one card
 #   bench                                                kernels against the limits of this very card
@@ -12,7 +12,7 @@
 # --emulated plays all of it on the CPU: it proves this script and measures nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-all=(device build ops attention sample moe steps worker memcheck racecheck nccl bench serve-bf16 serve-fp8 serve-int4 peer)
+all=(device build ops int4 attention sample moe steps worker memcheck racecheck nccl bench serve-bf16 serve-fp8 serve-int4 peer)
 quick=false emulated=false chosen=()
 for word in "$@"; do
   case $word in
