@@ -42,11 +42,12 @@ step_device() {
 step_build() {
   [ -f "$build/build.ninja" ] || cmake --preset "$(basename "$build")" >/dev/null || return
   if ! $emulated; then command -v nvcc >/dev/null || { echo "no nvcc: the plugin cannot be built here"; return 1; }; fi
-  local targets=(heddle bench_cuda test_cuda_{ops,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
+  local targets=(heddle bench_cuda test_cuda_{ops,int4,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
   if ! $emulated; then targets+=(heddle_cuda); fi
   ninja -C "$build" --quiet "${targets[@]}"
 }
 step_ops() { native_test ops; }
+step_int4() { native_test int4; }
 step_attention() { native_test attention; }
 step_sample() { native_test sample; }
 step_moe() { native_test moe; }
@@ -56,7 +57,7 @@ sanitizer() { # sanitizer TOOL: the small cases of every operation
   $emulated && skip "compute-sanitizer has no device to watch"
   command -v compute-sanitizer >/dev/null || skip "compute-sanitizer is not installed"
   local status=0 name
-  for name in ops moe sample attention; do
+  for name in ops int4 moe sample attention; do
     HEDDLE_CUDA_QUICK=1 timeout 280 compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/cuda/test_cuda_$name" || status=$?
   done
   return "$status"
