@@ -76,6 +76,7 @@ static void cuda_close(struct backend *base)
     cuda_free(b, b->x_8);
     cuda_free(b, b->x_scales);
     cuda_free(b, b->scratch);
+    cuda_free(b, b->ordered);
     cuda_free(b, b->moe_scratch);
     if (b->stream && !b->failed) cudaStreamDestroy(b->stream);
     if (b->side && !b->failed) cudaStreamDestroy(b->side);
@@ -178,6 +179,7 @@ const struct backend_ops heddle_backend_cuda = {
     .upload = cuda_upload,
     .download = cuda_download,
     .weight_create = cuda_weight_create,
+    .weight_create_int4 = cuda_weight_create_int4,
     .weight_destroy = cuda_weight_destroy,
     .weight_bytes = cuda_weight_bytes,
     .table_create = cuda_table_create,
