@@ -74,7 +74,10 @@ static __device__ __forceinline__ void gemv_add(float (&sums)[GEMV_COLS][ROWS], 
 template <int ROWS> static __global__ void __launch_bounds__(GEMV_WARPS *WARP_LANES) gemv_kernel(struct gemm_call c)
 {
     int col_first = (blockIdx.x * GEMV_WARPS + threadIdx.x / WARP_LANES) * GEMV_COLS, lane = threadIdx.x % WARP_LANES;
-    if (col_first >= (int)c.out.cols) return;
+    if (col_first >= (int)c.out.cols) {
+        dependency_wait();
+        return;
+    }
     bool aligned = c.x.stride % 8 == 0 && (uintptr_t)c.x.data % 16 == 0;
     struct gemv_piece ring[GEMV_AHEAD];
     float sums[GEMV_COLS][ROWS];
@@ -84,6 +87,7 @@ template <int ROWS> static __global__ void __launch_bounds__(GEMV_WARPS *WARP_LA
         for (int r = 0; r < ROWS; r++) sums[col][r] = 0;
 #pragma unroll
     for (int i = 0; i < GEMV_AHEAD; i++) gemv_fetch(ring[i], c, col_first, (i * WARP_LANES + lane) * 32);
+    dependency_wait(); /* weights are nobody's result: the first ones come while the kernel before ends */
     for (int k = lane * 32; k < (int)c.n_in_padded; k += GEMV_AHEAD * WARP_LANES * 32)
 #pragma unroll
         for (int i = 0; i < GEMV_AHEAD; i++) {
@@ -121,6 +125,7 @@ int launch_gemv_int4(const struct gemm_call *c, void *stream)
 static __global__ void __launch_bounds__(256)
     int4_expand_kernel(bf16 *out, const uint32_t *w, const __half *scales, int64_t n_words)
 {
+    dependency_wait();
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n_words) int4_widen8(out + i * 8, w[i], __half2float(scales[i * 8 / INT4_GROUP]));
 }
