@@ -103,6 +103,7 @@ static enum err device_open(struct cuda_backend *b)
     b->base.stream = b->stream;
     TRY(cuda_steps_open(b));
     TRY(cuda_trace_open(b));
+    TRY(cuda_overlap_try(b));
     if (lt_open(b, &b->lt) != OK) log_warn("CUDA: products by own kernels: %s", err_detail());
     return OK;
 }

@@ -150,6 +150,9 @@ enum err cuda_capture_end(struct backend *base, void **out_graph);
 enum err cuda_replay(struct backend *base, void *graph);
 void cuda_graph_destroy(struct backend *base, void *graph);
 
+/* overlap.c */
+enum err cuda_overlap_try(struct cuda_backend *b);
+
 /* trace.c */
 enum err cuda_trace_open(struct cuda_backend *b);
 void cuda_trace_close(struct cuda_backend *b);
