@@ -8,6 +8,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "proto/plan.h"
+#include "worker/settle.h"
 
 #include <sched.h>
 #include <stdio.h>
@@ -194,6 +195,7 @@ static enum err weights_start(struct worker *w, const struct model_config *model
         .format = w->plan.format,
         .head_format = w->plan.head_format,
         .context_max = w->plan.context_max,
+        .settles = true,
         .n_threads = w->config.n_threads,
         .progress = progress_line,
         .ctx = w,
@@ -323,6 +325,7 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     TRY_OUT(weights_start(w, &models->target));
     TRY_OUT(state_start(w));
     if (w->plan.draft.group.size) TRY_OUT(draft_start(w, &models->draft));
+    if (w->model->settle) TRY_OUT(settle_start(w->model->settle));
     *out = w;
     w = NULL;
 out:
@@ -337,6 +340,7 @@ out:
 void worker_destroy(struct worker *w)
 {
     if (!w) return;
+    if (w->model) settle_stop(w->model->settle); /* before any weight goes, the draft's too */
     if (w->backend) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     if (w->decoder.kv) w->backend->ops->kv_destroy(w->backend, w->decoder.kv);
@@ -504,6 +508,11 @@ static enum err step_wait(struct worker *w, struct step *s)
     TRY(peers_check(w));
     step_settle(s, &w->slots);
     return OK;
+}
+
+enum err worker_check(struct worker *w, bool waits)
+{
+    return waits ? settle_wait(w->model->settle) : settle_check(w->model->settle);
 }
 
 bool worker_ready(const struct worker *w)
