@@ -468,6 +468,28 @@ static enum err step_replay(struct worker *w, struct step *s, struct graph *grap
     return OK;
 }
 
+/* Greedy rows of which nothing else is asked never become logits. */
+static enum err rows_greedy(struct worker *w, struct step *s, uint32_t first, uint32_t n)
+{
+    TRY(decoder_argmax(&w->decoder, (int)first, (int)n, s->greedy));
+    for (uint32_t i = 0; i < n; i++) {
+        int32_t slot = s->sample_rows[first + i].slot;
+        s->results[first + i].token = s->greedy[i];
+        s->results[first + i].n_top = 0;
+        if (slot >= 0) w->backend->ops->feed(w->backend, slot, s->greedy[i]);
+    }
+    return OK;
+}
+
+static enum err rows_sampled(struct worker *w, struct step *s, uint32_t first, uint32_t n)
+{
+    struct tensor logits;
+    TRY(decoder_logits(&w->decoder, (int)first, (int)n, &logits));
+    w->backend->ops->sample(w->backend, logits, s->sample_rows + first, (int)n,
+                            s->results + first);
+    return OK;
+}
+
 static enum err step_compute(struct worker *w, struct step *s)
 {
     const struct backend_ops *ops = w->backend->ops;
@@ -477,11 +499,10 @@ static enum err step_compute(struct worker *w, struct step *s)
     ops->batch_begin(w->backend, &s->batch);
     TRY(decoder_forward(&w->decoder, &s->batch));
     for (uint32_t row = 0; row < s->n_rows;) {
-        struct tensor logits;
         uint32_t n = s->n_rows - row;
         if (n > (uint32_t)w->decoder.logits_rows_max) n = (uint32_t)w->decoder.logits_rows_max;
-        TRY(decoder_logits(&w->decoder, (int)row, (int)n, &logits));
-        ops->sample(w->backend, logits, s->sample_rows + row, (int)n, s->results + row);
+        bool greedy = decoder_has_argmax(&w->decoder) && step_is_greedy(s, row, n);
+        TRY(greedy ? rows_greedy(w, s, row, n) : rows_sampled(w, s, row, n));
         row += n;
     }
     return OK;
