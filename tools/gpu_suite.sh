@@ -2,7 +2,7 @@
 # Everything that only a GPU can prove: ./dev gpu [--quick] [--emulated] [STEP ...]
 # Each step is a process of its own with its own time limit, and none ends the others; without names
 # all run in order. A step that was stopped goes on where it can when it is named again.
-#   device build ops attention sample moe steps worker   the tests of the backend, natively
+#   device build ops int4 attention sample moe steps worker   the tests of the backend, natively
 #   memcheck racecheck                                   compute-sanitizer on the small ones
 #   nccl                                                 two ranks on this one card
 #   bench                                                kernels against the limits of this very card
@@ -12,7 +12,7 @@
 # --emulated plays all of it on the CPU: it proves this script and measures nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-all=(device build ops attention sample moe steps worker memcheck racecheck nccl bench serve-bf16 serve-fp8 serve-int4 peer)
+all=(device build ops int4 attention sample moe steps worker memcheck racecheck nccl bench serve-bf16 serve-fp8 serve-int4 peer)
 quick=false emulated=false chosen=()
 for word in "$@"; do
   case $word in
@@ -42,11 +42,12 @@ step_device() {
 step_build() {
   [ -f "$build/build.ninja" ] || cmake --preset "$(basename "$build")" >/dev/null || return
   if ! $emulated; then command -v nvcc >/dev/null || { echo "no nvcc: the plugin cannot be built here"; return 1; }; fi
-  local targets=(heddle bench_cuda test_cuda_{ops,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
+  local targets=(heddle bench_cuda test_cuda_{ops,int4,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
   if ! $emulated; then targets+=(heddle_cuda); fi
   ninja -C "$build" --quiet "${targets[@]}"
 }
 step_ops() { native_test ops; }
+step_int4() { native_test int4; }
 step_attention() { native_test attention; }
 step_sample() { native_test sample; }
 step_moe() { native_test moe; }
@@ -56,7 +57,7 @@ sanitizer() { # sanitizer TOOL: the small cases of every operation
   $emulated && skip "compute-sanitizer has no device to watch"
   command -v compute-sanitizer >/dev/null || skip "compute-sanitizer is not installed"
   local status=0 name
-  for name in ops moe sample attention; do
+  for name in ops int4 moe sample attention; do
     HEDDLE_CUDA_QUICK=1 timeout 280 compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/cuda/test_cuda_$name" || status=$?
   done
   return "$status"

@@ -68,9 +68,11 @@ enum err packed_read(const struct safetensors *file, bool *out_packed, struct pa
     return OK;
 }
 
-void packed_stem(const char *role, int layer, char out[PACKED_STEM_MAX])
+void packed_stem(const char *role, int layer, int expert, char out[PACKED_STEM_MAX])
 {
-    if (layer >= 0)
+    if (layer >= 0 && expert >= 0)
+        snprintf(out, PACKED_STEM_MAX, "layers.%d.experts.%d.%s", layer, expert, role);
+    else if (layer >= 0)
         snprintf(out, PACKED_STEM_MAX, "layers.%d.%s", layer, role);
     else
         snprintf(out, PACKED_STEM_MAX, "%s", role);

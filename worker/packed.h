@@ -26,8 +26,9 @@ struct packed_file {
 
 /* *out_packed: whether this is such a checkpoint at all; only then *out is written. */
 enum err packed_read(const struct safetensors *file, bool *out_packed, struct packed_file *out);
-/* "layers.3.qkv" of a layer's role, "lm_head" of one that has no layer. */
-void packed_stem(const char *role, int layer, char out[PACKED_STEM_MAX]);
+/* "layers.3.qkv" of a layer's role, "layers.3.experts.7.up" of an expert's, "lm_head" of one that
+ * has no layer; -1 = none. */
+void packed_stem(const char *role, int layer, int expert, char out[PACKED_STEM_MAX]);
 /* The tensors of one weight, checked for type and size; *out_digest is what the file says. */
 struct packed_parts {
     const struct st_tensor *panels, *scale, *bias; /* NULL where there is none */

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX])
+void weights_stem(enum role first, int layer, int expert, char out[PACKED_STEM_MAX])
 {
     static const struct {
         const char *name;
@@ -23,7 +23,7 @@ void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX])
         [ROLE_PROJECT_OUT] = {"project_out", false},
     };
     ASSERT(stems[first].name);
-    packed_stem(stems[first].name, stems[first].of_layer ? layer : -1, out);
+    packed_stem(stems[first].name, stems[first].of_layer ? layer : -1, expert, out);
 }
 
 /* This rank's slices of a whole fused weight that was unpacked to floats. */
@@ -93,7 +93,9 @@ enum err loader_packed_weight(struct loader *l, const enum role *of, int n_of, i
         p.n_out += config_dim(&l->m->config, roles[of[i]].rows);
         biased = biased || config_has_bias(&l->m->config, of[i]);
     }
-    weights_stem(of[0], layer, stem);
+    bool of_expert = l->m->config.n_experts &&
+                     (of[0] == ROLE_W_GATE || of[0] == ROLE_W_UP || of[0] == ROLE_W_DOWN);
+    weights_stem(of[0], layer, of_expert ? l->source.expert : -1, stem);
     TRY(packed_find(l->m->file, stem, biased, &p, &parts, &want));
     source_use(&l->source, parts.panels);
     source_use(&l->source, parts.scale);

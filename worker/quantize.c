@@ -70,13 +70,14 @@ static enum err part_add(struct packer *p, const char *stem, const char *part, e
     return data ? entry_add(p, name, dtype, rows, cols, data, bytes) : OK;
 }
 
-static enum err weight_add(struct packer *p, enum role first, int layer, const struct weight *w)
+static enum err weight_add(struct packer *p, enum role first, int layer, int expert,
+                           const struct weight *w)
 {
     struct packed_weight v;
     char stem[PACKED_STEM_MAX];
     if (!w) return OK;
     p->backend->ops->weight_export(w, &v);
-    weights_stem(first, layer, stem);
+    weights_stem(first, layer, expert, stem);
     struct hash128 h = p->backend->ops->packed_digest(&v);
     int64_t lanes = (int64_t)v.n_lanes;
     TRY(buf_printf(&p->digests, ",\"%s%s\":\"%016llx%016llx\"", PACKED_DIGEST_KEY, stem,
@@ -101,6 +102,11 @@ static enum err vector_add(struct packer *p, enum role role, int layer)
     return OK;
 }
 
+static enum st_dtype st_dtype_of(enum dtype t)
+{
+    return t == DTYPE_F32 ? ST_F32 : t == DTYPE_F16 ? ST_F16 : ST_BF16;
+}
+
 static enum err table_add(struct packer *p, enum role role)
 {
     struct matrix_view v;
@@ -108,9 +114,35 @@ static enum err table_add(struct packer *p, enum role role)
     if (!config_has_role(&p->model_config, role)) return OK;
     TRY(source_matrix(&p->source, role, 0, &v));
     source_name(&p->source, role, 0, ".weight", name);
-    enum st_dtype t = v.dtype == DTYPE_F32 ? ST_F32 : v.dtype == DTYPE_F16 ? ST_F16 : ST_BF16;
-    return entry_add(p, name, t, v.rows, v.cols, v.data,
+    return entry_add(p, name, st_dtype_of(v.dtype), v.rows, v.cols, v.data,
                      (size_t)(v.rows * v.cols) * dtype_bytes(v.dtype));
+}
+
+/* A copy, for there may be one in each layer. */
+static enum err router_add(struct packer *p, int layer)
+{
+    struct matrix_view v;
+    char name[SOURCE_NAME_MAX];
+    void *copy;
+    TRY(source_matrix(&p->source, ROLE_ROUTER, layer, &v));
+    size_t bytes = (size_t)(v.rows * v.cols) * dtype_bytes(v.dtype);
+    ASSERT(v.col_stride == 1 && v.row_stride == v.cols);
+    TRY(arena_alloc(&p->arena, bytes, &copy));
+    memcpy(copy, v.data, bytes);
+    source_release(&p->source);
+    source_name(&p->source, ROLE_ROUTER, layer, ".weight", name);
+    return entry_add(p, name, st_dtype_of(v.dtype), v.rows, v.cols, copy, bytes);
+}
+
+static enum err ffn_add(struct packer *p, int layer, const struct layer *l)
+{
+    TRY(weight_add(p, ROLE_W_UP, layer, -1, l->up));
+    TRY(weight_add(p, ROLE_W_DOWN, layer, -1, l->down));
+    for (int e = 0; e < p->model_config.n_experts; e++) {
+        TRY(weight_add(p, ROLE_W_UP, layer, e, l->experts_up[e]));
+        TRY(weight_add(p, ROLE_W_DOWN, layer, e, l->experts_down[e]));
+    }
+    return p->model_config.n_experts ? router_add(p, layer) : OK;
 }
 
 static enum err entries_make(struct packer *p)
@@ -119,14 +151,13 @@ static enum err entries_make(struct packer *p)
     const struct model_config *c = &p->model_config;
     for (int i = 0; i < c->n_layers; i++) {
         const struct layer *l = &m->layers[i];
-        TRY(weight_add(p, ROLE_WQ, i, l->qkv));
-        TRY(weight_add(p, ROLE_WO, i, l->out));
-        TRY(weight_add(p, ROLE_W_UP, i, l->up));
-        TRY(weight_add(p, ROLE_W_DOWN, i, l->down));
+        TRY(weight_add(p, ROLE_WQ, i, -1, l->qkv));
+        TRY(weight_add(p, ROLE_WO, i, -1, l->out));
+        TRY(ffn_add(p, i, l));
     }
-    TRY(weight_add(p, ROLE_PROJECT_IN, 0, m->project_in));
-    TRY(weight_add(p, ROLE_PROJECT_OUT, 0, m->project_out));
-    TRY(weight_add(p, ROLE_LM_HEAD, 0, m->lm_head));
+    TRY(weight_add(p, ROLE_PROJECT_IN, 0, -1, m->project_in));
+    TRY(weight_add(p, ROLE_PROJECT_OUT, 0, -1, m->project_out));
+    TRY(weight_add(p, ROLE_LM_HEAD, 0, -1, m->lm_head));
     for (int i = 0; i < c->n_layers; i++) {
         static const enum role of_layer[] = {ROLE_ATTN_NORM, ROLE_FFN_NORM, ROLE_Q_NORM,
                                              ROLE_K_NORM};
@@ -320,11 +351,6 @@ static enum err model_make(struct packer *p)
     if (p->model_config.quant.method)
         FAIL(ERR_INVALID, "%s: its weights are quantized already, by %s", p->model_config.path,
              quant_name(p->model_config.quant.method));
-    if (p->model_config.n_experts)
-        FAIL(ERR_UNSUPPORTED,
-             "%s: models of experts are packed when they are loaded (--quantize), "
-             "not to files",
-             p->model_config.path);
     device.vocab_size = p->model_config.vocab_size;
     if (o->context_max > p->model_config.context_max) o->context_max = p->model_config.context_max;
     TRY(backend_open("cpu", &device, &p->backend));

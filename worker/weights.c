@@ -86,7 +86,9 @@ static enum err weight_load(struct loader *l, const enum role *of, int n_of, int
                             enum weight_format format, struct weight **out)
 {
     const float *bias;
-    if (l->is_packed) return loader_packed_weight(l, of, n_of, layer, format, out);
+    /* a file of packed weights keeps routers as they were */
+    if (l->is_packed && of[0] != ROLE_ROUTER)
+        return loader_packed_weight(l, of, n_of, layer, format, out);
     TRY(bias_load(l, of, n_of, layer, &bias));
     if (loader_has_codes(l, of, n_of, layer))
         TRY(loader_codes_weight(l, of, n_of, layer, bias, out));
@@ -178,7 +180,6 @@ static enum err experts_load(struct loader *l, int i)
                            down[] = {ROLE_W_DOWN};
     const struct model_config *c = &l->m->config;
     struct layer *layer = &l->m->layers[i];
-    if (l->is_packed) FAIL(ERR_FORMAT, "%s: experts in a file of packed weights", c->path);
     if (!l->ops->moe_create)
         FAIL(ERR_UNSUPPORTED, "%s: the device %s has no mixture of experts", c->path, l->ops->name);
     TRY(weight_load(l, router, 1, i, router_format(l->options->head_format), &layer->router));

@@ -28,8 +28,8 @@ void model_unload(struct model *m); /* accepts NULL */
 /* The type of the checkpoint's plain numbers: of its first tensor that has one. file: NULL = what
  * config.json says. */
 enum dtype weights_dtype(const struct model_config *config, const struct safetensors *file);
-/* What the fused weight whose first role this is is called in a packed file. */
-void weights_stem(enum role first, int layer, char out[PACKED_STEM_MAX]);
+/* What the fused weight whose first role this is is called in a packed file; expert: -1 = none. */
+void weights_stem(enum role first, int layer, int expert, char out[PACKED_STEM_MAX]);
 /* Digest of config.json, all tensors' headers and the formats: equal means same tokens. */
 enum err model_digest(const struct weights_options *options, const struct model_config *config,
                       const struct safetensors *file, char out[33]);

@@ -76,6 +76,7 @@ static void cuda_close(struct backend *base)
     cuda_free(b, b->x_8);
     cuda_free(b, b->x_scales);
     cuda_free(b, b->scratch);
+    cuda_free(b, b->ordered);
     cuda_free(b, b->moe_scratch);
     if (b->stream && !b->failed) cudaStreamDestroy(b->stream);
     if (b->side && !b->failed) cudaStreamDestroy(b->side);
@@ -102,6 +103,7 @@ static enum err device_open(struct cuda_backend *b)
     b->base.stream = b->stream;
     TRY(cuda_steps_open(b));
     TRY(cuda_trace_open(b));
+    TRY(cuda_overlap_try(b));
     if (lt_open(b, &b->lt) != OK) log_warn("CUDA: products by own kernels: %s", err_detail());
     return OK;
 }
@@ -178,6 +180,7 @@ const struct backend_ops heddle_backend_cuda = {
     .upload = cuda_upload,
     .download = cuda_download,
     .weight_create = cuda_weight_create,
+    .weight_create_int4 = cuda_weight_create_int4,
     .weight_destroy = cuda_weight_destroy,
     .weight_bytes = cuda_weight_bytes,
     .table_create = cuda_table_create,

@@ -47,10 +47,15 @@ struct weight {
     int64_t n_out_padded; /* rows that are there, the last ones zero, for products into scratch */
     void *data;      /* device: [n_out_padded][n_in_padded] of the format, INT4 two to a byte */
     float *scales;   /* device [n_out_padded] for INT8 and FP8 */
-    void *scales_16; /* device f16 [n_out][n_in_padded / 128] for INT4 */
-    float *bias;     /* device [n_out] or NULL */
-    void *bias_16;   /* the same in BF16 */
-    bool library;    /* cuBLASLt multiplies straight into the output */
+    void *scales_16; /* device f16 [n_out][n_in_padded >> group_shift] for INT4, INT4_GROUPS */
+    void *zeros;     /* device u8 [n_out][n_in_padded >> group_shift] for INT4_GROUPS */
+    int group_shift; /* 5, 6 or 7: inputs that share a scale */
+    int32_t
+        *order; /* device [n_in_padded] for INT4_GROUPS: input of each slot or -1; NULL = as is */
+    int64_t n_product; /* inputs of a product: n_in, or all slots where they have an order */
+    float *bias;       /* device [n_out] or NULL */
+    void *bias_16;     /* the same in BF16 */
+    bool library;      /* cuBLASLt multiplies straight into the output */
     size_t bytes;
 };
 
@@ -96,6 +101,8 @@ struct cuda_backend {
     void *x_8;                /* device [n_tokens_max][widest weight] quantized activations */
     float *x_scales;          /* device [n_tokens_max] */
     size_t x_8_bytes;
+    void *ordered; /* device BF16 [n_tokens_max][slots]: activations in the order of a weight */
+    size_t ordered_bytes;
     void *scratch; /* device: raw products before scaling, expanded weights, f16 activations */
     size_t scratch_bytes;
     void *moe_scratch; /* device: of the widest layer of experts */
@@ -143,6 +150,9 @@ enum err cuda_capture_end(struct backend *base, void **out_graph);
 enum err cuda_replay(struct backend *base, void *graph);
 void cuda_graph_destroy(struct backend *base, void *graph);
 
+/* overlap.c */
+enum err cuda_overlap_try(struct cuda_backend *b);
+
 /* trace.c */
 enum err cuda_trace_open(struct cuda_backend *b);
 void cuda_trace_close(struct cuda_backend *b);
@@ -152,6 +162,8 @@ void cuda_trace_worked(struct cuda_backend *b, struct cuda_step *s);
 void cuda_trace_deliver(struct cuda_backend *b, struct cuda_step *s);
 
 /* weight.c */
+enum err cuda_weight_create_int4(struct backend *base, const struct int4_matrix *matrix,
+                                 const float *bias, struct weight **out);
 enum err cuda_weight_create(struct backend *base, const struct matrix_view *parts, int n_parts,
                             const float *bias, enum weight_format format, struct weight **out);
 enum err cuda_table_create(struct backend *base, struct matrix_view table, struct weight **out);

@@ -11,6 +11,7 @@ int launch_gemm_experts(const struct gemm_call *call, enum weight_format format,
     case WEIGHT_INT8: return gemm_launch<GEMM_I8>(call, stream);
     case WEIGHT_FP8: return gemm_launch<GEMM_FP8>(call, stream);
     case WEIGHT_INT4: return gemm_launch<GEMM_INT4>(call, stream);
+    case WEIGHT_INT4_GROUPS: return gemm_launch<GEMM_INT4_GROUPS>(call, stream);
     default: return cudaErrorInvalidValue;
     }
 }

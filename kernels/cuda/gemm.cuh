@@ -35,42 +35,51 @@ static __device__ __forceinline__ void x_chunk_load(bf16 *to, const bf16 *row, i
 }
 
 /* How the weights are stored; all but BF16 are widened on their way into shared memory. */
-enum gemm_kind { GEMM_BF16, GEMM_INT4, GEMM_F16, GEMM_I8, GEMM_FP8 };
+enum gemm_kind { GEMM_BF16, GEMM_INT4, GEMM_INT4_GROUPS, GEMM_F16, GEMM_I8, GEMM_FP8 };
+static __device__ __forceinline__ constexpr bool is_int4(enum gemm_kind kind)
+{
+    return kind == GEMM_INT4 || kind == GEMM_INT4_GROUPS;
+}
 static __device__ __forceinline__ int64_t gemm_bytes(enum gemm_kind kind, int64_t n)
 {
-    return kind == GEMM_INT4 ? n / 2 : kind == GEMM_I8 || kind == GEMM_FP8 ? n : n * 2;
+    return is_int4(kind) ? n / 2 : kind == GEMM_I8 || kind == GEMM_FP8 ? n : n * 2;
 }
 
 /* A code without a conversion: its four bits become the first of the mantissa of 16, which makes
- * 16 + code; less 24 it is the value, exactly. */
-static __device__ __forceinline__ float code4_value(uint32_t word, int i)
+ * 16 + code; less 16 + the code of zero it is the value, exactly. */
+constexpr float CODE4_PLUS = 16, CODE4_ZERO = CODE4_PLUS + 8;
+static __device__ __forceinline__ float code4_value(uint32_t word, int i, float zero)
 {
     uint32_t at_19 = i < 5 ? word << (19 - i * 4) : word >> (i * 4 - 19);
-    return __uint_as_float((at_19 & 0x00780000u) | 0x41800000u) - 24.0f;
+    return __uint_as_float((at_19 & 0x00780000u) | 0x41800000u) - zero;
 }
 
 /* Eight int4 codes times their group's scale. */
-static __device__ __forceinline__ void int4_widen8(bf16 *to, uint32_t codes, float scale)
+static __device__ __forceinline__ void int4_widen8(bf16 *to, uint32_t codes, float zero, float scale)
 {
     float v[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = code4_value(codes, j) * scale;
+    for (int j = 0; j < 8; j++) v[j] = code4_value(codes, j, zero) * scale;
     *(uint4 *)to = {bf16_pack(v[0], v[1]), bf16_pack(v[2], v[3]), bf16_pack(v[4], v[5]), bf16_pack(v[6], v[7])};
 }
 
 /* Eight weights of a row as they are stored, on their way. */
 struct codes8 {
     uint4 words;
-    float scale; /* of int4 */
+    float scale, zero; /* of int4; zero is only read where groups have their own */
 };
 template <enum gemm_kind KIND>
-static __device__ __forceinline__ struct codes8 codes_fetch(const struct gemm_matrix &m, int64_t at)
+static __device__ __forceinline__ struct codes8 codes_fetch(const struct gemm_matrix &m, int64_t at, int group_shift)
 {
     const uint8_t *from = (const uint8_t *)m.w + gemm_bytes(KIND, at);
-    struct codes8 c = {{0, 0, 0, 0}, 0};
+    struct codes8 c = {{0, 0, 0, 0}, 0, CODE4_ZERO};
     if (KIND == GEMM_INT4) {
         c.words.x = *(const uint32_t *)from;
         c.scale = __half2float(((const __half *)m.scales_16)[at / INT4_GROUP]);
+    } else if (KIND == GEMM_INT4_GROUPS) {
+        c.words.x = *(const uint32_t *)from;
+        c.scale = __half2float(((const __half *)m.scales_16)[at >> group_shift]);
+        c.zero = CODE4_PLUS + (float)((const uint8_t *)m.zeros)[at >> group_shift];
     } else if (KIND == GEMM_F16) {
         c.words = *(const uint4 *)from;
     } else {
@@ -83,8 +92,8 @@ static __device__ __forceinline__ struct codes8 codes_fetch(const struct gemm_ma
 /* The same as BF16. Codes of eight bits keep their scale for the end. */
 template <enum gemm_kind KIND> static __device__ __forceinline__ void codes_widen(bf16 *to, const struct codes8 &c)
 {
-    if (KIND == GEMM_INT4) {
-        int4_widen8(to, c.words.x, c.scale);
+    if (is_int4(KIND)) {
+        int4_widen8(to, c.words.x, KIND == GEMM_INT4 ? CODE4_ZERO : c.zero, c.scale);
         return;
     }
     const uint4 w = c.words;
@@ -123,7 +132,7 @@ static __device__ __forceinline__ void stage_load(const struct gemm_call &c, con
         bool take = col_first + r < (int)c.out.cols;
         int64_t row = take ? col_first + r : col_first, at = row * c.n_in_padded + k + chunk * 8;
         if (KIND == GEMM_BF16) cp_async16_or_zero(w_to + swizzled(GEMM_K_TILE, r, chunk), (const bf16 *)matrix.w + at, take);
-        else held[f] = codes_fetch<KIND>(matrix, at);
+        else held[f] = codes_fetch<KIND>(matrix, at, c.group_shift);
     }
 }
 
@@ -173,6 +182,7 @@ static __device__ __forceinline__ void out_store(const struct gemm_call &c, int6
 template <int ROWS, enum gemm_kind KIND>
 static __global__ void __launch_bounds__(GEMM_THREADS, 4) gemm_kernel(struct gemm_call c)
 {
+    dependency_wait();
     typedef gemm_shape<ROWS> shape;
     constexpr int M = ROWS == 64 ? 2 : 1, N = ROWS == 64 ? 4 : 2;
     int expert = blockIdx.z, n_out = (int)c.out.cols, col_first = blockIdx.x * GEMM_COLS;
@@ -180,7 +190,7 @@ static __global__ void __launch_bounds__(GEMM_THREADS, 4) gemm_kernel(struct gem
                           c.matrices ? c.offsets[expert + 1] : (int)c.out.rows, c.matrices ? c.x_rows_per : 1};
     int row_first = g.first + blockIdx.y * ROWS;
     if (row_first >= g.end) return;
-    struct gemm_matrix matrix = {c.w, c.scales_16, nullptr};
+    struct gemm_matrix matrix = {c.w, c.scales_16, c.zeros, nullptr};
     if (c.matrices) matrix = c.matrices[expert];
     bf16 *ring = (bf16 *)cuda_smem;
     int warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES;

@@ -9,6 +9,9 @@
 extern "C" {
 #endif
 
+/* Set when a device is opened: kernels may be launched before the one before them has ended. */
+extern bool kernels_overlap;
+
 /* The step in device memory. Addresses never change, so that a recorded graph stays valid; the
  * shape lies in memory too, for the kernels whose grid is larger than the step. */
 struct batch_shape {
@@ -133,9 +136,11 @@ struct gemm_call {
     struct tensor x;   /* [rows][n_in] BF16 */
     const void
         *w; /* [n_out][n_in_padded] BF16, or int4 codes two to a byte, low half first, code 8 = 0 */
-    const void *scales_16; /* f16 [n_out][n_in_padded / 128] of int4, else NULL */
+    const void *scales_16; /* f16 [n_out][n_in_padded >> group_shift] of int4, else NULL */
+    const void *zeros;     /* u8, the same shape: codes that mean 0; NULL = 8, groups of 128 */
+    int group_shift;       /* where there are zeros; 1 << group_shift inputs are a group */
     const float *bias;     /* [n_out] or NULL */
-    int64_t n_in_padded;   /* multiple of GEMM_K_TILE (of 128 for int4) */
+    int64_t n_in_padded;   /* multiple of GEMM_K_TILE, and of a group for int4 */
     /* Experts: rows_of[offsets[e] .. offsets[e + 1]) are the rows of expert e, whose matrix is
      * matrices[e]. NULL matrices: one matrix, all rows. All device memory. */
     const struct gemm_matrix *matrices;
@@ -144,7 +149,7 @@ struct gemm_call {
         x_rows_per; /* x row of entry i is rows_of[i] / x_rows_per; out row is rows_of[i] */
 };
 struct gemm_matrix {
-    const void *w, *scales_16;
+    const void *w, *scales_16, *zeros;
     const float *scales; /* [n_out] of 8-bit codes, else NULL */
 };
 enum { GEMM_K_TILE = 32, INT4_GROUP = 128, GEMV_ROWS_MAX = 4 };
@@ -152,8 +157,10 @@ enum { GEMM_K_TILE = 32, INT4_GROUP = 128, GEMV_ROWS_MAX = 4 };
 int launch_gemm(const struct gemm_call *call, void *stream);
 int launch_gemm_int4(const struct gemm_call *call, void *stream);
 int launch_gemv_int4(const struct gemm_call *call, void *stream);
-int launch_int4_expand(void *out_bf16, const void *w, const void *scales_16, int64_t n_out,
-                       int64_t n_in_padded, void *stream);
+/* The int4 weight of a call as BF16 [n_out][n_in_padded]. */
+int launch_int4_expand(void *out_bf16, const struct gemm_call *call, void *stream);
+/* out [rows][n] = x[row][order[i]], zero where that is -1. */
+int launch_reorder(void *out_bf16, struct tensor x, const int32_t *order, int64_t n, void *stream);
 /* The product of every expert with its rows, its weights as they are stored. */
 int launch_gemm_experts(const struct gemm_call *call, enum weight_format format, void *stream);
 /* scores [rows][n_experts] F32 -> weights [rows][top_k], experts [rows][top_k]. */

@@ -4,7 +4,8 @@
  *   F16    x narrowed to F16, cuBLASLt into F32, rounded
  *   INT8   x in 8 bits by token, cuBLASLt into I32, scaled
  *   FP8    x in 8 bits by token, cuBLASLt with both scales; or into F32, then scaled
- *   INT4   few rows: own, codes read once; many: expanded to BF16, then as BF16
+ *   INT4   few rows: own, codes read once; many: expanded to BF16, then as BF16; INT4_GROUPS too,
+ *          after x was put in the order of its slots, where they have one
  * The operation before usually wrote the codes already (quantized ahead). */
 #include "kernels/cuda/cuda.h"
 
@@ -34,7 +35,7 @@ static struct gemm gemm_of(const struct weight *w, enum dtype type, enum dtype o
                            int64_t rows)
 {
     return (struct gemm){.n_out = w->n_out,
-                         .n_in = type == DTYPE_BF16 ? w->n_in : w->n_in_padded,
+                         .n_in = type == DTYPE_BF16 ? w->n_product : w->n_in_padded,
                          .rows = rows,
                          .type = type,
                          .out_type = out_type,
@@ -97,7 +98,9 @@ enum err cuda_matmul_prepare(struct cuda_backend *b, struct weight *w)
                   : row * 16 > SCRATCH_BYTES   ? row * 16
                                                : SCRATCH_BYTES;
     }
-    if (w->format == WEIGHT_INT4 && use_library(b)) {
+    if (w->order)
+        TRY(cuda_reserve(b, &b->ordered, &b->ordered_bytes, tokens * (size_t)w->n_in_padded * 2));
+    if ((w->format == WEIGHT_INT4 || w->format == WEIGHT_INT4_GROUPS) && use_library(b)) {
         scratch = (size_t)(w->n_out * w->n_in_padded) * 2;
         prepare_direct(b, w, DTYPE_BF16);
     }
@@ -199,6 +202,8 @@ static struct gemm_call own_call(struct tensor out, struct tensor x, const struc
                               .x = x,
                               .w = w->data,
                               .scales_16 = w->scales_16,
+                              .zeros = w->zeros,
+                              .group_shift = w->group_shift,
                               .bias = w->bias,
                               .n_in_padded = w->n_in_padded};
 }
@@ -219,13 +224,19 @@ static void matmul_bf16(struct cuda_backend *b, struct tensor out, struct tensor
     }
     struct gemm_call call = own_call(out, x, w);
     call.w = data;
-    call.scales_16 = NULL;
+    call.scales_16 = call.zeros = NULL;
     cuda_ok(b, (cudaError_t)launch_gemm(&call, b->stream), "matmul");
 }
 
 static void matmul_int4(struct cuda_backend *b, struct tensor out, struct tensor x,
                         const struct weight *w)
 {
+    if (w->order) {
+        struct tensor y = {b->ordered, DTYPE_BF16, x.rows, w->n_in_padded, w->n_in_padded};
+        int r = launch_reorder(b->ordered, x, w->order, w->n_in_padded, b->stream);
+        if (!cuda_ok(b, (cudaError_t)r, "reordering activations")) return;
+        x = y;
+    }
     struct gemm_call call = own_call(out, x, w);
     bool fixed =
         b->options.deterministic; /* one order of sums whatever the rows: the tiles alone */
@@ -234,8 +245,7 @@ static void matmul_int4(struct cuda_backend *b, struct tensor out, struct tensor
     } else if (x.rows < EXPAND_ROWS_MIN || !use_library(b)) {
         cuda_ok(b, (cudaError_t)launch_gemm_int4(&call, b->stream), "matmul");
     } else {
-        int r = launch_int4_expand(b->scratch, w->data, w->scales_16, w->n_out, w->n_in_padded,
-                                   b->stream);
+        int r = launch_int4_expand(b->scratch, &call, b->stream);
         if (cuda_ok(b, (cudaError_t)r, "expanding a weight")) matmul_bf16(b, out, x, w, b->scratch);
     }
 }
@@ -254,6 +264,7 @@ void cuda_matmul(struct backend *base, struct tensor out, struct tensor x, const
         matmul_bf16(b, out, x, w, w->data);
         break;
     case WEIGHT_INT4:
+    case WEIGHT_INT4_GROUPS:
         matmul_int4(b, out, x, w);
         break;
     case WEIGHT_FP8:

@@ -63,8 +63,15 @@ static enum err args_check(const struct moe_args *a)
     for (int e = 0; e < a->n_experts; e++)
         if (a->up[e]->n_in != a->up[0]->n_in || a->up[e]->n_out != 2 * a->down[e]->n_in ||
             a->down[e]->n_out != a->up[0]->n_in || a->up[e]->n_out != a->up[0]->n_out ||
-            a->up[e]->format != a->up[0]->format || a->down[e]->format != a->up[0]->format)
+            a->up[e]->format != a->up[0]->format || a->down[e]->format != a->up[0]->format ||
+            a->up[e]->group_shift != a->up[0]->group_shift ||
+            a->down[e]->group_shift != a->down[0]->group_shift)
             FAIL(ERR_INVALID, "expert %d differs in shape from the first", e);
+    for (int e = 0; e < a->n_experts; e++)
+        if (a->up[e]->order || a->down[e]->order)
+            FAIL(ERR_UNSUPPORTED,
+                 "experts whose 4-bit codes have their inputs in another order (desc_act) "
+                 "are not supported on CUDA");
     return OK;
 }
 
@@ -75,7 +82,7 @@ static enum err matrices_send(struct cuda_backend *b, struct weight *const *of, 
     size_t bytes = (size_t)n * sizeof *list;
     TRY(MEM_NEW_ARRAY(n, &list));
     for (int e = 0; e < n; e++)
-        list[e] = (struct gemm_matrix){of[e]->data, of[e]->scales_16, of[e]->scales};
+        list[e] = (struct gemm_matrix){of[e]->data, of[e]->scales_16, of[e]->zeros, of[e]->scales};
     enum err err = cuda_alloc(b, bytes, (void **)out);
     if (!err) err = b->base.ops->upload(&b->base, *out, list, bytes);
     mem_free(list);
@@ -135,6 +142,7 @@ static void slice_run(struct cuda_backend *b, const struct moe *m, struct tensor
     struct tensor act = {s.act, DTYPE_BF16, entries, m->ffn, s.act_stride};
     struct gemm_call up = grouped(m, &s, rows), down = up;
     up.matrices = m->up, up.n_in_padded = m->up_padded, up.x_rows_per = k;
+    up.group_shift = m->args.up[0]->group_shift, down.group_shift = m->args.down[0]->group_shift;
     up.x = x, up.out = wide;
     down.matrices = m->down, down.n_in_padded = m->down_padded, down.x_rows_per = 1;
     down.x = act;

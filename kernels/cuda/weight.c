@@ -13,6 +13,8 @@ static enum err format_resolve(const struct cuda_backend *b, enum weight_format 
                                                            "int8", "int4", "fp8", "int4"};
     if (*format == WEIGHT_AUTO) *format = WEIGHT_BF16; /* what the activations are in */
     bool need_library = *format == WEIGHT_F16 || *format == WEIGHT_INT8 || *format == WEIGHT_FP8;
+    if (*format == WEIGHT_INT4_GROUPS)
+        FAIL(ERR_UNSUPPORTED, "codes of a checkpoint come by another way");
     if (*format == WEIGHT_F32)
         FAIL(ERR_UNSUPPORTED,
              "weights in f32 are not supported on CUDA: bf16, f16, int8, int4, fp8");
@@ -26,7 +28,9 @@ static enum err format_resolve(const struct cuda_backend *b, enum weight_format 
 
 static int64_t bits_of(enum weight_format f)
 {
-    return f == WEIGHT_INT4 ? 4 : f == WEIGHT_INT8 || f == WEIGHT_FP8 ? 8 : 16;
+    return f == WEIGHT_INT4 || f == WEIGHT_INT4_GROUPS ? 4
+           : f == WEIGHT_INT8 || f == WEIGHT_FP8       ? 8
+                                                       : 16;
 }
 
 static int64_t row_bytes(const struct weight *w)
@@ -169,20 +173,25 @@ static enum err parts_check(const struct matrix_view *parts, int n_parts, struct
 
 static enum err weight_alloc(struct cuda_backend *b, struct weight *w)
 {
-    int64_t pad = w->format == WEIGHT_INT4 ? INT4_GROUP : K_PAD;
-    w->n_in_padded = (w->n_in + pad - 1) / pad * pad;
-    w->n_out_padded =
-        w->format == WEIGHT_BF16 || w->format == WEIGHT_INT4 ? w->n_out : (w->n_out + 15) / 16 * 16;
+    bool is_int4 = bits_of(w->format) == 4;
+    if (w->format != WEIGHT_INT4_GROUPS) {
+        int64_t pad = is_int4 ? INT4_GROUP : K_PAD;
+        w->n_in_padded = (w->n_in + pad - 1) / pad * pad;
+        w->group_shift = 7;
+    }
+    w->n_product = w->order ? w->n_in_padded : w->n_in;
+    w->n_out_padded = w->format == WEIGHT_BF16 || is_int4 ? w->n_out : (w->n_out + 15) / 16 * 16;
     w->bytes = (size_t)(w->n_out_padded * row_bytes(w));
     TRY(cuda_alloc(b, w->bytes, &w->data));
     if (bits_of(w->format) == 8) {
         TRY(cuda_alloc(b, (size_t)w->n_out_padded * 4, (void **)&w->scales));
         w->bytes += (size_t)w->n_out_padded * 4;
     }
-    if (w->format == WEIGHT_INT4) {
-        size_t bytes = (size_t)(w->n_out * (w->n_in_padded / INT4_GROUP)) * 2;
-        TRY(cuda_alloc(b, bytes, &w->scales_16));
-        w->bytes += bytes;
+    if (is_int4) {
+        size_t n = (size_t)(w->n_out * (w->n_in_padded >> w->group_shift));
+        TRY(cuda_alloc(b, n * 2, &w->scales_16));
+        if (w->format == WEIGHT_INT4_GROUPS) TRY(cuda_alloc(b, n, &w->zeros));
+        w->bytes += w->zeros ? n * 3 : n * 2;
     }
     return OK;
 }
@@ -200,6 +209,64 @@ enum err cuda_weight_create(struct backend *base, const struct matrix_view *part
     TRY_OUT(parts_check(parts, n_parts, w));
     TRY_OUT(weight_alloc(b, w));
     TRY_OUT(weight_fill(b, w, parts, n_parts));
+    if (bias) TRY_OUT(bias_fill(b, w, bias));
+    TRY_OUT(cuda_matmul_prepare(b, w));
+out:
+    if (e)
+        cuda_weight_destroy(base, w);
+    else
+        *out = w;
+    return e;
+}
+
+static enum err int4_check(const struct int4_matrix *m)
+{
+    if (m->group != 32 && m->group != 64 && m->group != 128)
+        FAIL(ERR_UNSUPPORTED, "4-bit weights in groups of %d", m->group);
+    if (m->n_slots < 1 || m->n_slots > INT32_MAX || m->n_slots % m->group ||
+        (!m->order && m->n_slots < m->n_in))
+        FAIL(ERR_FORMAT, "%lld slots of 4-bit weights in groups of %d for %lld inputs",
+             (long long)m->n_slots, m->group, (long long)m->n_in);
+    for (int64_t s = 0; m->order && s < m->n_slots; s++)
+        if (m->order[s] < -1 || m->order[s] >= m->n_in)
+            FAIL(ERR_FORMAT, "slot %lld takes input %d of %lld", (long long)s, m->order[s],
+                 (long long)m->n_in);
+    return OK;
+}
+
+/* Codes lie on the device as they came. */
+static enum err int4_send(struct cuda_backend *b, struct weight *w, const struct int4_matrix *m)
+{
+    size_t groups = (size_t)(m->n_out * (m->n_slots / m->group));
+    TRY(send(b, w->data, m->codes, (size_t)(m->n_out * m->n_slots / 2)));
+    TRY(send(b, w->scales_16, m->scales, groups * 2));
+    if (w->zeros && m->zeros) return send(b, w->zeros, m->zeros, groups);
+    return w->zeros ? cuda_check(cudaMemsetAsync(w->zeros, 8, groups, b->stream), "zero points")
+                    : OK;
+}
+
+enum err cuda_weight_create_int4(struct backend *base, const struct int4_matrix *m,
+                                 const float *bias, struct weight **out)
+{
+    struct cuda_backend *b = cuda_of(base);
+    bool plain = !m->zeros && !m->order && m->group == INT4_GROUP;
+    struct weight *w;
+    enum err e;
+    TRY(int4_check(m));
+    TRY(MEM_NEW(&w));
+    *w = (struct weight){.backend = b,
+                         .format = plain ? WEIGHT_INT4 : WEIGHT_INT4_GROUPS,
+                         .n_out = m->n_out,
+                         .n_in = m->n_in,
+                         .n_in_padded = m->n_slots,
+                         .group_shift = m->group == 128  ? 7
+                                        : m->group == 64 ? 6
+                                                         : 5};
+    if (m->order) TRY_OUT(cuda_alloc(b, (size_t)m->n_slots * 4, (void **)&w->order));
+    if (m->order) TRY_OUT(send(b, w->order, m->order, (size_t)m->n_slots * 4));
+    TRY_OUT(weight_alloc(b, w));
+    ASSERT_CMP(w->n_in_padded, ==, m->n_slots);
+    TRY_OUT(int4_send(b, w, m));
     if (bias) TRY_OUT(bias_fill(b, w, bias));
     TRY_OUT(cuda_matmul_prepare(b, w));
 out:
@@ -238,6 +305,8 @@ void cuda_weight_destroy(struct backend *base, struct weight *w)
     cuda_free(w->backend, w->data);
     cuda_free(w->backend, w->scales);
     cuda_free(w->backend, w->scales_16);
+    cuda_free(w->backend, w->zeros);
+    cuda_free(w->backend, w->order);
     cuda_free(w->backend, w->bias);
     cuda_free(w->backend, w->bias_16);
     mem_free(w);

@@ -176,6 +176,22 @@ static void play(const char *device)
     device ? setenv("HEDDLE_FAKE_GPU", device, 1) : unsetenv("HEDDLE_FAKE_GPU");
 }
 
+/* A driver that refuses kernels which overlap costs speed and nothing else; so does not wanting it.
+ */
+static void test_without_overlap(void **state)
+{
+    (void)state;
+    play("overlap=0");
+    run_in_flight(true);
+    play("sm=80");
+    run_in_flight(true);
+    play("overlap=0");
+    setenv("HEDDLE_CUDA_OVERLAP", "0", 1);
+    run_in_flight(true);
+    unsetenv("HEDDLE_CUDA_OVERLAP");
+    play(NULL);
+}
+
 static void test_declines(void **state)
 {
     static const struct {
@@ -309,6 +325,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_in_flight),
         cmocka_unit_test(test_trace),
+        cmocka_unit_test(test_without_overlap),
         cmocka_unit_test(test_declines),
         cmocka_unit_test(test_hang),
         cmocka_unit_test(test_faults),

@@ -199,8 +199,8 @@ static void model_check(const char *model)
 
 static void test_graphs(void **state)
 {
-    static const char *const models[] = {"llama_bf16", "llama3_bf16", "mistral_bf16", "qwen2_bf16",
-                                         "mixtral_all"};
+    static const char *const models[] = {"llama_bf16",  "llama3_bf16", "mistral_bf16", "qwen2_bf16",
+                                         "mixtral_all", "gptq_order",  "awq_bias"};
     (void)state;
     for (size_t i = 0; i < sizeof models / sizeof *models; i++)
         model_check(models[i]);

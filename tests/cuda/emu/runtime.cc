@@ -4,7 +4,7 @@
  * cudaEventQuery asks. So the host code that reads results too early, refills pinned memory too soon
  * or passes a pointer of the wrong side fails here as it would on a GPU. Recording a graph keeps the
  * list instead. HEDDLE_FAKE_GPU sets what device is played: "sm=75", "driver=0", "devices=0",
- * "memory_mb=64", "fail_now=N" (the N-th piece of work from now faults), "hang=1" (nothing ends any
+ * "memory_mb=64", "overlap=0" (kernels launched to overlap are refused), "fail_now=N" (the N-th piece of work from now faults), "hang=1" (nothing ends any
  * more), "reset=1" (as after a new start of the process).
  *
  * HEDDLE_FAKE_GPU_LOG names a file to which it appends what the host asked for: "record N" (the N-th
@@ -12,6 +12,7 @@
  * blocks). HEDDLE_FAKE_GPU_ONCE names a file that a test makes: the first device to see it removes it
  * and, by its first word, has a "fault" or a "hang" from then on. */
 #include "cuda_emu.h"
+#include "race.h"
 
 #include <unistd.h>
 
@@ -133,9 +134,10 @@ void enqueue(cudaStream_t stream, std::function<void()> work)
     guard hold(lock);
     queue(stream, std::move(work));
 }
-cudaError_t check_launch(dim3 grid, dim3 threads, size_t smem_bytes)
+cudaError_t check_launch(dim3 grid, dim3 threads, size_t smem_bytes, bool overlap)
 {
     guard hold(lock);
+    if (overlap && (emu_setting("sm", 90) < 90 || !emu_setting("overlap", 1))) return cudaErrorNotSupported;
     unsigned n = threads.x * threads.y * threads.z;
     size_t limit = emu_setting("sm", 90) >= 90 ? 227 << 10 : emu_setting("sm", 90) == 80 ? 163 << 10 : 99 << 10;
     if (!n || n > THREADS_MAX || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
@@ -154,6 +156,7 @@ const char *cudaGetErrorString(cudaError_t e)
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
     case cudaErrorNotReady: return "device not ready";
+    case cudaErrorNotSupported: return "operation not supported";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     default: return "invalid argument";
     }
@@ -212,6 +215,7 @@ cudaError_t cudaFree(void *mem)
     if (!mem) return cudaSuccess;
     auto it = device_memory.find((uintptr_t)mem);
     if (it == device_memory.end()) return cudaErrorInvalidValue;
+    emu::race_forget(mem, it->second);
     device_bytes -= it->second;
     device_memory.erase(it);
     free(mem);

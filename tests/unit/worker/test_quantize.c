@@ -107,11 +107,11 @@ static void check_model(const char *name, const char *format, const char *head)
 }
 
 /* Fused and separate q, k, v; biases; tied and own output; learned positions; embedding of another
- * width than the model; norms of heads; shards. */
+ * width than the model; norms of heads; shards; experts. */
 static void test_same_tokens(void **state)
 {
-    static const char *const names[] = {"llama_bf16", "qwen2", "gpt2_bf16",
-                                        "opt_post",   "qwen3", "llama3_sharded"};
+    static const char *const names[] = {"llama_bf16", "qwen2",          "gpt2_bf16", "opt_post",
+                                        "qwen3",      "llama3_sharded", "mixtral",   "qwen3_moe"};
     (void)state;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         check_model(names[i], "int8", NULL);
