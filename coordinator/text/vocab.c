@@ -19,13 +19,21 @@ void vocab_fini(struct vocab *v)
     *v = (struct vocab){0};
 }
 
-static size_t slot_of(const struct vocab *v, const char *text, size_t n)
+static uint32_t hash_of(const char *text, size_t n)
 {
-    size_t mask = v->n_slots - 1, i = hash_bytes(text, n, 0).low & mask;
-    for (;; i = (i + 1) & mask) {
-        int32_t id = v->slots[i];
-        if (id < 0) return i;
-        struct span p = v->pieces[id];
+    return (uint32_t)hash_bytes(text, n, 0).low;
+}
+
+/* Where the piece is, or would go. A slot keeps its piece's hash: pieces lie all over memory and
+ * are looked at only where that agrees. */
+static size_t slot_of(const struct vocab *v, uint32_t hash, const char *text, size_t n)
+{
+    size_t mask = v->n_slots - 1;
+    for (size_t i = hash & mask;; i = (i + 1) & mask) {
+        struct vocab_slot slot = v->slots[i];
+        if (slot.id < 0) return i;
+        if (slot.hash != hash) continue;
+        struct span p = v->pieces[slot.id];
         if (p.n == n && !memcmp(p.data, text, n)) return i;
     }
 }
@@ -33,7 +41,7 @@ static size_t slot_of(const struct vocab *v, const char *text, size_t n)
 int32_t vocab_find(const struct vocab *v, const char *text, size_t n)
 {
     if (n > v->piece_bytes_max || !v->n_slots) return -1;
-    return v->slots[slot_of(v, text, n)];
+    return v->slots[slot_of(v, hash_of(text, n), text, n)].id;
 }
 
 struct span vocab_piece(const struct vocab *v, int32_t id)
@@ -46,12 +54,17 @@ static enum err grow_slots(struct vocab *v)
 {
     if (v->n_slots >= 2 * (v->n_pieces + 1)) return OK;
     size_t n_slots = v->n_slots ? v->n_slots * 2 : 1024, n_old = v->n_slots;
-    int32_t *slots, *old = v->slots;
+    struct vocab_slot *slots, *old = v->slots;
     TRY(MEM_NEW_ARRAY(n_slots, &slots));
     memset(slots, 0xff, n_slots * sizeof *slots);
     v->slots = slots, v->n_slots = n_slots;
-    for (size_t i = 0; i < n_old; i++)
-        if (old[i] >= 0) slots[slot_of(v, v->pieces[old[i]].data, v->pieces[old[i]].n)] = old[i];
+    for (size_t i = 0; i < n_old; i++) {
+        size_t at = old[i].hash & (n_slots - 1);
+        if (old[i].id < 0) continue;
+        while (slots[at].id >= 0) /* pieces are different: the first free slot is theirs */
+            at = (at + 1) & (n_slots - 1);
+        slots[at] = old[i];
+    }
     mem_free(old);
     return OK;
 }
@@ -85,10 +98,11 @@ enum err vocab_add(struct vocab *v, const char *text, size_t n, int64_t id)
     TRY(grow_pieces(v, (size_t)id));
     char *copy;
     TRY(arena_copy_string(&v->arena, text, n, &copy));
-    size_t slot = slot_of(v, text, n);
-    if (v->slots[slot] < 0) v->n_pieces++;
+    uint32_t hash = hash_of(text, n);
+    size_t slot = slot_of(v, hash, text, n);
+    if (v->slots[slot].id < 0) v->n_pieces++;
     v->pieces[id] = (struct span){copy, n};
-    v->slots[slot] = (int32_t)id;
+    v->slots[slot] = (struct vocab_slot){(int32_t)id, hash};
     if (n > v->piece_bytes_max) v->piece_bytes_max = n;
     return OK;
 }

@@ -15,7 +15,10 @@ struct vocab {
     struct span *pieces; /* [n_ids], data NULL at gaps; texts end with a NUL */
     size_t n_ids, capacity;
     size_t n_pieces;
-    int32_t *slots; /* [n_slots] ids, -1 empty; open addressing */
+    struct vocab_slot {
+        int32_t id; /* -1 = empty */
+        uint32_t hash;
+    } * slots;      /* [n_slots], open addressing */
     size_t n_slots; /* a power of two, 0 while empty */
     size_t piece_bytes_max;
 };
