@@ -90,8 +90,10 @@ struct panel_call {
     int64_t prefetch_bytes, prefetch_second; /* a second line that far from the first */
 };
 typedef void panel_kernel(const struct panel_call *call, int rows);
-typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
-                             uint32_t *words);
+/* Packs a row panel: `rows` rows of floats, `stride` apart, into words [n_steps][rows], or, row
+ * major, [rows][n_steps]. first: of the rows in row_scale and correction. */
+typedef void quantize_kernel(const struct activations *a, const float *x, int64_t stride,
+                             int64_t first, int rows, uint32_t *words);
 
 /* The kernels of one ISA; a NULL entry falls back to the ISA below. */
 struct matmul_kernels {
