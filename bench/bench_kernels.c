@@ -215,7 +215,7 @@ static const struct format_row formats[] = {
 };
 static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
                                 {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
-static const int heights[] = {1, 4, 16, 64, 512};
+static const int heights[] = {1, 2, 4, 8, 16, 32, 64, 512};
 enum { N_MAX = 16384, K_MAX = 8192, M_MAX = 512 };
 
 struct matmul_case {

@@ -30,7 +30,7 @@ struct matmul_args {
     float *out;
     int64_t out_stride, n_columns;
     int n_panel_chunks, panels_per_chunk, row_panels_per_chunk;
-    bool gated;
+    bool gated, direct; /* direct: one thread, which leaves whole panels where they belong */
     enum activation activation;
     const struct row_kernels *rows;
     struct largest *best; /* of matmul_argmax: [n_panel_chunks][n_rows] */
@@ -74,7 +74,6 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 struct pack_rows_args {
     const struct activations *a;
     quantize_kernel *pack;
-    words_kernel *pack_panel;
     const float *x;
     int64_t stride;
 };
@@ -84,14 +83,8 @@ static void pack_rows_chunk(const void *args, int chunk, void *scratch)
     const struct pack_rows_args *p = args;
     int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
     (void)scratch;
-    uint32_t *words = p->a->words + first * p->a->n_steps;
-    if (p->pack_panel) {
-        p->pack_panel(p->a, p->x + first * p->stride, p->stride, first, rows, words);
-        return;
-    }
-    for (int r = 0; r < rows; r++)
-        p->pack(p->a, p->x + (first + r) * p->stride, first + r, p->a->row_major ? 1 : rows,
-                words + (p->a->row_major ? r * p->a->n_steps : r));
+    p->pack(p->a, p->x + first * p->stride, p->stride, first, rows,
+            p->a->words + first * p->a->n_steps);
 }
 
 static void activations_pack(struct cpu_backend *cpu, const struct weight *w, const float *x,
@@ -110,8 +103,7 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
     a->order = w->order;
     struct pack_rows_args args = {
-        a, w->order ? quantize_row_pack_ordered : cpu->matmul.pack_rows[w->format],
-        a->row_major || w->order ? NULL : cpu->matmul.pack_panel[w->format], x, stride};
+        a, w->order ? quantize_rows_ordered : cpu->matmul.pack_rows[w->format], x, stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);
@@ -129,10 +121,10 @@ static void prefetch_plan(const struct format_info *f, int n_row_panels, int i, 
 {
     call->prefetch = call->weights;
     call->prefetch_bytes = call->prefetch_second = 0;
-    if (n_row_panels == 1 && rows >= PREFETCH_ROWS && !f->header_bytes) {
+    if (n_row_panels == 1 && rows >= PREFETCH_ROWS) {
         call->prefetch = call->weights + PREFETCH_AHEAD;
-        call->prefetch_bytes = f->step_bytes;
-        call->prefetch_second = f->step_bytes / 2;
+        call->prefetch_bytes = f->header_bytes ? 2 * f->step_bytes : f->step_bytes;
+        call->prefetch_second = call->prefetch_bytes / 2;
     } else if (n_row_panels > 1 && i < 2) {
         int64_t block = call->n_steps * f->step_bytes;
         call->prefetch = call->weights + block + i * block / 2;
@@ -158,8 +150,8 @@ static void destination_fetch(const struct matmul_args *m, int first, int rows, 
     for (int r = 0; r < rows; r++) {
         const float *to = m->out + (first + r) * m->out_stride + column;
         __asm__ volatile("prefetchw %0" ::"m"(*to));
-        __asm__ volatile("prefetchw %0" ::"m"(to[n - 1]));
         if (n == PANEL_OUTPUTS) __asm__ volatile("prefetchw %0" ::"m"(to[n / 2]));
+        if ((uintptr_t)to % 64) __asm__ volatile("prefetchw %0" ::"m"(to[n - 1]));
     }
 }
 
@@ -226,6 +218,15 @@ static struct chunk_range chunk_range(const struct matmul_args *m, int chunk)
     return c;
 }
 
+/* Where a panel's results belong when nothing can run twice; NULL: into scratch, and committed. A
+ * panel that overlaps the matrix's edge is committed too. */
+static float *direct_place(const struct matmul_args *m, const struct chunk_range *c, int64_t p)
+{
+    int64_t column = (c->panel0 + p) * PANEL_OUTPUTS;
+    if (!m->direct || column + PANEL_OUTPUTS > m->n_columns) return NULL;
+    return m->out + c->row0 * m->out_stride + column;
+}
+
 /* Scratch of a chunk: accumulators [CHUNK_ROWS][32], results [panels][CHUNK_ROWS][32], and for the
  * gated form two panels of up beside the gate. */
 static void matmul_compute(const void *args, int chunk, void *scratch)
@@ -233,9 +234,12 @@ static void matmul_compute(const void *args, int chunk, void *scratch)
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
     float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
-    for (int64_t p = 0; p < c.n_panels; p++)
-        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked, result + p * CHUNK_ROWS * PANEL_OUTPUTS,
-                      PANEL_OUTPUTS, (c.panel0 + p) * PANEL_OUTPUTS);
+    for (int64_t p = 0; p < c.n_panels; p++) {
+        float *to = direct_place(m, &c, p);
+        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked,
+                      to ? to : result + p * CHUNK_ROWS * PANEL_OUTPUTS,
+                      to ? m->out_stride : PANEL_OUTPUTS, (c.panel0 + p) * PANEL_OUTPUTS);
+    }
 }
 
 /* The gate's panel, then the panel or two that hold the same columns of up. When the number of
@@ -266,10 +270,15 @@ static void matmul_commit(const void *args, int chunk, void *scratch)
     const float *result = (const float *)scratch + CHUNK_ROWS * PANEL_OUTPUTS;
     for (int64_t p = 0; p < c.n_panels; p++) {
         int64_t column = (c.panel0 + p) * PANEL_OUTPUTS;
-        int64_t n = m->n_columns - column < PANEL_OUTPUTS ? m->n_columns - column : PANEL_OUTPUTS;
-        for (int r = 0; r < c.n_rows; r++)
-            memcpy(m->out + (c.row0 + r) * m->out_stride + column,
-                   result + (p * CHUNK_ROWS + r) * PANEL_OUTPUTS, (size_t)n * sizeof(float));
+        int64_t n = m->n_columns - column;
+        const float *from = result + p * CHUNK_ROWS * PANEL_OUTPUTS;
+        float *to = m->out + c.row0 * m->out_stride + column;
+        if (!m->gated && direct_place(m, &c, p)) continue;
+        for (int r = 0; r < c.n_rows; r++, from += PANEL_OUTPUTS, to += m->out_stride)
+            if (n < PANEL_OUTPUTS)
+                memcpy(to, from, (size_t)n * sizeof(float));
+            else
+                memcpy(to, from, PANEL_OUTPUTS * sizeof(float)); /* a few moves */
     }
 }
 
@@ -313,6 +322,7 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
     m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
     m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
+    m->direct = !m->best && pool_n_threads(cpu->pool) == 1;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
     struct pool_job job = {m->best    ? argmax_compute
                            : m->gated ? gated_compute

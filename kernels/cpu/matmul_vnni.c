@@ -53,15 +53,27 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
 }
 ALL_HEIGHTS(panel_int8)
 
+/* One line for each pair of steps, or both lines of a stream. With five rows or more a pair takes
+ * long enough for single lines to be asked for in L1, where they surely come; at a higher rate such
+ * requests block the loads. */
+ALWAYS_INLINE void fetch(const uint8_t *ahead, const bool both, const int rows)
+{
+    if (!both && rows >= 5)
+        _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+    else
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+    if (both) _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
+}
+
 /* The exact sums of one group: 16 pairs of steps. */
 ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, const int rows,
-                              const uint8_t *ahead, int64_t prefetch_bytes,
+                              const uint8_t *ahead, int64_t prefetch_bytes, const bool both,
                               __m512i sum[PANEL_ROWS_MAX][2])
 {
     const __m512i low = _mm512_set1_epi8(15);
     for (int s = 0; s < GROUP_STEPS; s += 2) {
         __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        fetch(ahead, both, rows);
         ahead += prefetch_bytes;
         __m512i w0 = _mm512_and_si512(v0, low), w1 = _mm512_and_si512(v1, low);
         UNROLL for (int r = 0; r < rows; r++)
@@ -105,8 +117,12 @@ ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
             sum[r][0] = _mm512_set1_epi32(c->correction[r * c->correction_stride + g]);
             sum[r][1] = sum[r][0];
         }
-        group_sums(group + 64, c->words + g * GROUP_STEPS * rows, rows,
-                   c->prefetch + g * GROUP_STEPS / 2 * c->prefetch_bytes, c->prefetch_bytes, sum);
+        const uint32_t *words = c->words + g * GROUP_STEPS * rows;
+        const uint8_t *ahead = c->prefetch + g * GROUP_STEPS / 2 * c->prefetch_bytes;
+        if (c->prefetch_second)
+            group_sums(group + 64, words, rows, ahead, c->prefetch_bytes, true, sum);
+        else
+            group_sums(group + 64, words, rows, ahead, c->prefetch_bytes, false, sum);
         __m512 scale0 = group_scale(group, 0), scale1 = group_scale(group, 1);
         UNROLL for (int r = 0; r < rows; r++)
         {
