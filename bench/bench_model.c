@@ -60,9 +60,10 @@ static int32_t *block_list(struct bench *b, int first, int n)
 /* Opens a slot and computes its prompt in chunks of the step budget. Returns microseconds. */
 static double prefill(struct bench *b, const struct settings *s, int slot, int n_prompt, bool stay)
 {
-    int n_blocks = (n_prompt + s->decode + b->info.block_size) / b->info.block_size;
+    int more = s->decode + s->batch; /* a slot decodes while those after it are filled */
+    int n_blocks = (n_prompt + more + b->info.block_size) / b->info.block_size;
     struct plan_open open = {.slot = (uint32_t)slot, .n_prompt = (uint32_t)n_prompt, .n_tokens = (uint32_t)n_prompt,
-                             .n_tokens_max = (uint32_t)(n_prompt + s->decode + 1), .tokens = b->tokens,
+                             .n_tokens_max = (uint32_t)(n_prompt + more + 1), .tokens = b->tokens,
                              .n_blocks = (uint32_t)n_blocks, .blocks = block_list(b, slot * n_blocks, n_blocks)};
     double us = 0;
     sampling_params_default(&open.sampling);
@@ -225,7 +226,7 @@ enum { SEED_BLOCKS = 16, PIECES_MAX = 256, PIECE_STEPS = 8 };
  * are copies of them, which cost the same to read. */
 static void context_make(struct bench *b, const struct settings *s, int slot)
 {
-    int n_blocks = (s->context + s->decode + b->info.block_size) / b->info.block_size;
+    int n_blocks = (s->context + s->decode + s->batch + b->info.block_size) / b->info.block_size;
     int seed = SEED_BLOCKS * b->info.block_size, n_copied = s->context / b->info.block_size;
     if (s->context <= 2 * seed) {
         prefill(b, s, slot, s->context, true);
@@ -242,7 +243,7 @@ static void context_make(struct bench *b, const struct settings *s, int slot)
         copies[n++] = (struct plan_pair){(uint32_t)blocks[i % SEED_BLOCKS], (uint32_t)blocks[i]};
     run(b, &(struct step_plan){.n_closes = 1, .closes = &old, .n_copies = n, .copies = copies});
     struct plan_open open = {.slot = (uint32_t)slot, .n_prompt = (uint32_t)s->context, .n_tokens = (uint32_t)s->context,
-                             .n_computed = (uint32_t)s->context - 1, .n_tokens_max = (uint32_t)(s->context + s->decode + 1),
+                             .n_computed = (uint32_t)s->context - 1, .n_tokens_max = (uint32_t)(s->context + s->decode + s->batch + 1),
                              .tokens = b->tokens, .n_blocks = (uint32_t)n_blocks, .blocks = blocks};
     sampling_params_default(&open.sampling);
     open.sampling.temperature = 0;
@@ -330,7 +331,7 @@ int main(int argc, char **argv)
     config.isa = s.isa;
     config.step_tokens_max = 512;
     config.n_sequences_max = s.batch;
-    config.context_max = (s.context > s.prompt ? s.context : s.prompt) + s.decode + 64;
+    config.context_max = (s.context > s.prompt ? s.context : s.prompt) + s.decode + s.batch + 64;
     die(worker_create(&config, &b.w));
     worker_info(b.w, &b.info);
     die(worker_open_group(b.w, 1, b.info.n_blocks, 0, NULL));

@@ -15,7 +15,7 @@
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
-enum { BACKEND_ABI = 3 };
+enum { BACKEND_ABI = 4 };
 
 /* How weights are stored on the device. AUTO keeps the checkpoint's own type where it can. */
 enum weight_format {
@@ -252,6 +252,12 @@ struct backend_ops {
     struct hash128 (*packed_digest)(const struct packed_weight *p);
     /* Output `row` as n_in floats: exactly what the quantized weight stands for. */
     void (*packed_row)(const struct packed_weight *p, int64_t row, float *out);
+    /* As weight_import, but at once: the weight reads the panels where they lie, in memory that stays
+     * until weight_destroy. weight_settle then copies them to where they are read fastest, and the
+     * weight goes on from there; out_digest as of weight_import. It may run on another thread beside
+     * operations that read the weight, but beside nothing that makes or destroys weights. */
+    enum err (*weight_adopt)(struct backend *b, const struct packed_weight *p, struct weight **out);
+    enum err (*weight_settle)(struct backend *b, struct weight *w, struct hash128 *out_digest);
 };
 
 /* Common head of every backend; an implementation embeds it first. */

@@ -2,6 +2,7 @@
  * again where a rank or a device needs other bytes. */
 #include "base/mem.h"
 #include "worker/loader.h"
+#include "worker/settle.h"
 
 #include <string.h>
 
@@ -70,6 +71,13 @@ static enum err packed_again(struct loader *l, const enum role *of, int n_of,
     return e;
 }
 
+/* Whether steps may read the weight where the file is mapped: whole lines, as memory of its own
+ * has. */
+static bool is_adoptable(const struct loader *l, const struct packed_weight *p)
+{
+    return l->m->settle && (uintptr_t)p->panels % 64 == 0;
+}
+
 /* A weight of a packed file: its bytes as they are where one rank has this device's layout. */
 enum err loader_packed_weight(struct loader *l, const enum role *of, int n_of, int layer,
                               enum weight_format format, struct weight **out)
@@ -92,7 +100,13 @@ enum err loader_packed_weight(struct loader *l, const enum role *of, int n_of, i
     source_use(&l->source, parts.panels);
     source_use(&l->source, parts.scale);
     source_use(&l->source, parts.bias);
-    if (l->m->group.size == 1 && layout && !strcmp(layout, l->packed.layout)) {
+    bool as_it_is = l->m->group.size == 1 && layout && !strcmp(layout, l->packed.layout);
+    bool adopts = as_it_is && is_adoptable(l, &p);
+    if (adopts) {
+        TRY(l->ops->weight_adopt(l->backend, &p, out));
+        have = want; /* compared later */
+        TRY(settle_add(l->m->settle, *out, &parts, want));
+    } else if (as_it_is) {
         TRY(l->ops->weight_import(l->backend, &p, &have, out));
     } else {
         have = backend_cpu.packed_digest(&p);

@@ -8,6 +8,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "proto/plan.h"
+#include "worker/settle.h"
 
 #include <sched.h>
 #include <stdio.h>
@@ -194,6 +195,7 @@ static enum err weights_start(struct worker *w, const struct model_config *model
         .format = w->plan.format,
         .head_format = w->plan.head_format,
         .context_max = w->plan.context_max,
+        .settles = true,
         .n_threads = w->config.n_threads,
         .progress = progress_line,
         .ctx = w,
@@ -323,6 +325,7 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     TRY_OUT(weights_start(w, &models->target));
     TRY_OUT(state_start(w));
     if (w->plan.draft.group.size) TRY_OUT(draft_start(w, &models->draft));
+    if (w->model->settle) TRY_OUT(settle_start(w->model->settle));
     *out = w;
     w = NULL;
 out:
@@ -337,6 +340,7 @@ out:
 void worker_destroy(struct worker *w)
 {
     if (!w) return;
+    if (w->model) settle_stop(w->model->settle); /* before any weight goes, the draft's too */
     if (w->backend) graphs_drop(&w->graphs, w->backend);
     collective_close(w->decoder.collective);
     if (w->decoder.kv) w->backend->ops->kv_destroy(w->backend, w->decoder.kv);
@@ -464,6 +468,28 @@ static enum err step_replay(struct worker *w, struct step *s, struct graph *grap
     return OK;
 }
 
+/* Greedy rows of which nothing else is asked never become logits. */
+static enum err rows_greedy(struct worker *w, struct step *s, uint32_t first, uint32_t n)
+{
+    TRY(decoder_argmax(&w->decoder, (int)first, (int)n, s->greedy));
+    for (uint32_t i = 0; i < n; i++) {
+        int32_t slot = s->sample_rows[first + i].slot;
+        s->results[first + i].token = s->greedy[i];
+        s->results[first + i].n_top = 0;
+        if (slot >= 0) w->backend->ops->feed(w->backend, slot, s->greedy[i]);
+    }
+    return OK;
+}
+
+static enum err rows_sampled(struct worker *w, struct step *s, uint32_t first, uint32_t n)
+{
+    struct tensor logits;
+    TRY(decoder_logits(&w->decoder, (int)first, (int)n, &logits));
+    w->backend->ops->sample(w->backend, logits, s->sample_rows + first, (int)n,
+                            s->results + first);
+    return OK;
+}
+
 static enum err step_compute(struct worker *w, struct step *s)
 {
     const struct backend_ops *ops = w->backend->ops;
@@ -473,11 +499,10 @@ static enum err step_compute(struct worker *w, struct step *s)
     ops->batch_begin(w->backend, &s->batch);
     TRY(decoder_forward(&w->decoder, &s->batch));
     for (uint32_t row = 0; row < s->n_rows;) {
-        struct tensor logits;
         uint32_t n = s->n_rows - row;
         if (n > (uint32_t)w->decoder.logits_rows_max) n = (uint32_t)w->decoder.logits_rows_max;
-        TRY(decoder_logits(&w->decoder, (int)row, (int)n, &logits));
-        ops->sample(w->backend, logits, s->sample_rows + row, (int)n, s->results + row);
+        bool greedy = decoder_has_argmax(&w->decoder) && step_is_greedy(s, row, n);
+        TRY(greedy ? rows_greedy(w, s, row, n) : rows_sampled(w, s, row, n));
         row += n;
     }
     return OK;
@@ -504,6 +529,11 @@ static enum err step_wait(struct worker *w, struct step *s)
     TRY(peers_check(w));
     step_settle(s, &w->slots);
     return OK;
+}
+
+enum err worker_check(struct worker *w, bool waits)
+{
+    return waits ? settle_wait(w->model->settle) : settle_check(w->model->settle);
 }
 
 bool worker_ready(const struct worker *w)

@@ -42,6 +42,9 @@ enum err worker_begin(struct worker *w, const struct step_plan *plan);
 bool worker_ready(const struct worker *w);
 /* Ends the oldest, waiting for it; out's arrays live until its place in the ring is taken again. */
 enum err worker_end(struct worker *w, struct step_result *out);
+/* OK while this rank is sound. Weights that were found damaged after the start: their error, for
+ * which the rank must leave. waits: until all have been looked at. */
+enum err worker_check(struct worker *w, bool waits);
 /* Drafts that the last plan wanted after it, when no later plan has begun; nothing to do is fine.
  * The result of that plan may have been sent already: drafting is not waited for. */
 enum err worker_draft(struct worker *w);

@@ -11,7 +11,7 @@ enum err step_init(struct step *s, const struct slots *slots)
     const struct {
         size_t count, bytes;
         void **out;
-    } arrays[15] = {
+    } arrays[STEP_PIECES] = {
         {t, 4, (void **)&s->token_ids},
         {t, 4, (void **)&s->token_slot},
         {t, 4, (void **)&s->positions},
@@ -25,11 +25,12 @@ enum err step_init(struct step *s, const struct slots *slots)
         {t, sizeof *s->rows, (void **)&s->rows},
         {t, sizeof *s->sample_rows, (void **)&s->sample_rows},
         {t, sizeof *s->results, (void **)&s->results},
+        {t, 4, (void **)&s->greedy},
         {t, sizeof *s->tokens, (void **)&s->tokens},
         {n, sizeof *s->drafted, (void **)&s->drafted},
     };
     memset(s, 0, sizeof *s);
-    for (int i = 0; i < 15; i++) {
+    for (int i = 0; i < STEP_PIECES; i++) {
         enum err e = mem_alloc_array(arrays[i].count, arrays[i].bytes, &s->pieces[i]);
         if (e) {
             step_fini(s);
@@ -42,7 +43,7 @@ enum err step_init(struct step *s, const struct slots *slots)
 
 void step_fini(struct step *s)
 {
-    for (int i = 0; i < 15; i++)
+    for (int i = 0; i < STEP_PIECES; i++)
         mem_free(s->pieces[i]);
     memset(s, 0, sizeof *s);
 }
@@ -104,6 +105,15 @@ static struct step_row *row_add(struct step *s, uint32_t token, uint32_t run, co
     return row;
 }
 
+/* Greedy sampling of untouched logits needs only the largest. Logprobs are asked for by the slot:
+ * the rows of ranks that do not speak have none. */
+static bool needs_logits(const struct sampling_params *p, const struct sample_row *row)
+{
+    bool penalized =
+        row->repetition_penalty != 1 || row->presence_penalty != 0 || row->frequency_penalty != 0;
+    return row->temperature > 0 || p->n_logprobs >= 0 || penalized || row->n_bias || row->n_banned;
+}
+
 /* Rows of one run: scored prompt tokens, then the sample after the last token and its drafts'. */
 static void run_rows(struct step *s, uint32_t run, const struct slot *t, uint32_t first_token,
                      bool speaks)
@@ -114,7 +124,7 @@ static void run_rows(struct step *s, uint32_t run, const struct slot *t, uint32_
         for (uint32_t i = 0; i < r->n_tokens - n_sampled && t->n_computed + i + 1 < t->n_prompt;
              i++) {
             struct step_row *row = row_add(s, first_token + i, run, t, t->n_computed + i + 1);
-            row->scored = true;
+            row->scored = row->needs_logits = true;
             row_scored(t, row->index, &s->sample_rows[s->n_rows - 1]);
         }
     }
@@ -124,6 +134,7 @@ static void run_rows(struct step *s, uint32_t run, const struct slot *t, uint32_
         row->draft = d;
         step_row_sampled(t, r->slot, t->n_known + d, !r->n_drafts, speaks,
                          &s->sample_rows[s->n_rows - 1]);
+        row->needs_logits = needs_logits(&t->sampling, &s->sample_rows[s->n_rows - 1]);
         s->needs_host = s->needs_host || r->n_drafts;
     }
 }
@@ -210,6 +221,13 @@ bool step_is_decode(const struct step *s)
     for (uint32_t i = 0; i < s->n_rows && one_each; i++)
         one_each = !s->rows[i].scored;
     return one_each;
+}
+
+bool step_is_greedy(const struct step *s, uint32_t first, uint32_t n)
+{
+    for (uint32_t i = first; i < first + n; i++)
+        if (s->rows[i].needs_logits) return false;
+    return true;
 }
 
 void step_pad(struct step *s, int n)

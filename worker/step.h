@@ -12,8 +12,11 @@ struct step_row {
     uint32_t index; /* place in the sequence of the token that the row decides or scores */
     uint32_t draft; /* how many drafts of its run lie before it */
     bool scored;    /* the token is known; only its logprob is wanted */
+    bool
+        needs_logits; /* more than the largest one's token is wanted of it; the same on all ranks */
 };
 
+enum { STEP_PIECES = 16 };
 struct step {
     uint64_t epoch, number, ticket;
     bool busy, settled;
@@ -27,10 +30,11 @@ struct step {
     struct step_row *rows;            /* [step_tokens_max] */
     struct sample_row *sample_rows;   /* [step_tokens_max] */
     struct sample_result *results;    /* [step_tokens_max] */
+    int32_t *greedy;                  /* [step_tokens_max] tokens of rows without logits */
     struct step_token *tokens;        /* [step_tokens_max] of the result */
     struct plan_pair *drafted;        /* [n_slots] of the result */
     uint32_t n_runs, n_rows, n_tokens_out, n_drafted;
-    void *pieces[15];
+    void *pieces[STEP_PIECES];
     int64_t begun_us, wait_us, collective_us;
 };
 
@@ -48,6 +52,9 @@ bool step_is_decode(const struct step *s);
 /* Makes the batch n sequences long. The rows beyond its own read token 0 of block 0, write nowhere
  * and are not sampled. n: at most n_slots; only where step_is_decode. */
 void step_pad(struct step *s, int n);
+/* Whether rows [first, first + n) want nothing but their largest logit's token. Every rank says the
+ * same, whether it speaks or not. */
+bool step_is_greedy(const struct step *s, uint32_t first, uint32_t n);
 /* After the ticket was waited for: samples become tokens of their slots and of the result. */
 void step_settle(struct step *s, struct slots *slots);
 /* Whether the plan's application needs the tokens of this unsettled step on the host. */

@@ -5,6 +5,7 @@
 #include "base/mem.h"
 #include "worker/int4.h"
 #include "worker/loader.h"
+#include "worker/settle.h"
 
 #include <string.h>
 
@@ -301,6 +302,8 @@ static enum err model_fill(struct model *m, const struct weights_options *option
     TRY(MEM_NEW_ARRAY(l.bias_max, &l.bias));
     model_bytes_estimate(&m->config, m->group, options, file_dtype(m, &l), &l.total, &tables);
     l.total += tables;
+    if (options->settles && l.is_packed && l.ops->weight_adopt)
+        TRY_OUT(settle_create(m->backend, m->file, &m->settle));
     TRY_OUT(source_init(&l.source, &m->config, m->file, options->seed));
     TRY_OUT(shares_load(&l));
     l.done = l.total;
@@ -340,6 +343,7 @@ void model_unload(struct model *m)
 {
     if (!m) return;
     const struct backend_ops *ops = m->backend->ops;
+    settle_destroy(m->settle);
     struct weight *single[] = {m->embed, m->positions, m->project_in, m->project_out, m->lm_head};
     for (size_t i = 0; i < sizeof single / sizeof *single; i++)
         if (single[i]) ops->weight_destroy(m->backend, single[i]);

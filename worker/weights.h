@@ -13,6 +13,7 @@ struct weights_options {
     enum weight_format format;      /* of matrices in the layers */
     enum weight_format head_format; /* of the output projection and of OPT's projections */
     int context_max;
+    bool settles;  /* packed weights may be read from their file until model->settle has moved them */
     int n_threads; /* that may help to prepare what no backend packs; 0 = one */
     void (*progress)(void *ctx, uint64_t bytes_done, uint64_t bytes_total); /* or NULL */
     void *ctx;

@@ -167,6 +167,18 @@ static enum err event_handle(struct loop *l, const struct link_event *event, boo
     return OK;
 }
 
+/* Weights that turned out damaged: nothing more is computed with them. */
+static enum err damage_check(struct loop *l)
+{
+    enum err e = worker_check(l->worker, false);
+    char why[512];
+    if (!e) return OK;
+    snprintf(why, sizeof why, "%s", err_detail());
+    log_error("%s: %s", err_name(e), why);
+    link_fault(l->link, why, true);
+    return err_set(e, "%s", why);
+}
+
 /* A plan that is there is launched before anything is waited for; a step that has ended is answered
  * as soon as it is seen. With as many steps under way as there may be, only the end of the group is
  * listened to. */
@@ -174,6 +186,7 @@ static enum err loop_turn(struct loop *l, bool *out_done)
 {
     struct link_event event;
     int n_busy = l->worker->n_busy;
+    TRY(damage_check(l));
     if (n_busy == STEPS_IN_FLIGHT)
         TRY(link_next_but_plans(l->link, GLANCE_US, &event));
     else

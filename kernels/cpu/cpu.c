@@ -311,4 +311,6 @@ const struct backend_ops backend_cpu = {
     .weight_import = cpu_weight_import,
     .packed_digest = cpu_packed_digest,
     .packed_row = cpu_packed_row,
+    .weight_adopt = cpu_weight_adopt,
+    .weight_settle = cpu_weight_settle,
 };

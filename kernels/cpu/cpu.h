@@ -48,8 +48,8 @@ struct weight {
     enum weight_format format;
     int64_t n_out, n_in, n_panels, n_steps;
     size_t panel_bytes, packed_bytes;
-    uint8_t *panels; /* in slab */
-    struct slab *slab;
+    _Atomic(uint8_t *) panels; /* in slab; or in a file until weight_settle has copied it */
+    struct slab *slab;         /* NULL: panels are not ours */
     float *scale;        /* INT8: [n_panels * 32], else NULL */
     float *bias;         /* [n_panels * 32] or NULL */
     int64_t group_steps; /* INT4: GROUP_STEPS; INT4_GROUPS: 8, 16 or 32; else 0 */
@@ -204,7 +204,8 @@ enum err cpu_weight_create(struct backend *b, const struct matrix_view *parts, i
 enum err cpu_table_create(struct backend *b, struct matrix_view table, struct weight **out);
 void cpu_weight_destroy(struct backend *b, struct weight *w);
 size_t cpu_weight_bytes(const struct weight *w);
-/* Memory for the panels, scales and bias of a weight whose shape is set. */
+/* Memory for the panels, scales and bias of a weight whose shape is set; or for all but panels. */
+enum err weight_alloc_scales(struct weight *w, bool with_bias);
 enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias);
 /* Packs output `row` of the weight from n_in floats. */
 void pack_row(struct weight *w, int64_t row, const float *inputs);
@@ -219,6 +220,8 @@ enum err cpu_weight_create_int4(struct backend *b, const struct int4_matrix *mat
 #define CPU_PACKED_LAYOUT "cpu-panels-1"
 void cpu_weight_export(const struct weight *w, struct packed_weight *out);
 enum err cpu_packed_sizes(struct packed_weight *p);
+enum err cpu_weight_adopt(struct backend *b, const struct packed_weight *p, struct weight **out);
+enum err cpu_weight_settle(struct backend *b, struct weight *w, struct hash128 *out_digest);
 enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
                            struct hash128 *out_digest, struct weight **out);
 struct hash128 cpu_packed_digest(const struct packed_weight *p);

@@ -238,16 +238,23 @@ static enum err weight_shape(struct weight *w, const struct matrix_view *parts, 
     return weight_sizes(w);
 }
 
-enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias)
+enum err weight_alloc_scales(struct weight *w, bool with_bias)
 {
     size_t lanes = (size_t)w->n_panels * PANEL_OUTPUTS;
-    TRY(slab_take(&cpu_of(b)->slabs, w->packed_bytes, &w->panels, &w->slab));
     if (w->format == WEIGHT_INT8) TRY(mem_alloc_aligned(64, lanes * 4, (void **)&w->scale));
     if (w->format == WEIGHT_INT4_GROUPS)
         TRY(mem_alloc_aligned(64, lanes * (size_t)(w->n_steps / w->group_steps),
                               (void **)&w->zeros));
     if (with_bias) TRY(mem_alloc_aligned(64, lanes * 4, (void **)&w->bias));
     return OK;
+}
+
+enum err weight_alloc(struct backend *b, struct weight *w, bool with_bias)
+{
+    uint8_t *panels;
+    TRY(slab_take(&cpu_of(b)->slabs, w->packed_bytes, &panels, &w->slab));
+    w->panels = panels;
+    return weight_alloc_scales(w, with_bias);
 }
 
 EVERY_ISA static void bf16_row(const uint8_t *row, int64_t n, float *out)

@@ -96,29 +96,70 @@ static void import_piece(const void *args, int chunk, void *scratch)
     a->pieces[chunk] = hash_bytes(a->to + at, n, (uint64_t)chunk);
 }
 
+/* Everything of the weight but its panels. */
+static enum err adopt_rest(struct backend *b, const struct packed_weight *p, struct weight *w)
+{
+    TRY(sizes_of(p, w));
+    ASSERT(p->panels_bytes == w->packed_bytes && !p->scale == (p->format != WEIGHT_INT8));
+    TRY(weight_alloc_scales(w, p->bias != NULL));
+    if (p->scale) memcpy(w->scale, p->scale, p->n_lanes * sizeof(float));
+    if (p->bias) memcpy(w->bias, p->bias, p->n_lanes * sizeof(float));
+    return activations_reserve(cpu_of(b), w);
+}
+
+enum err cpu_weight_adopt(struct backend *b, const struct packed_weight *p, struct weight **out)
+{
+    struct weight *w;
+    TRY(MEM_NEW(&w));
+    enum err e = adopt_rest(b, p, w);
+    w->panels = (uint8_t *)(uintptr_t)p->panels; /* only read */
+    if (e)
+        cpu_weight_destroy(b, w);
+    else
+        *out = w;
+    return e;
+}
+
+/* Threads of the pool copy a weight that nobody uses yet; one of its own thread copies alone. */
+static enum err panels_copy(struct backend *b, struct weight *w, struct pool *pool,
+                            struct hash128 *out_digest)
+{
+    struct packed_weight from;
+    struct hash128 *pieces;
+    struct slab *slab;
+    uint8_t *to;
+    cpu_weight_export(w, &from);
+    TRY(MEM_NEW_ARRAY(n_pieces(&from) + PIECES_MORE, &pieces));
+    enum err e = slab_take(&cpu_of(b)->slabs, w->packed_bytes, &to, &slab);
+    struct import_args args = {&from, to, pieces};
+    if (!e && pool)
+        pool_run(pool, &(struct pool_job){import_piece, NULL, &args, sizeof args, n_pieces(&from)});
+    for (int i = 0; !e && !pool && i < n_pieces(&from); i++)
+        import_piece(&args, i, NULL);
+    if (!e) {
+        *out_digest = digest_end(&from, pieces);
+        w->slab = slab;
+        w->panels = to;
+    }
+    mem_free(pieces);
+    return e;
+}
+
+enum err cpu_weight_settle(struct backend *b, struct weight *w, struct hash128 *out_digest)
+{
+    return panels_copy(b, w, NULL, out_digest);
+}
+
 enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
                            struct hash128 *out_digest, struct weight **out)
 {
-    struct cpu_backend *cpu = cpu_of(b);
-    struct hash128 *pieces = NULL;
-    struct weight *w = NULL;
-    enum err e = OK;
-    TRY_OUT(MEM_NEW(&w));
-    TRY_OUT(sizes_of(p, w));
-    ASSERT(p->panels_bytes == w->packed_bytes && !p->scale == (p->format != WEIGHT_INT8));
-    TRY_OUT(MEM_NEW_ARRAY(n_pieces(p) + PIECES_MORE, &pieces));
-    TRY_OUT(weight_alloc(b, w, p->bias != NULL));
-    TRY_OUT(activations_reserve(cpu, w));
-    if (p->scale) memcpy(w->scale, p->scale, p->n_lanes * sizeof(float));
-    if (p->bias) memcpy(w->bias, p->bias, p->n_lanes * sizeof(float));
-    struct import_args args = {p, w->panels, pieces};
-    pool_run(cpu->pool, &(struct pool_job){import_piece, NULL, &args, sizeof args, n_pieces(p)});
-    *out_digest = digest_end(p, pieces);
-    *out = w;
-    w = NULL;
-out:
-    mem_free(pieces);
-    cpu_weight_destroy(b, w);
+    struct weight *w;
+    TRY(cpu_weight_adopt(b, p, &w));
+    enum err e = panels_copy(b, w, cpu_of(b)->pool, out_digest);
+    if (e)
+        cpu_weight_destroy(b, w);
+    else
+        *out = w;
     return e;
 }
 

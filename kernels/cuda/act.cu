@@ -26,6 +26,7 @@ static __device__ __forceinline__ float act(float x, enum activation kind)
 
 static __global__ void __launch_bounds__(256) activate_kernel(struct activate_call c)
 {
+    dependency_wait();
     const bf16 *in = c.in + blockIdx.x * c.in_stride;
     bf16 *out = c.out + blockIdx.x * c.out_stride;
     float largest = 0;

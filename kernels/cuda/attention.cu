@@ -202,6 +202,7 @@ static __device__ __forceinline__ void decode_merge(const struct attend_call &c,
 template <int DIM, bool EIGHT, bool BULK>
 static __global__ void __launch_bounds__(decode_shape<DIM, EIGHT>::THREADS, 1) decode_kernel(struct attend_call c)
 {
+    dependency_wait();
     typedef decode_shape<DIM, EIGHT> shape;
     struct decode_work w;
     if (!decode_work_find(c, &w)) return;
@@ -239,6 +240,7 @@ static __global__ void __launch_bounds__(decode_shape<DIM, EIGHT>::THREADS, 1) d
 /* grid (kv_heads, sequences): the splits of every row, in their order. */
 static __global__ void __launch_bounds__(128) combine_kernel(struct attend_call c)
 {
+    dependency_wait();
     int seq = blockIdx.y, dim = c.args.head_dim, n_splits = c.n_splits;
     int first_token = c.batch.seq_start[seq], n_tokens = c.batch.seq_start[seq + 1] - first_token;
     struct head_range heads = heads_of(c.args, blockIdx.x);

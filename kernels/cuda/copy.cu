@@ -5,6 +5,7 @@
 static __global__ void __launch_bounds__(256)
     kv_copy_kernel(uint8_t *data, size_t block_bytes, size_t layer_bytes, struct kv_pairs pairs)
 {
+    dependency_wait();
     uint8_t *layer = data + blockIdx.y * layer_bytes;
     const uint4 *from = (const uint4 *)(layer + (size_t)pairs.from[blockIdx.x] * block_bytes);
     uint4 *to = (uint4 *)(layer + (size_t)pairs.to[blockIdx.x] * block_bytes);

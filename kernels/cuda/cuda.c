@@ -69,6 +69,7 @@ static void cuda_close(struct backend *base)
     if (!b) return;
     cuda_quiesce(b);
     lt_close(b->lt);
+    cuda_trace_close(b);
     cuda_steps_close(b);
     cuda_free(b, b->split_out);
     cuda_free(b, b->split_ml);
@@ -101,6 +102,8 @@ static enum err device_open(struct cuda_backend *b)
     TRY(cuda_check(cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking), "making a stream"));
     b->base.stream = b->stream;
     TRY(cuda_steps_open(b));
+    TRY(cuda_trace_open(b));
+    TRY(cuda_overlap_try(b));
     if (lt_open(b, &b->lt) != OK) log_warn("CUDA: products by own kernels: %s", err_detail());
     return OK;
 }

@@ -7,6 +7,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/kernels.h"
 #include <cuda_runtime.h>
+#include <stdio.h>
 
 enum {
     STEPS_IN_FLIGHT = 4,
@@ -31,6 +32,10 @@ struct cuda_step {
         int n;
     } deliver[SAMPLES_MAX];
     int n_deliver, n_results;
+    cudaEvent_t begun, worked; /* of the trace: before its first kernel, behind its last */
+    bool is_traced;
+    int32_t n_tokens, n_seqs;
+    uint64_t ticket_traced; /* whose events these are, once delivered */
 };
 
 struct lt; /* cuBLASLt: its handle, its workspace and the algorithms chosen */
@@ -76,7 +81,7 @@ struct cuda_backend {
     size_t landing_ints, tile_ints, table_ints;
     int tiles_group,
         n_tiles;       /* the group that this step's list of tiles was made for, 0 = none yet */
-    int group_last;    /* the group of the last attention, 0 = none yet */
+    struct batch batch_host; /* this step's, as batch_begin was given it */
     int32_t *feedback; /* device [n_slots_max] token last sampled for a slot */
     uint8_t *edits;    /* device [edit_bytes] */
     size_t edit_bytes;
@@ -85,6 +90,7 @@ struct cuda_backend {
     float *split_out, *split_ml;   /* device: partial attention of each split */
     size_t split_out_bytes, split_ml_bytes;
     bool capturing, capture_refused;
+    FILE *trace; /* NULL: steps are not timed */
     /* Rows that an operation left in 8 bits too; of = NULL when there are none. */
     struct {
         const void *of;
@@ -143,6 +149,17 @@ enum err cuda_capture_begin(struct backend *base);
 enum err cuda_capture_end(struct backend *base, void **out_graph);
 enum err cuda_replay(struct backend *base, void *graph);
 void cuda_graph_destroy(struct backend *base, void *graph);
+
+/* overlap.c */
+enum err cuda_overlap_try(struct cuda_backend *b);
+
+/* trace.c */
+enum err cuda_trace_open(struct cuda_backend *b);
+void cuda_trace_close(struct cuda_backend *b);
+void cuda_trace_begin(struct cuda_backend *b, struct cuda_step *s, const struct batch *batch);
+/* Called behind every operation that may be the step's last. */
+void cuda_trace_worked(struct cuda_backend *b, struct cuda_step *s);
+void cuda_trace_deliver(struct cuda_backend *b, struct cuda_step *s);
 
 /* weight.c */
 enum err cuda_weight_create_int4(struct backend *base, const struct int4_matrix *matrix,

@@ -4,6 +4,7 @@
 static __global__ void __launch_bounds__(128)
     embed_kernel(bf16 *out, int64_t out_stride, const bf16 *table, int64_t n_rows, int cols, const int32_t *ids)
 {
+    dependency_wait();
     int64_t id = ids[blockIdx.x];
     bool known = id >= 0 && id < n_rows;
     for (int c = threadIdx.x; c < cols; c += blockDim.x)
@@ -14,6 +15,7 @@ static __global__ void __launch_bounds__(128)
     add_positions_kernel(bf16 *x, int64_t x_stride, const bf16 *table, int64_t n_rows, int cols, int offset,
                          const int32_t *positions)
 {
+    dependency_wait();
     int64_t row = (int64_t)positions[blockIdx.x] + offset;
     if (row < 0 || row >= n_rows) return;
     for (int c = threadIdx.x; c < cols; c += blockDim.x) {
@@ -26,6 +28,7 @@ static __global__ void __launch_bounds__(128)
 static __global__ void __launch_bounds__(128)
     gather_kernel(uint16_t *out, int64_t out_stride, const uint16_t *x, int64_t x_stride, int words, const int32_t *rows)
 {
+    dependency_wait();
     const uint16_t *from = x + rows[blockIdx.x] * x_stride;
     for (int c = threadIdx.x; c < words; c += blockDim.x) out[blockIdx.x * out_stride + c] = from[c];
 }

@@ -182,6 +182,7 @@ static __device__ __forceinline__ void out_store(const struct gemm_call &c, int6
 template <int ROWS, enum gemm_kind KIND>
 static __global__ void __launch_bounds__(GEMM_THREADS, 4) gemm_kernel(struct gemm_call c)
 {
+    dependency_wait();
     typedef gemm_shape<ROWS> shape;
     constexpr int M = ROWS == 64 ? 2 : 1, N = ROWS == 64 ? 4 : 2;
     int expert = blockIdx.z, n_out = (int)c.out.cols, col_first = blockIdx.x * GEMM_COLS;

@@ -88,7 +88,10 @@ template <int ROWS, bool GROUPS>
 static __global__ void __launch_bounds__(GEMV_WARPS *WARP_LANES) gemv_kernel(struct gemm_call c)
 {
     int col_first = (blockIdx.x * GEMV_WARPS + threadIdx.x / WARP_LANES) * GEMV_COLS, lane = threadIdx.x % WARP_LANES;
-    if (col_first >= (int)c.out.cols) return;
+    if (col_first >= (int)c.out.cols) {
+        dependency_wait();
+        return;
+    }
     bool aligned = c.x.stride % 8 == 0 && (uintptr_t)c.x.data % 16 == 0;
     struct gemv_piece ring[GEMV_AHEAD];
     float sums[GEMV_COLS][ROWS];
@@ -98,6 +101,7 @@ static __global__ void __launch_bounds__(GEMV_WARPS *WARP_LANES) gemv_kernel(str
         for (int r = 0; r < ROWS; r++) sums[col][r] = 0;
 #pragma unroll
     for (int i = 0; i < GEMV_AHEAD; i++) gemv_fetch<GROUPS>(ring[i], c, col_first, (i * WARP_LANES + lane) * 32);
+    dependency_wait(); /* weights are nobody's result: the first ones come while the kernel before ends */
     for (int k = lane * 32; k < (int)c.n_in_padded; k += GEMV_AHEAD * WARP_LANES * 32)
 #pragma unroll
         for (int i = 0; i < GEMV_AHEAD; i++) {
@@ -136,6 +140,7 @@ int launch_gemv_int4(const struct gemm_call *c, void *stream)
 template <bool GROUPS>
 static __global__ void __launch_bounds__(256) int4_expand_kernel(bf16 *out, struct gemm_call c, int64_t n_words)
 {
+    dependency_wait();
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n_words) return;
     int64_t group = GROUPS ? i * 8 >> c.group_shift : i * 8 / INT4_GROUP;
@@ -154,6 +159,7 @@ int launch_int4_expand(void *out_bf16, const struct gemm_call *c, void *stream)
 
 static __global__ void __launch_bounds__(256) reorder_kernel(bf16 *out, struct tensor x, const int32_t *order, int n)
 {
+    dependency_wait();
     int i = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
     if (i >= n) return;
     int from = order[i];

@@ -9,6 +9,9 @@
 extern "C" {
 #endif
 
+/* Set when a device is opened: kernels may be launched before the one before them has ended. */
+extern bool kernels_overlap;
+
 /* The step in device memory. Addresses never change, so that a recorded graph stays valid; the
  * shape lies in memory too, for the kernels whose grid is larger than the step. */
 struct batch_shape {

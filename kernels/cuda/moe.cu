@@ -8,6 +8,7 @@ static __global__ void __launch_bounds__(WARP_LANES)
     moe_route_kernel(float *weights, int32_t *experts, const float *scores, int64_t stride, int n, int top_k,
                      bool renormalize)
 {
+    dependency_wait();
     int row = blockIdx.x, lane = threadIdx.x;
     const float *from = scores + row * stride;
     float *left = (float *)cuda_smem, all = 0, chosen = 0, first = 0, mine = 0;
@@ -47,6 +48,7 @@ enum { SORT_THREADS = 1024 };
 static __global__ void __launch_bounds__(SORT_THREADS)
     moe_sort_kernel(const int32_t *experts, int n, int n_experts, int32_t *offsets, int32_t *rows_of)
 {
+    dependency_wait();
     int *count = (int *)cuda_smem, tid = threadIdx.x;
     for (int e = tid; e < n_experts; e += SORT_THREADS) count[e] = 0;
     __syncthreads();
@@ -84,6 +86,7 @@ static __global__ void __launch_bounds__(256)
     moe_combine_kernel(bf16 *out, int64_t out_stride, int cols, const float *y, int64_t y_stride, const float *weights,
                        int top_k)
 {
+    dependency_wait();
     int64_t row = blockIdx.x;
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4, n = min(4, cols - c);
     float sum[4] = {0, 0, 0, 0};

@@ -47,6 +47,7 @@ static __device__ __forceinline__ float squares_around(const struct norm_call &c
 
 static __global__ void __launch_bounds__(512) add_norm_kernel(struct norm_call c)
 {
+    dependency_wait();
     float *scratch = (float *)cuda_smem;
     bf16 *x = c.x + blockIdx.x * c.x_stride, *out = c.out + blockIdx.x * c.out_stride;
     float2 sums = add_delta(c, x, c.delta ? c.delta + blockIdx.x * c.delta_stride : nullptr);

@@ -112,6 +112,7 @@ static __device__ __forceinline__ void rows_write(const struct attend_call &c, c
 template <int DIM, bool EIGHT>
 static __global__ void __launch_bounds__(128, 1) prefill_kernel(struct attend_call c)
 {
+    dependency_wait();
     typedef prefill_shape<DIM> shape;
     struct prefill_work w;
     if (!prefill_work_find(c, &w)) return;

@@ -28,6 +28,7 @@ static __device__ int32_t token_of(const struct prep_call &c, int32_t id, int32_
 /* grid: x strides over the part, y = part */
 static __global__ void __launch_bounds__(256) prep_kernel(struct prep_call c)
 {
+    dependency_wait();
     int part = blockIdx.y, n = c.part_ints[part], before = 0;
     for (int p = 0; p < part; p++) before += c.part_ints[p];
     const int32_t *from = c.landing + before;
@@ -46,7 +47,11 @@ int launch_prep(const struct prep_call *call, void *stream)
     return LAUNCH(prep_kernel, grid, dim3(256), 0, stream, *call);
 }
 
-static __global__ void feed_kernel(int32_t *feedback, int32_t slot, int32_t token) { feedback[slot] = token; }
+static __global__ void feed_kernel(int32_t *feedback, int32_t slot, int32_t token)
+{
+    dependency_wait();
+    feedback[slot] = token;
+}
 
 int launch_feed(int32_t *feedback, int32_t slot, int32_t token, void *stream)
 {

@@ -9,16 +9,35 @@
 #define LAUNCH(kernel, grid, threads, smem, stream, ...)                                            \
     launch_real(kernel, grid, threads, smem, (cudaStream_t)(stream), __VA_ARGS__)
 
-/* More than 48 KiB of shared memory must be asked for; asking again costs a table lookup. */
-template <class K, class... A>
-static cudaError_t launch_real(K kernel, dim3 grid, dim3 threads, size_t smem, cudaStream_t stream, A... args)
+/* More than 48 KiB of shared memory must be asked for; asking again costs a table lookup. The launch's
+ * own status counts: cudaGetLastError would also tell of a question whose answer was "not ready". */
+template <class... P, class... A>
+static cudaError_t launch_real(void (*kernel)(P...), dim3 grid, dim3 threads, size_t smem, cudaStream_t stream, A... args)
 {
     if (smem > 48 << 10) {
         cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
         if (e != cudaSuccess) return e;
     }
-    kernel<<<grid, threads, smem, stream>>>(args...);
-    return cudaGetLastError();
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = threads;
+    config.dynamicSmemBytes = smem, config.stream = stream;
+    config.attrs = &overlap, config.numAttrs = kernels_overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+/* A kernel may begin before the one before it in the stream has ended (kernels_overlap): its blocks
+ * come up, and what no kernel writes may be read. Every thread waits here before it touches anything
+ * else, and none ends without having waited: so the end of a kernel is the end of all before it.
+ * PTX ISA, "griddepcontrol"; nothing before sm_90. */
+static __device__ __forceinline__ void dependency_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 static __device__ __forceinline__ uint32_t shared_address(const void *p)

@@ -5,6 +5,7 @@
 static __global__ void __launch_bounds__(256)
     quantize_kernel(const bf16 *x, int64_t x_stride, int cols, bool aligned, struct quantize_to to)
 {
+    dependency_wait();
     const bf16 *row = x + blockIdx.x * x_stride;
     uint8_t *codes = (uint8_t *)to.data + blockIdx.x * to.stride;
     float largest = 0;
@@ -28,6 +29,7 @@ int launch_quantize(struct tensor x, struct quantize_to quantize, void *stream)
 static __global__ void __launch_bounds__(256)
     to_f16_kernel(__half *to, int64_t to_stride, const bf16 *x, int64_t x_stride, int cols)
 {
+    dependency_wait();
     int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= (int)to_stride) return;
     float v = i < cols ? to_float(x[blockIdx.x * x_stride + i]) : 0;
@@ -44,6 +46,7 @@ int launch_to_f16(void *to, int64_t to_stride, struct tensor x, void *stream)
 template <class T, class R>
 static __global__ void __launch_bounds__(256) rescale_kernel(T *out, int64_t out_stride, int cols, struct raw_product raw)
 {
+    dependency_wait();
     int c = blockIdx.y * blockDim.x + threadIdx.x;
     if (c >= cols) return;
     float v = (float)((const R *)raw.data)[blockIdx.x * raw.stride + c];
@@ -70,6 +73,7 @@ int launch_rescale(struct tensor out, const struct raw_product *raw, void *strea
 template <class T>
 static __global__ void __launch_bounds__(256) add_kernel(T *x, int64_t x_stride, const T *y, int64_t y_stride, int cols)
 {
+    dependency_wait();
     int c = blockIdx.y * blockDim.x + threadIdx.x;
     if (c >= cols) return;
     T *p = x + blockIdx.x * x_stride + c;
@@ -79,6 +83,7 @@ static __global__ void __launch_bounds__(256) add_kernel(T *x, int64_t x_stride,
 template <class T>
 static __global__ void __launch_bounds__(256) scale_kernel(T *x, int64_t x_stride, int cols, float by, float softcap)
 {
+    dependency_wait();
     int c = blockIdx.y * blockDim.x + threadIdx.x;
     if (c >= cols) return;
     T *p = x + blockIdx.x * x_stride + c;

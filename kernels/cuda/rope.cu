@@ -60,6 +60,7 @@ static __device__ void cache_write(const struct kv_layout &kv, const float *head
 /* grid (tokens, heads / 8) */
 static __global__ void __launch_bounds__(ROPE_WARPS *WARP_LANES) qkv_prepare_kernel(struct rope_call c)
 {
+    dependency_wait();
     const struct attention_args &a = c.args;
     int token = blockIdx.x, warp = threadIdx.x / WARP_LANES, lane = threadIdx.x % WARP_LANES, dim = a.head_dim;
     int n_heads = a.n_heads + 2 * a.n_kv_heads, slot = c.batch.cache_slot[token];

@@ -149,6 +149,7 @@ static void rows_sample(struct cuda_backend *b, struct cuda_step *s, struct tens
                                    (const struct sample_edit *)(b->edits + edits_at), n, b->results,
                                    b->feedback, b->options.n_slots_max, b->stream);
     if (!cuda_ok(b, r, "sample")) return;
+    cuda_trace_worked(b, s);
     r = cudaMemcpyAsync(s->results + s->n_results, b->results, (size_t)n * sizeof *b->results,
                         cudaMemcpyDeviceToHost, b->stream);
     cuda_ok(b, r, "the tokens");

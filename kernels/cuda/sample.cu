@@ -329,6 +329,7 @@ static __global__ void __launch_bounds__(THREADS_WIDE)
     sample_kernel(float *logits, int64_t stride, int vocab, const struct sample_task *tasks,
                   const struct sample_edit *edits, struct sample_result *results, int32_t *feedback, int32_t n_slots)
 {
+    dependency_wait();
     struct sample_task t = tasks[blockIdx.x];
     struct sample_result *out = results + blockIdx.x;
     int warp = threadIdx.x / WARP_LANES, n_warps = blockDim.x / WARP_LANES;

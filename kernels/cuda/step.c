@@ -130,6 +130,7 @@ static void step_deliver(struct cuda_backend *b, struct cuda_step *s)
     const struct sample_result *from = s->results;
     if (!s->ticket) return;
     event_wait(b, s);
+    cuda_trace_deliver(b, s);
     for (int i = 0; i < s->n_deliver && !b->failed; from += s->deliver[i++].n)
         memcpy(s->deliver[i].to, from, (size_t)s->deliver[i].n * sizeof *from);
     s->ticket = 0;
@@ -208,7 +209,7 @@ void cuda_tiles_prepare(struct cuda_backend *b, const struct batch *batch, int g
     ASSERT_CMP(group, <=, GROUP_MAX);
     int32_t *tiles = s->staging + s->staging_ints;
     size_t n = tiles_list(b, batch, group, tiles, b->landing_ints - s->staging_ints, &is_long);
-    b->tiles_group = b->group_last = group;
+    b->tiles_group = group;
     b->n_tiles = (int)(n / 2);
     s->staging_ints += n;
     if (n == 0) return;
@@ -229,6 +230,7 @@ void cuda_batch_begin(struct backend *base, const struct batch *batch)
     struct cuda_step *s = cuda_step_now(b);
     b->tiles_group = 0;
     b->n_tiles = 0;
+    b->batch_host = *batch;
     b->quantized.of = NULL;
     if (b->failed) return;
     ASSERT_CMP(batch->n_tokens, <=, b->options.n_tokens_max);
@@ -247,8 +249,8 @@ void cuda_batch_begin(struct backend *base, const struct batch *batch)
     cudaError_t r =
         cudaMemcpyAsync(b->landing, s->staging + first, bytes, cudaMemcpyHostToDevice, b->stream);
     if (!cuda_ok(b, r, "the batch")) return;
+    cuda_trace_begin(b, s, batch);
     cuda_ok(b, (cudaError_t)launch_prep(&call, b->stream), "preparing the step");
-    cuda_tiles_prepare(b, batch, b->group_last); /* before a graph that will need them */
 }
 
 void cuda_feed(struct backend *base, int32_t slot, int32_t token)
@@ -265,6 +267,7 @@ uint64_t cuda_step_end(struct backend *base)
 {
     struct cuda_backend *b = cuda_of(base);
     struct cuda_step *s = cuda_step_now(b);
+    if (s->is_traced && !s->n_deliver) cuda_trace_worked(b, s);
     if (!b->failed) cuda_ok(b, cudaEventRecord(s->done, b->stream), "the end of a step");
     s->begun_us = clock_monotonic_us();
     s->ticket = ++b->ticket_last;

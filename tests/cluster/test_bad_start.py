@@ -71,6 +71,21 @@ def cut_weights():
         assert "model.safetensors" in serve(c.model)
 
 
+def damaged_packed_weights():
+    """Packed weights are served from their file at once; what is wrong with them still ends the start."""
+    with Copy() as c:
+        packed = os.path.join(c.dir, "packed")
+        attempt("quantize", c.model, "--format", "int8", "--out", packed, code=0)
+        path = os.path.join(packed, "model.safetensors")
+        with open(path, "r+b") as f:
+            f.seek(os.path.getsize(path) // 2)
+            byte = f.read(1)
+            f.seek(-1, os.SEEK_CUR)
+            f.write(bytes([byte[0] ^ 0x10]))
+        text = attempt("serve", packed, "--port", str(free_port()), code=1)
+        assert "is damaged: its bytes are not those that were written" in text and "cannot work" in text, text
+
+
 def wrong_shape():
     with Copy() as c:
         c.config(intermediate_size=100)
@@ -132,5 +147,5 @@ def worker_without_coordinator():
 
 
 if __name__ == "__main__":
-    run([no_such_model, missing_weights, cut_weights, wrong_shape, missing_tensor, unknown_architecture,
+    run([no_such_model, missing_weights, cut_weights, damaged_packed_weights, wrong_shape, missing_tensor, unknown_architecture,
          unreadable_tokenizer, broken_config, taken_port, wrong_options, worker_without_coordinator])

@@ -2,7 +2,8 @@
 """Goal: the tests of the CUDA backend notice mistakes. Method: each row of MUTANTS is one mistake
 put into one source file; the file is compiled for the emulation, linked with the rest of the plugin,
 and the named test must fail. A row whose text is gone from the source is an error too. Beside them,
-each barrier of each kernel is left out once, in the plugin that is watched for races.
+each barrier of each kernel is left out once, and each wait for the kernels before comes too late
+once, in the plugin that is watched for races.
 Usage: mutants.py CONFIG [FILE], a JSON file that the build writes. Every twelfth mistake is tried;
 HEDDLE_MUTANTS=all tries every one, which takes half an hour and more."""
 import json
@@ -61,7 +62,7 @@ MUTANTS = [
     ("gemm.cuh", "word >> (i * 4 - 19)", "word >> (i * 4 - 18)", "ops"),
     ("gemm_int4.cu", "gemv_fetch<GROUPS>(ring[i], c, col_first, at + GEMV_AHEAD * WARP_LANES * 32);", "gemv_fetch<GROUPS>(ring[i], c, col_first, at + WARP_LANES * 32);", "ops"),
     ("copy.cu", "pairs.from[blockIdx.x] * block_bytes", "pairs.to[blockIdx.x] * block_bytes", "attention"),
-    ("step.c", "event_wait(b, s);\n    for", "for", "steps"),
+    ("step.c", "    event_wait(b, s);\n    cuda_trace", "    cuda_trace", "steps"),
     ("step.c", "s->begun_us > (int64_t)b->wait_ms_max * 1000", "s->begun_us < 0", "steps"),
     ("sample.c", "if (cuda_sync(base)) return;", "", "sample"),
     ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
@@ -70,7 +71,14 @@ MUTANTS = [
     ("pack.c", "codes[i / 2] & 0x0f) | code << 4", "codes[i / 2] & 0x0f) | code << 3", "ops"),
     ("graph.c", "b->capture_refused = false;", "b->capture_refused = true;", "steps"),
     ("graph.c", "b->capturing = false;\n    b->quantized.of = NULL;", "b->capturing = false;", "ops"),
-    ("graph.c", "    b->quantized.of = NULL;\n    if (!b->failed) cuda_ok(b, cudaGraphLaunch", "    if (!b->failed) cuda_ok(b, cudaGraphLaunch", "ops"),
+    ("graph.c", "    b->quantized.of = NULL;\n    if (!b->failed) cuda_tiles", "    if (!b->failed) cuda_tiles", "ops"),
+    ("graph.c", "    b->quantized.of = NULL; /* what is recorded", "    /* what is recorded", "ops"),
+    ("graph.c", "cuda_tiles_prepare(b, &b->batch_host, g->group);", ";", "attention"),
+    ("overlap.c", "kernels_overlap = r == cudaSuccess && token == 2;", "", "steps"),
+    ("overlap.c", "b->capability >= 90 && ", "", "steps"),
+    ("trace.c", "last->worked, s->begun)", "last->begun, s->begun)", "steps"),
+    ("trace.c", "s->begun, s->worked)", "last->worked, s->worked)", "steps"),
+    ("step.c", "    cuda_trace_begin(b, s, batch);", "", "steps"),
     ("step.c", "if (b->capturing && is_long) {", "if (false) {", "attention"),
     ("gemm_int4.cu", "[at / INT4_GROUP]", "[at / INT4_GROUP / 2]", "ops"),
     ("gemm_int4.cu", "c.scales_16)[group]", "c.scales_16)[0]", "ops"),
@@ -98,16 +106,20 @@ MUTANTS = [
 BARRIER_TESTS = {"attention.cu": "attention", "prefill.cu": "attention", "attention.cuh": "attention", "rope.cu": "attention",
                  "sample.cu": "sample", "moe.cu": "moe"}
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+WAIT = re.compile(r"dependency_wait\(\);")
+WAIT_LATE = "struct late { ~late() { dependency_wait(); } } late_;"
 
 
 def barrier_mutants(source):
-    """A row for each barrier: the file with that one left out."""
+    """A row for each barrier: the file with that one left out. A row for each wait for the kernels before:
+    the file with that one at the end of its kernel."""
     rows = []
     for name in sorted(os.listdir(source)):
         text = open(os.path.join(source, name)).read() if name.endswith((".cu", ".cuh")) else ""
-        for found in BARRIER.finditer(text):
+        places = [(found, ";") for found in BARRIER.finditer(text)]
+        for found, instead in places + [(found, WAIT_LATE) for found in WAIT.finditer(text)]:
             line = text.count("\n", 0, found.start()) + 1
-            without = text[:found.start()] + ";" + text[found.end():]
+            without = text[:found.start()] + instead + text[found.end():]
             rows.append((name, "%s of line %d" % (found.group(), line), without, BARRIER_TESTS.get(name, "ops"), True))
     return rows
 
@@ -180,6 +192,7 @@ def caught(config, mutant):
 def main():
     config = json.load(open(sys.argv[1]))
     only = sys.argv[2] if len(sys.argv) > 2 else ""
+    first = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     missed = 0
     problem = caught(config, ("norm.cu", "", "", "ops"))  # without a mistake the same build must pass
     if not (problem or "").startswith("MISSED"):
@@ -187,12 +200,12 @@ def main():
         return 1
     chosen = MUTANTS + barrier_mutants(config["source"])
     chosen = chosen if only or os.environ.get("HEDDLE_MUTANTS") == "all" else chosen[::12]
-    for mutant in chosen:
-        if only not in mutant[0]:
+    for number, mutant in enumerate(chosen):
+        if only not in mutant[0] or number < first:
             continue
         problem = caught(config, mutant)
         missed += problem is not None
-        print("%-14s %-50.50s %s" % (mutant[0], mutant[1].split("\n")[0], problem or "caught"), flush=True)
+        print("%3d %-14s %-50.50s %s" % (number, mutant[0], mutant[1].split("\n")[0], problem or "caught"), flush=True)
     return 1 if missed else 0
 
 

@@ -326,6 +326,51 @@ static void test_codes_ahead(void **state)
     }
 }
 
+/* Codes that a graph was recorded to make are not made yet; those made before it are void after it;
+ * and a graph makes its own, whatever codes there were when it was recorded. */
+static void test_codes_and_graphs(void **state)
+{
+    enum { N = 3, K = 64, M = 16 };
+    struct backend *b = gear_open();
+    float w[M * K];
+    struct weight *weight;
+    void *graph = NULL;
+    (void)state;
+    for (int i = 0; i < M * K; i++)
+        w[i] = rand_float(1);
+    must(b->ops->weight_create(b, &(struct matrix_view){w, DTYPE_F32, M, K, K, 1}, 1, NULL,
+                               WEIGHT_INT8, &weight));
+    struct both x = both_rand(b, N, K, K, DTYPE_BF16, 2), y = both_rand(b, N, K, K, DTYPE_BF16, 2),
+                up = both_rand(b, N, K, K, DTYPE_BF16, 2), out = both_new(b, N, M, M, DTYPE_BF16);
+    for (int part = 0; part < 3; part++) {
+        if (part == 0) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false); /* codes of y */
+        if (part == 1) b->ops->activate(b, up.t, x.t, ACTIVATION_SILU, false); /* others */
+        must(b->ops->capture_begin(b));
+        if (part == 0) b->ops->matmul(b, out.t, y.t, weight);
+        if (part == 2) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false);
+        if (part >= 1) b->ops->activate(b, up.t, x.t, ACTIVATION_SILU, false);
+        if (part == 1) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false);
+        must(b->ops->capture_end(b, &graph));
+        if (part == 0) b->ops->activate(b, up.t, x.t, ACTIVATION_SILU, false); /* others */
+        if (part == 2) b->ops->activate(b, y.t, x.t, ACTIVATION_GELU_ERF, false);
+        if (part != 1) must(b->ops->replay(b, graph));
+        if (part != 0) b->ops->matmul(b, out.t, y.t, weight);
+        double want[N * M];
+        float *in = both_get(b, &y);
+        for (int i = 0; i < N * M; i++) {
+            want[i] = 0;
+            for (int k = 0; k < K; k++)
+                want[i] += (double)in[i / M * K + k] * (double)w[i % M * K + k];
+        }
+        expect_near(b, &out, want, STEP, 8 * product_slack(WEIGHT_INT8), "matmul beside a graph");
+        b->ops->graph_destroy(b, graph);
+        mem_free(in);
+    }
+    both_free(b, &x), both_free(b, &y), both_free(b, &up), both_free(b, &out);
+    b->ops->weight_destroy(b, weight);
+    gear_close(b);
+}
+
 static void test_weights_refused(void **state)
 {
     struct backend *b = gear_open();
@@ -343,10 +388,15 @@ static void test_weights_refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_norm),          cmocka_unit_test(test_activate),
-        cmocka_unit_test(test_add_and_scale), cmocka_unit_test(test_embed_and_gather),
-        cmocka_unit_test(test_matmul),        cmocka_unit_test(test_matmul_empty),
-        cmocka_unit_test(test_codes_ahead),   cmocka_unit_test(test_weights_refused),
+        cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_activate),
+        cmocka_unit_test(test_add_and_scale),
+        cmocka_unit_test(test_embed_and_gather),
+        cmocka_unit_test(test_matmul),
+        cmocka_unit_test(test_matmul_empty),
+        cmocka_unit_test(test_codes_ahead),
+        cmocka_unit_test(test_codes_and_graphs),
+        cmocka_unit_test(test_weights_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,8 +1,9 @@
 /* Goal: steps overlap safely, results come late but right, and a device that fails or hangs is an
  * error within its deadline.
  * Method: a tiny loop (embed, product, sample) whose next token is the last one plus one, run with
- * several steps in flight through the feedback table, straight and as a replayed graph; then
- * devices that do not exist, fault, hang or run out of memory, played by HEDDLE_FAKE_GPU. */
+ * several steps in flight through the feedback table, straight and as a replayed graph, its
+ * timeline read back; then devices that do not exist, fault, hang or run out of memory, played by
+ * HEDDLE_FAKE_GPU. */
 #include "base/clock.h"
 #include "tests/cuda/gear.h"
 
@@ -124,9 +125,71 @@ static void test_in_flight(void **state)
     run_in_flight(true);
 }
 
+/* The trace has a line for each step, in order; what is busy and what is idle make up the time. */
+static void test_trace(void **state)
+{
+    enum { STEPS = 11 };
+    char path[] = "/tmp/heddle-trace-XXXXXX", line[200];
+    int fd = mkstemp(path), n = 0;
+    struct loop l;
+    struct loop_arrays *a = take(2 * sizeof *a);
+    double all = 0;
+    bool late = false;
+    (void)state;
+    assert_true(fd >= 0);
+    setenv("HEDDLE_CUDA_TRACE", path, 1);
+    loop_open(&l);
+    unsetenv("HEDDLE_CUDA_TRACE");
+    int64_t begun = clock_monotonic_us();
+    for (uint64_t s = 0, last = 0; s <= STEPS; s++) {
+        uint64_t ticket = s < STEPS ? loop_step(&l, &a[s % 2], s ? -1 : 4, s > 3) : 0;
+        if (s) must(l.b->ops->ticket_wait(l.b, last));
+        last = ticket;
+        if (s == 6) clock_sleep_us(30000); /* the step that follows is begun late */
+    }
+    double took = (double)(clock_monotonic_us() - begun);
+    loop_close(&l);
+    FILE *f = fdopen(fd, "r");
+    while (fgets(line, sizeof line, f)) {
+        int device, tokens, seqs;
+        unsigned long long ticket;
+        double busy, idle;
+        assert_int_equal(
+            sscanf(line, "%d,%llu,%d,%d,%lf,%lf", &device, &ticket, &tokens, &seqs, &busy, &idle),
+            6);
+        assert_int_equal(ticket, ++n);
+        assert_true(device == 0 && tokens == SLOTS && seqs == SLOTS);
+        assert_true(busy > 0 && (n == 1 ? idle < 0 : idle >= 0));
+        late |= (n == 7 || n == 8) && idle > 10000; /* the stand-in's streams run late, too */
+        all += busy + (idle > 0 ? idle : 0);
+    }
+    assert_int_equal(n, STEPS);
+    assert_true(late);
+    assert_true(all < took && all > took / 2);
+    fclose(f);
+    remove(path);
+    mem_free(a);
+}
+
 static void play(const char *device)
 {
     device ? setenv("HEDDLE_FAKE_GPU", device, 1) : unsetenv("HEDDLE_FAKE_GPU");
+}
+
+/* A driver that refuses kernels which overlap costs speed and nothing else; so does not wanting it.
+ */
+static void test_without_overlap(void **state)
+{
+    (void)state;
+    play("overlap=0");
+    run_in_flight(true);
+    play("sm=80");
+    run_in_flight(true);
+    play("overlap=0");
+    setenv("HEDDLE_CUDA_OVERLAP", "0", 1);
+    run_in_flight(true);
+    unsetenv("HEDDLE_CUDA_OVERLAP");
+    play(NULL);
 }
 
 static void test_declines(void **state)
@@ -192,7 +255,8 @@ static void test_hang(void **state)
     struct loop_arrays *a = take(sizeof *a);
     (void)state;
     setenv("HEDDLE_CUDA_WAIT_MS", "1000", 1);
-    __lsan_disable(); /* what a hung device still holds is given back by the end of the process alone */
+    __lsan_disable(); /* what a hung device still holds is given back by the end of the process
+                         alone */
     loop_open(&l);
     play("hang=1");
     int64_t start = clock_monotonic_us();
@@ -254,13 +318,19 @@ static void test_host_memory_fails(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest native[] = {cmocka_unit_test(test_in_flight)};
+    const struct CMUnitTest native[] = {cmocka_unit_test(test_in_flight),
+                                        cmocka_unit_test(test_trace)};
     if (getenv("HEDDLE_GPU_NATIVE"))
         return cmocka_run_group_tests(native, NULL, NULL); /* a real one cannot be told to fail */
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_in_flight),     cmocka_unit_test(test_declines),
-        cmocka_unit_test(test_hang),          cmocka_unit_test(test_faults),
-        cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_host_memory_fails),
+        cmocka_unit_test(test_in_flight),
+        cmocka_unit_test(test_trace),
+        cmocka_unit_test(test_without_overlap),
+        cmocka_unit_test(test_declines),
+        cmocka_unit_test(test_hang),
+        cmocka_unit_test(test_faults),
+        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_host_memory_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -255,27 +255,77 @@ static struct tensor final_norm(struct decoder *d, int first, int n)
     return x;
 }
 
+/* What the output projection multiplies: normed rows, as wide as the embedding. */
+static struct tensor head_input(struct decoder *d, int first, int n)
+{
+    struct model *m = d->model;
+    struct tensor in = final_norm(d, first, n);
+    ASSERT_CMP(n, <=, d->logits_rows_max);
+    if (!m->project_out) return in;
+    struct tensor narrow = view(d, d->embedded, n, m->config.embed_dim);
+    m->backend->ops->matmul(m->backend, narrow, in, m->project_out);
+    return narrow;
+}
+
+static enum err ranks_gather(struct decoder *d, struct tensor out, struct tensor part,
+                             const int32_t *column_start)
+{
+    int64_t begin = clock_monotonic_ns();
+    TRY(d->collective->ops->all_gather(d->collective, out, part, column_start));
+    d->collective_ns += clock_monotonic_ns() - begin;
+    return OK;
+}
+
 enum err decoder_logits(struct decoder *d, int first, int n, struct tensor *out_logits)
 {
     struct model *m = d->model;
-    struct backend *b = m->backend;
     int64_t vocab = m->config.vocab_size;
-    struct tensor in = final_norm(d, first, n);
+    struct tensor in = head_input(d, first, n);
     struct tensor logits = {d->logits, DTYPE_F32, n, vocab, vocab}, part = logits;
-    ASSERT_CMP(n, <=, d->logits_rows_max);
-    if (m->project_out) {
-        struct tensor narrow = view(d, d->embedded, n, m->config.embed_dim);
-        b->ops->matmul(b, narrow, in, m->project_out);
-        in = narrow;
-    }
     part.data = d->logits + m->vocab.begin;
     part.cols = shard_count(m->vocab);
-    b->ops->matmul(b, part, in, m->lm_head);
-    if (m->group.size > 1) {
-        int64_t begin = clock_monotonic_ns();
-        TRY(d->collective->ops->all_gather(d->collective, logits, part, m->vocab_start));
-        d->collective_ns += clock_monotonic_ns() - begin;
-    }
+    m->backend->ops->matmul(m->backend, part, in, m->lm_head);
+    if (m->group.size > 1) TRY(ranks_gather(d, logits, part, m->vocab_start));
     *out_logits = logits;
+    return OK;
+}
+
+bool decoder_has_argmax(const struct decoder *d)
+{
+    const struct model *m = d->model;
+    /* of ranks, each row's pairs lie where its logits would: see decoder_argmax */
+    return m->backend->ops->matmul_argmax && m->config.vocab_size >= 3 + 2 * m->group.size;
+}
+
+/* Every rank's best of each row, [rows][ranks][2] of value and token, which a float holds exactly.
+ * Ranks hold the vocabulary in order, so an equal value of a later one does not win. */
+static void best_of_ranks(const float *all, int n_ranks, int n, int32_t *out_tokens)
+{
+    for (int i = 0; i < n; i++, all += 2 * n_ranks) {
+        const float *best = all;
+        for (int r = 1; r < n_ranks; r++)
+            if (all[2 * r] > best[0]) best = all + 2 * r;
+        out_tokens[i] = (int32_t)best[1];
+    }
+}
+
+enum err decoder_argmax(struct decoder *d, int first, int n, int32_t *out_tokens)
+{
+    struct model *m = d->model;
+    int32_t start[COLLECTIVE_RANKS_MAX + 1];
+    int size = m->group.size;
+    struct tensor in = head_input(d, first, n);
+    float *value = d->logits, *mine = value + n, *all = mine + 2 * n; /* far less than the logits */
+    m->backend->ops->matmul_argmax(m->backend, in, m->lm_head, out_tokens, value);
+    if (size == 1) return OK;
+    for (int i = 0; i < n; i++) {
+        mine[2 * i] = value[i];
+        mine[2 * i + 1] = (float)(out_tokens[i] + m->vocab.begin);
+    }
+    for (int r = 0; r <= size; r++)
+        start[r] = 2 * r;
+    TRY(ranks_gather(d, (struct tensor){all, DTYPE_F32, n, 2 * size, 2 * size},
+                     (struct tensor){mine, DTYPE_F32, n, 2, 2}, start));
+    best_of_ranks(all, size, n, out_tokens);
     return OK;
 }

@@ -36,3 +36,7 @@ enum err decoder_forward(struct decoder *d, const struct batch *batch);
 /* Logits [n][vocab] F32 of rows first .. first + n of batch->rows_out; n <= logits_rows_max. Each
  * row once. out_logits lies in memory of the decoder, valid until the next call. */
 enum err decoder_logits(struct decoder *d, int first, int n, struct tensor *out_logits);
+/* The token of the largest logit of each of those rows, ties to the lowest, as greedy sampling
+ * takes it; the logits themselves are never written. Only where decoder_has_argmax. */
+bool decoder_has_argmax(const struct decoder *d);
+enum err decoder_argmax(struct decoder *d, int first, int n, int32_t *out_tokens);

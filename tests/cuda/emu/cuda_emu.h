@@ -4,6 +4,8 @@
  * by the last lane that arrives. Made to find mistakes, not to be fast:
  *   - shared memory is filled with NaNs before every block, and a guard behind it is checked;
  *   - cp.async and bulk copies land only when they are waited for;
+ *   - a thread that ends without having waited for the kernels before its own stops the program, and
+ *     where races are watched, so does one that touches what kernels write before it has waited;
  *   - a barrier that not all threads reach, or that they reach at two lines, a wrong mask, a lane
  *     that reads from outside the mask: the program stops and says which threads wait where;
  *   - AddressSanitizer sees every access to global memory, ThreadSanitizer the races of a block.
@@ -79,6 +81,7 @@ struct fiber {
     int linear;
     bool done;
     const char *where;
+    bool waited; /* for the kernels before this one */
     pending op;
     std::vector<copy> open;
     std::vector<std::vector<copy>> groups;
@@ -102,6 +105,7 @@ extern __thread fiber *current;
 extern __thread uint3 block_index, block_dim, grid_dim;
 
 void sync_threads(const char *where);
+void dependency_wait();
 uint64_t collective(uint32_t mask, operation kind, uint64_t in, int source, const void *p, void *q,
                     const char *where);
 void copy_start(void *to, const void *from, int bytes, int from_bytes);
@@ -115,7 +119,7 @@ void bulk_start(void *to, const void *from, int bytes, mbarrier *b);
 void run_grid(dim3 grid, dim3 threads, size_t smem_bytes, const std::function<void()> &entry);
 /* Queues a grid on a stream of the stand-in runtime. */
 void enqueue(cudaStream_t stream, std::function<void()> work);
-cudaError_t check_launch(dim3 grid, dim3 threads, size_t smem_bytes);
+cudaError_t check_launch(dim3 grid, dim3 threads, size_t smem_bytes, bool overlap);
 
 template <class T> T shuffle(uint32_t mask, T v, int source, const char *where)
 {
@@ -129,9 +133,9 @@ template <class T> T shuffle(uint32_t mask, T v, int source, const char *where)
 }
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t smem, cudaStream_t stream, A... args)
+cudaError_t launch(bool overlap, void (*kernel)(P...), dim3 grid, dim3 threads, size_t smem, cudaStream_t stream, A... args)
 {
-    cudaError_t e = check_launch(grid, threads, smem);
+    cudaError_t e = check_launch(grid, threads, smem, overlap);
     if (e != cudaSuccess) return e;
     std::tuple<P...> bound(static_cast<P>(args)...); /* arguments are read at the launch, as on a GPU */
     enqueue(stream, [=] { run_grid(grid, threads, smem, [&] { std::apply(kernel, bound); }); });
@@ -167,7 +171,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t smem, c
 #define __any_sync(m, p) (__ballot_sync(m, p) != 0)
 
 #define LAUNCH(kernel, grid, threads, smem, stream, ...)                                            \
-    emu::launch(kernel, grid, threads, smem, (cudaStream_t)(stream), __VA_ARGS__)
+    emu::launch(kernels_overlap, kernel, grid, threads, smem, (cudaStream_t)(stream), __VA_ARGS__)
 
 /* --- scalar types and functions ------------------------------------------------------------ */
 struct __nv_bfloat16 {
@@ -258,4 +262,5 @@ static inline void mbar_expect(mbar *b, int bytes) { emu::barrier_arrive(b, byte
 #define mbar_wait(b, parity) emu::barrier_wait(b, parity, EMU_HERE)
 static inline void bulk_copy(void *to, const void *from, int bytes, mbar *b) { emu::bulk_start(to, from, bytes, b); }
 static inline void fence_async() {}
+static inline void dependency_wait() { emu::dependency_wait(); }
 #define HAVE_BULK_COPY 1

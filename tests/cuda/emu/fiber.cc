@@ -109,6 +109,8 @@ static void release_barrier()
         if (!now->fibers[i].done) now->runnable[i / WARP] |= 1u << (i % WARP);
 }
 
+void dependency_wait() { current->waited = true; }
+
 void sync_threads(const char *where)
 {
     TSAN(__tsan_release(&now->n_at_barrier);)
@@ -313,6 +315,7 @@ static void finish()
 {
     fiber *me = current;
     if (!me->open.empty() || !me->groups.empty()) die("a thread ended with copies in flight");
+    if (!me->waited) die("a thread ended without waiting for the kernels before its own");
     TSAN(__tsan_release(&now->n_threads);)
     me->done = true;
     now->n_live--;
@@ -332,7 +335,7 @@ static void trampoline()
 static void fiber_prepare(fiber *f, char *stack)
 {
     f->where = "its start";
-    f->done = false;
+    f->done = f->waited = false;
     f->op.kind = OP_NONE;
     f->open.clear();
     f->groups.clear();

@@ -6,7 +6,8 @@
  * rules are those of the machine: two accesses of a launch are ordered when they are of one thread,
  * when all threads of the block met in between, or all lanes of the warp did; accesses of two blocks
  * never are. Unordered and one of them a plain write: a race. A copy in flight counts as a write
- * from its start. One cell for two bytes holds the last write and the last read; readers of
+ * from its start. Before a thread has waited for the kernels before its own it may write nothing but
+ * shared memory, and read nothing that any kernel has written. One cell for two bytes holds the last write and the last read; readers of
  * several lanes or warps are remembered as such, so nothing is forgotten but one of two bytes that
  * different threads write. What it does not know: orders made by atomics or fences alone. */
 #include "race.h"
@@ -118,11 +119,21 @@ static uint16_t readers(const stamp &before, int thread)
     return before.warp_epoch == warp_epochs[thread / WARP] ? MANY_LANES | (uint16_t)thread : (uint16_t)thread;
 }
 
+[[noreturn]] static void report_early(const stamp &before, uintptr_t p, race_access kind, const void *pc)
+{
+    fprintf(stderr, "cuda emulation: race on global memory %#zx: thread %d of block (%u,%u,%u) %s at %s\n", p,
+            current->linear, block_index.x, block_index.y, block_index.z, kind == RACE_READ ? "reads" : "writes",
+            place(pc).c_str());
+    fprintf(stderr, "  before it has waited for the kernels before its own; last written at %s\n", place(before.pc).c_str());
+    abort();
+}
+
 static void touch_pair(uintptr_t p, uint8_t bytes, race_access kind, const void *pc)
 {
     int thread = current->linear;
     cell *c = cells_of(p);
-    bool atomic = kind == RACE_ATOMIC;
+    bool atomic = kind == RACE_ATOMIC, shared = p >= shared_first && p < shared_end;
+    if (!current->waited && !shared && (kind != RACE_READ || c->write.grid)) report_early(c->write, p, kind, pc);
     stamp now{grid, block_serial, block_epoch, warp_epochs[thread / WARP], (uint16_t)thread, bytes, atomic, pc};
     if (c->write.bytes & bytes && !(atomic && c->write.atomic) && !ordered(c->write, thread))
         report(c->write, true, p, kind, pc);
@@ -148,6 +159,16 @@ void race_touch(const void *at, size_t bytes, race_access kind, const void *pc)
         uint8_t mask = (uint8_t)(((1u << (next - p)) - 1) << (p & 1));
         touch_pair(p & ~(uintptr_t)1, mask, kind, pc);
         p = next;
+    }
+}
+
+void race_forget(const void *at, size_t bytes)
+{
+    uintptr_t p = (uintptr_t)at, end = p + bytes;
+    for (; race_watching && p < end; p += 2) {
+        auto it = pages.find(p / PAGE);
+        if (it == pages.end() || it->second.empty()) p = (p / PAGE + 1) * PAGE - 2;
+        else it->second[p % PAGE / 2] = {};
     }
 }
 

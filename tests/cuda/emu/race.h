@@ -17,5 +17,7 @@ enum race_access { RACE_READ, RACE_WRITE, RACE_ATOMIC };
 void race_touch(const void *p, size_t bytes, race_access kind, const void *pc);
 /* The bytes of a copy that landed now belong to whoever waited for it. */
 void race_landed(const void *p, size_t bytes);
+/* Memory is given back: what comes to lie there has been written by no kernel. */
+void race_forget(const void *p, size_t bytes);
 extern bool race_watching; /* the plugin was built with instrumentation */
 } // namespace emu

@@ -4,7 +4,7 @@
  * cudaEventQuery asks. So the host code that reads results too early, refills pinned memory too soon
  * or passes a pointer of the wrong side fails here as it would on a GPU. Recording a graph keeps the
  * list instead. HEDDLE_FAKE_GPU sets what device is played: "sm=75", "driver=0", "devices=0",
- * "memory_mb=64", "fail_now=N" (the N-th piece of work from now faults), "hang=1" (nothing ends any
+ * "memory_mb=64", "overlap=0" (kernels launched to overlap are refused), "fail_now=N" (the N-th piece of work from now faults), "hang=1" (nothing ends any
  * more), "reset=1" (as after a new start of the process).
  *
  * HEDDLE_FAKE_GPU_LOG names a file to which it appends what the host asked for: "record N" (the N-th
@@ -12,9 +12,11 @@
  * blocks). HEDDLE_FAKE_GPU_ONCE names a file that a test makes: the first device to see it removes it
  * and, by its first word, has a "fault" or a "hang" from then on. */
 #include "cuda_emu.h"
+#include "race.h"
 
 #include <unistd.h>
 
+#include <chrono>
 #include <deque>
 #include <map>
 #include <memory>
@@ -27,7 +29,8 @@ struct CUstream_st {
 };
 struct CUevent_st {
     CUstream_st *stream = nullptr;
-    bool recorded = false, reached = true, told = true;
+    bool recorded = false, reached = true, told = true, timed = false;
+    std::chrono::steady_clock::time_point when;
     uint64_t generation = 0, number = 0;
 };
 struct CUgraph_st {
@@ -131,9 +134,10 @@ void enqueue(cudaStream_t stream, std::function<void()> work)
     guard hold(lock);
     queue(stream, std::move(work));
 }
-cudaError_t check_launch(dim3 grid, dim3 threads, size_t smem_bytes)
+cudaError_t check_launch(dim3 grid, dim3 threads, size_t smem_bytes, bool overlap)
 {
     guard hold(lock);
+    if (overlap && (emu_setting("sm", 90) < 90 || !emu_setting("overlap", 1))) return cudaErrorNotSupported;
     unsigned n = threads.x * threads.y * threads.z;
     size_t limit = emu_setting("sm", 90) >= 90 ? 227 << 10 : emu_setting("sm", 90) == 80 ? 163 << 10 : 99 << 10;
     if (!n || n > THREADS_MAX || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535)
@@ -152,6 +156,7 @@ const char *cudaGetErrorString(cudaError_t e)
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
     case cudaErrorNotReady: return "device not ready";
+    case cudaErrorNotSupported: return "operation not supported";
     case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
     default: return "invalid argument";
     }
@@ -210,6 +215,7 @@ cudaError_t cudaFree(void *mem)
     if (!mem) return cudaSuccess;
     auto it = device_memory.find((uintptr_t)mem);
     if (it == device_memory.end()) return cudaErrorInvalidValue;
+    emu::race_forget(mem, it->second);
     device_bytes -= it->second;
     device_memory.erase(it);
     free(mem);
@@ -259,9 +265,10 @@ cudaError_t cudaStreamQuery(cudaStream_t s)
     bool ran = step(s);
     return sticky != cudaSuccess ? sticky : ran || !s->work.empty() ? cudaErrorNotReady : cudaSuccess;
 }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned)
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags)
 {
     *out = new CUevent_st;
+    (*out)->timed = !(flags & cudaEventDisableTiming);
     return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t e)
@@ -282,7 +289,10 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
     e->number = ++n_records;
     e->told = false;
     note("record", e->number);
-    return queue(s, [=] { e->reached = e->generation == generation; });
+    return queue(s, [=] {
+        e->reached = e->generation == generation;
+        e->when = std::chrono::steady_clock::now();
+    });
 }
 cudaError_t cudaEventQuery(cudaEvent_t e)
 {
@@ -300,9 +310,12 @@ cudaError_t cudaEventSynchronize(cudaEvent_t e)
     while (!e->reached && step(e->stream)) {}
     return sticky;
 }
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t)
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
 {
-    *ms = 1.0f; /* no time passes on this device: equal candidates keep their order */
+    guard hold(lock);
+    if (!from->timed || !to->timed || !from->recorded || !to->recorded) return cudaErrorInvalidValue;
+    if (!from->reached || !to->reached) return cudaErrorNotReady;
+    *ms = std::chrono::duration<float, std::milli>(to->when - from->when).count();
     return sticky;
 }
 

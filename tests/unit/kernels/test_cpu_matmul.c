@@ -292,6 +292,46 @@ static void threads_and_slices(void **state)
     mem_free(weights), mem_free(x), mem_free(one), mem_free(many);
 }
 
+/* A weight adopted from foreign bytes gives the bits of the one they came from, also when it has
+ * settled and those bytes are no more. */
+static void adopted_weights_settle(void **state)
+{
+    enum { M = 13, N = 75, K = 260 };
+    struct rand r = rand_seeded(21);
+    float *weights = test_floats(&r, N * K, 0.3f), *x = test_floats(&r, M * K, 1),
+          *bias = test_floats(&r, N, 1), *want = test_floats(NULL, M * N, 0),
+          *got = test_floats(NULL, M * N, 0);
+    struct matrix_view view = test_view(weights, N, K);
+    struct backend *b = test_open_with(NULL, 2, 16);
+    (void)state;
+    for (int f = 3; f < 5; f++) {
+        struct weight *from, *to;
+        struct packed_weight p;
+        struct hash128 digest;
+        void *bytes;
+        CHECK(b->ops->weight_create(b, &view, 1, bias, formats[f].format, &from));
+        b->ops->matmul(b, test_tensor(want, M, N), test_tensor(x, M, K), from);
+        b->ops->weight_export(from, &p);
+        CHECK(mem_alloc_aligned(64, p.panels_bytes, &bytes));
+        memcpy(bytes, p.panels, p.panels_bytes);
+        p.panels = bytes;
+        CHECK(b->ops->weight_adopt(b, &p, &to));
+        b->ops->matmul(b, test_tensor(got, M, N), test_tensor(x, M, K), to);
+        test_same_bits("adopted", got, want, M * N);
+        CHECK(b->ops->weight_settle(b, to, &digest));
+        assert_true(hash_equal(digest, b->ops->packed_digest(&p)));
+        memset(bytes, 0x55, p.panels_bytes);
+        memset(got, 0, M * N * sizeof *got);
+        b->ops->matmul(b, test_tensor(got, M, N), test_tensor(x, M, K), to);
+        test_same_bits("settled", got, want, M * N);
+        b->ops->weight_destroy(b, from);
+        b->ops->weight_destroy(b, to);
+        mem_free(bytes);
+    }
+    b->ops->close(b);
+    mem_free(weights), mem_free(x), mem_free(bias), mem_free(want), mem_free(got);
+}
+
 static void refusals(void **state)
 {
     struct backend *b = test_open("reference");
@@ -423,7 +463,7 @@ int main(void)
         cmocka_unit_test(isas_agree_on_integers), cmocka_unit_test(extremes),
         cmocka_unit_test(parts_are_stacked),      cmocka_unit_test(gated_equals_two_steps),
         cmocka_unit_test(threads_and_slices),     cmocka_unit_test(refusals),
-        cmocka_unit_test(allocations_fail),
+        cmocka_unit_test(adopted_weights_settle), cmocka_unit_test(allocations_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

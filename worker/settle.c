@@ -1,0 +1,127 @@
+/* One thread through a list of weights; its verdict is a state that is set once. */
+#include "worker/settle.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/mem.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { WEIGHTS_START = 256, NICE_MORE = 10 };
+
+struct moving {
+    struct weight *weight;
+    struct packed_parts parts;
+    struct hash128 want;
+};
+
+struct settle {
+    struct backend *backend;
+    const struct safetensors *file;
+    struct moving *list; /* [n_max] */
+    size_t n, n_max;
+    pthread_t thread;
+    bool started, joined;
+    _Atomic bool stopping;
+    _Atomic int verdict; /* enum err; why is written before it */
+    char why[512];
+};
+
+enum err settle_create(struct backend *b, const struct safetensors *file, struct settle **out)
+{
+    struct settle *s;
+    TRY(MEM_NEW(&s));
+    s->backend = b;
+    s->file = file;
+    *out = s;
+    return OK;
+}
+
+enum err settle_add(struct settle *s, struct weight *w, const struct packed_parts *parts,
+                    struct hash128 want)
+{
+    ASSERT(!s->started);
+    if (s->n == s->n_max) {
+        size_t n_max = s->n_max ? 2 * s->n_max : WEIGHTS_START, bytes;
+        if (!size_mul(n_max, sizeof *s->list, &bytes)) FAIL(ERR_NO_MEMORY, "%zu weights", n_max);
+        TRY(mem_resize((void **)&s->list, bytes));
+        s->n_max = n_max;
+    }
+    s->list[s->n++] = (struct moving){w, *parts, want};
+    return OK;
+}
+
+static enum err settle_all(struct settle *s)
+{
+    int64_t begin = clock_monotonic_us();
+    for (size_t i = 0; i < s->n && !atomic_load(&s->stopping); i++) {
+        struct moving *m = &s->list[i];
+        struct hash128 have;
+        TRY(s->backend->ops->weight_settle(s->backend, m->weight, &have));
+        TRY(packed_verify(s->file, &m->parts, m->want, have));
+    }
+    log_debug("%zu packed weights verified and in memory of their own after %.2f s", s->n,
+              (double)(clock_monotonic_us() - begin) / 1e6);
+    return OK;
+}
+
+/* Requests go first: on Linux a nice value is a thread's own. */
+static void step_back(void)
+{
+    id_t thread = (id_t)syscall(SYS_gettid);
+    errno = 0;
+    int now = getpriority(PRIO_PROCESS, thread);
+    if (!errno) (void)setpriority(PRIO_PROCESS, thread, now + NICE_MORE);
+}
+
+static void *settle_main(void *arg)
+{
+    struct settle *s = arg;
+    step_back();
+    enum err e = settle_all(s);
+    if (!e) return NULL;
+    snprintf(s->why, sizeof s->why, "%s", err_detail());
+    atomic_store(&s->verdict, (int)e);
+    return NULL;
+}
+
+enum err settle_start(struct settle *s)
+{
+    int code = pthread_create(&s->thread, NULL, settle_main, s);
+    if (code) FAIL(ERR_NO_MEMORY, "a thread for the weights: %s", strerror(code));
+    s->started = true;
+    return OK;
+}
+
+enum err settle_check(struct settle *s)
+{
+    enum err e = s ? (enum err)atomic_load(&s->verdict) : OK;
+    return e ? err_set(e, "%s", s->why) : OK;
+}
+
+enum err settle_wait(struct settle *s)
+{
+    if (s && s->started && !s->joined) pthread_join(s->thread, NULL), s->joined = true;
+    return settle_check(s);
+}
+
+void settle_stop(struct settle *s)
+{
+    if (!s) return;
+    atomic_store(&s->stopping, true);
+    (void)settle_wait(s);
+}
+
+void settle_destroy(struct settle *s)
+{
+    if (!s) return;
+    settle_stop(s);
+    mem_free(s->list);
+    mem_free(s);
+}
