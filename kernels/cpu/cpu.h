@@ -69,7 +69,8 @@ extern const struct format_info format_infos[FORMATS];
 struct activations {
     enum weight_format format;
     int n_rows, rows_max, n_row_panels;
-    bool row_major; /* AMX: words [n_rows][n_steps] instead */
+    int panel_rows, n_taller; /* rows of a row panel; the first n_taller have one more */
+    bool row_major;           /* AMX: words [n_rows][n_steps] instead */
     int64_t n_inputs, n_steps, n_groups;
     int64_t group_steps;  /* that share a correction */
     int32_t offset;       /* what the correction is made of */

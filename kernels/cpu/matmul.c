@@ -16,6 +16,7 @@ enum {
     BLOCK_STEPS = 512, /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
     CHUNK_PANELS = 2,
     PREFETCH_ROWS = 5,         /* with fewer rows the hardware fetches better alone */
+    PREFETCH_ROWS_INT4 = 2,    /* the same for INT4, whose steps take longer for their bytes */
     PREFETCH_AHEAD = 8192,     /* bytes */
     WORDS_BYTES_MIN = 2 << 20, /* a huge page */
     PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
@@ -41,10 +42,10 @@ struct largest {
     int32_t index;
 };
 
+/* Row panels are equal but for one row that the first n_taller have more. */
 static int row_panel_first(const struct activations *a, int i)
 {
-    int n = a->n_row_panels, more = a->n_rows % n;
-    return i * (a->n_rows / n) + (i < more ? i : more);
+    return i * a->panel_rows + (i < a->n_taller ? i : a->n_taller);
 }
 
 enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
@@ -96,6 +97,8 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->rows_max = cpu->matmul.rows_max[w->format];
     a->row_major = cpu->matmul.row_major[w->format];
     a->n_row_panels = (n_rows + a->rows_max - 1) / a->rows_max;
+    a->panel_rows = n_rows / a->n_row_panels;
+    a->n_taller = n_rows % a->n_row_panels;
     a->n_inputs = w->n_in;
     a->n_steps = w->n_steps;
     a->group_steps = w->group_steps ? w->group_steps : w->n_steps;
@@ -112,22 +115,21 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
                  &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
 }
 
-/* Which weights are fetched into L2 meanwhile. One row panel streams through the weights once: with
- * few rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
+/* Which weights are fetched meanwhile. One row panel streams through the weights once: with few
+ * rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
  * fixed distance ahead helps. Of several row panels the first two fetch one half each of the block
- * that comes next. INT4 has half the bytes to the same arithmetic: one row panel needs no help. */
+ * that comes next, whose bytes `block` counts. */
 static void prefetch_plan(const struct format_info *f, int n_row_panels, int i, int rows,
-                          struct panel_call *call)
+                          int64_t block, struct panel_call *call)
 {
     call->prefetch = call->weights;
     call->prefetch_bytes = call->prefetch_second = 0;
-    if (n_row_panels == 1 && rows >= PREFETCH_ROWS) {
+    if (n_row_panels == 1 && rows >= (f->header_bytes ? PREFETCH_ROWS_INT4 : PREFETCH_ROWS)) {
         call->prefetch = call->weights + PREFETCH_AHEAD;
         call->prefetch_bytes = f->header_bytes ? 2 * f->step_bytes : f->step_bytes;
         call->prefetch_second = call->prefetch_bytes / 2;
     } else if (n_row_panels > 1 && i < 2) {
-        int64_t block = call->n_steps * f->step_bytes;
-        call->prefetch = call->weights + block + i * block / 2;
+        call->prefetch = call->weights + block + i * block / 2 / 64 * 64;
         call->prefetch_bytes = 64; /* a call of the kernel looks at 128 bytes between fetches */
     }
 }
@@ -163,39 +165,37 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
     const struct weight *w = m->w;
     const struct activations *a = &m->a;
     const struct format_info *f = &format_infos[w->format];
-    int row0 = row_panel_first(a, i0);
-    int n_row_panels = i1 - i0;
+    int row0 = row_panel_first(a, i0), n_row_panels = i1 - i0;
     int64_t block = block_steps(a, n_row_panels);
-    for (int64_t s = 0; s < a->n_steps; s += block) {
-        int64_t n = a->n_steps - s < block ? a->n_steps - s : block;
-        int64_t group = s / a->group_steps; /* 0 where one group is all */
-        size_t header = (size_t)(group * f->header_bytes);
-        const uint8_t *weights =
-            w->panels + (size_t)panel * w->panel_bytes + (size_t)(s * f->step_bytes) + header;
-        for (int i = i0; i < i1; i++) {
-            int first = row_panel_first(a, i), rows = row_panel_first(a, i + 1) - first;
-            struct panel_call call = {
-                .weights = weights,
-                .words = a->words + first * a->n_steps + (a->row_major ? s : s * rows),
-                .words_stride = a->n_steps,
-                .n_steps = n,
-                .scratch = parked + (first - row0) * PANEL_OUTPUTS,
-                .first = s == 0,
-                .last = s + n == a->n_steps,
-                .correction = a->correction + first * a->n_groups + group,
-                .correction_stride = a->n_groups,
-                .row_scale = f->inputs_per_step == 4 ? a->row_scale + first : NULL,
-                .column_scale = w->scale ? w->scale + panel * PANEL_OUTPUTS : NULL,
-                .bias = w->bias ? w->bias + panel * PANEL_OUTPUTS : NULL,
-                .group_steps = a->group_steps,
-                .zeros = w->zeros ? w->zeros + (panel * a->n_groups + group) * PANEL_OUTPUTS : NULL,
-                .out = out + (first - row0) * out_stride,
-                .out_stride = out_stride,
-            };
-            prefetch_plan(f, n_row_panels, i - i0, rows, &call);
+    struct panel_call call = {
+        .weights = w->panels + (size_t)panel * w->panel_bytes,
+        .words_stride = a->n_steps,
+        .first = true,
+        .correction_stride = a->n_groups,
+        .group_steps = a->group_steps,
+        .column_scale = w->scale ? w->scale + panel * PANEL_OUTPUTS : NULL,
+        .bias = w->bias ? w->bias + panel * PANEL_OUTPUTS : NULL,
+        .out_stride = out_stride,
+    };
+    for (int64_t s = 0; s < a->n_steps; s += block, call.first = false) {
+        int64_t group = s / a->group_steps, bytes; /* group: 0 where one is all */
+        call.n_steps = a->n_steps - s < block ? a->n_steps - s : block;
+        call.last = s + call.n_steps == a->n_steps;
+        bytes = call.n_steps * f->step_bytes + call.n_steps / a->group_steps * f->header_bytes;
+        if (w->zeros) call.zeros = w->zeros + (panel * a->n_groups + group) * PANEL_OUTPUTS;
+        for (int i = i0, first = row0; i < i1; i++) {
+            int rows = a->panel_rows + (i < a->n_taller);
+            call.words = a->words + first * a->n_steps + (a->row_major ? s : s * rows);
+            call.scratch = parked + (first - row0) * PANEL_OUTPUTS;
+            call.correction = a->correction + first * a->n_groups + group;
+            call.row_scale = f->inputs_per_step == 4 ? a->row_scale + first : NULL;
+            call.out = out + (first - row0) * out_stride;
+            prefetch_plan(f, n_row_panels, i - i0, rows, bytes, &call);
             if (call.last && to >= 0) destination_fetch(m, first, rows, to);
             m->kernel(&call, rows);
+            first += rows;
         }
+        call.weights += bytes;
     }
 }
 
