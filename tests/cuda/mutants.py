@@ -28,6 +28,16 @@ MUTANTS = [
     ("rope.cu", "head[second] = y * c + x * s;", "head[second] = y * c - x * s;", "attention"),
     ("rope.cu", "row = slot % kv.block_size", "row = slot % 16", "attention"),
     ("rope.cu", "swizzled(dim, row, i / 8)", "swizzled(dim, 0, i / 8)", "attention"),
+    ("rope.cu", "<< (j * 8)", "<< (j * 8 % 24)", "attention"),
+    ("rope.cu", "*(float4 *)(head + i + 4) = {v[4],", "*(float4 *)(head + i + 4) = {v[0],", "attention"),
+    ("embed.cu", "if (known) load8", "load8", "ops"),
+    ("embed.cu", "v[j] += add[j];", "v[j] = add[j];", "ops"),
+    ("embed.cu", "aligned ? words / 8 * 8 : 0;", "aligned ? (words + 7) / 8 * 8 : 0;", "ops"),
+    ("embed.cu", "aligned ? words / 8 * 8 : 0;", "words / 8 * 8;", "ops"),
+    ("embed.cu", "rows_aligned(x) && x.cols % 8 == 0", "x.cols % 8 == 0", "ops"),
+    ("embed.cu", "rows_aligned(x) && x.cols % 8 == 0", "rows_aligned(x)", "ops"),
+    ("embed.cu", "rows_aligned(out) && rows_aligned(x);", "rows_aligned(out);", "ops"),
+    ("embed.cu", "rows_aligned(out) && rows_aligned(x);", "rows_aligned(x);", "ops"),
     ("rope.cu", "if (lane == 0) scales[first + row] = scale;", "", "attention"),
     ("attention.cu", "cp_async_wait<shape::STAGES - 1>();", "cp_async_wait<shape::STAGES>();", "attention"),
     ("attention.cu", "if (BULK) mbar_wait(full + i % shape::STAGES, i / shape::STAGES & 1);", "", "attention"),
@@ -68,6 +78,7 @@ MUTANTS = [
     ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
     ("matmul.c", "if (b->quantized.of == out.data) b->quantized.of = NULL;", "", "ops"),
     ("kv.c", "if (call.n_tiles)", "if (false)", "attention"),
+    ("kv.c", "n * n_blocks <= SPLIT_BLOCKS * b->n_sms", "true", "attention"),
     ("pack.c", "codes[i / 2] & 0x0f) | code << 4", "codes[i / 2] & 0x0f) | code << 3", "ops"),
     ("graph.c", "b->capture_refused = false;", "b->capture_refused = true;", "steps"),
     ("graph.c", "b->capturing = false;\n    b->quantized.of = NULL;", "b->capturing = false;", "ops"),
@@ -75,7 +86,6 @@ MUTANTS = [
     ("graph.c", "    b->quantized.of = NULL; /* what is recorded", "    /* what is recorded", "ops"),
     ("graph.c", "cuda_tiles_prepare(b, &b->batch_host, g->group);", ";", "attention"),
     ("overlap.c", "kernels_overlap = r == cudaSuccess && token == 2;", "", "steps"),
-    ("overlap.c", "b->capability >= 90 && ", "", "steps"),
     ("trace.c", "last->worked, s->begun)", "last->begun, s->begun)", "steps"),
     ("trace.c", "s->begun, s->worked)", "last->worked, s->worked)", "steps"),
     ("step.c", "    cuda_trace_begin(b, s, batch);", "", "steps"),
@@ -148,7 +158,7 @@ def build(config, mutant, work):
         open(os.path.join(folder, f), "w").write(text)
     objects = list(config["watched_objects" if watched else "objects"])
     sanitize = ["-fsanitize=thread"] if watched else [f for f in config["sanitize"] if "address" in f or "thread" in f]
-    sanitize = [f.replace(",undefined", "") for f in sanitize]
+    sanitize = [f.replace(",undefined", ",alignment") for f in sanitize] + ["-fno-sanitize-recover=alignment"]
     changed = sources_of(config, name, folder)
     if "attention.cu" in name or name == "prefill.cu":  # few sizes of heads in both, so that they agree
         changed = [os.path.join(folder, f) for f in ("attention.cu", "prefill.cu")]
