@@ -14,7 +14,9 @@
 enum {
     CHUNK_ROWS = 144,  /* rows of a chunk at most: their words stay in L2 */
     BLOCK_STEPS = 512, /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
-    CHUNK_PANELS = 2,
+    CHUNK_PANELS = 2,  /* of a chunk that is short: one fetching runs on through both */
+    CHUNK_WORK =
+        16384, /* rows times steps; a chunk of more has one panel, and threads end together */
     PREFETCH_ROWS = 5,         /* with fewer rows the hardware fetches better alone */
     PREFETCH_ROWS_INT4 = 2,    /* the same for INT4, whose steps take longer for their bytes */
     PREFETCH_AHEAD = 8192,     /* bytes */
@@ -321,7 +323,9 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
     int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
     m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
-    m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
+    int64_t work = (int64_t)(a->n_rows / n_row_chunks) * a->n_steps;
+    bool one = work >= CHUNK_WORK && panels * n_row_chunks <= POOL_CHUNKS_MAX;
+    m->panels_per_chunk = m->gated || one ? 1 : CHUNK_PANELS;
     m->direct = !m->best && pool_n_threads(cpu->pool) == 1;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
     struct pool_job job = {m->best    ? argmax_compute
@@ -397,7 +401,7 @@ void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *
 {
     struct cpu_backend *cpu = cpu_of(b);
     ASSERT_CMP(x.cols, ==, w->n_in);
-    int64_t slice = slice_rows(w->n_out), chunks = w->n_panels / CHUNK_PANELS + 1;
+    int64_t slice = slice_rows(w->n_out), chunks = w->n_panels;
     int64_t most = ATTENTION_PARTIAL_BYTES / (int64_t)sizeof(struct largest) / chunks;
     slice = slice < most ? slice : most;
     ASSERT_CMP(slice, >, 0);
