@@ -5,7 +5,6 @@
  * its operations return, so steps follow each other. */
 #include "worker/rank.h"
 #include "base/clock.h"
-#include "base/log.h"
 #include "proto/plan.h"
 #include "worker/settle.h"
 
