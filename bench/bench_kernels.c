@@ -241,11 +241,16 @@ struct format_row {
     enum weight_format format;
     pool_fn *peak;
     int peak_operations;
+    int group; /* of INT4_GROUPS */
 };
 static const struct format_row formats[] = {
-    {"int8", WEIGHT_INT8, peak_int8, 128}, {"int4", WEIGHT_INT4, peak_int8, 128},
-    {"bf16", WEIGHT_BF16, peak_bf16, 64},  {"f32", WEIGHT_F32, peak_float, 32},
-    {"f16", WEIGHT_F16, peak_float, 32},
+    {"int8", WEIGHT_INT8, peak_int8, 128, 0},
+    {"int4", WEIGHT_INT4, peak_int8, 128, 0},
+    {"bf16", WEIGHT_BF16, peak_bf16, 64, 0},
+    {"f32", WEIGHT_F32, peak_float, 32, 0},
+    {"f16", WEIGHT_F16, peak_float, 32, 0},
+    {"codes128", WEIGHT_INT4_GROUPS, peak_int8, 128, 128},
+    {"codes32", WEIGHT_INT4_GROUPS, peak_int8, 128, 32},
 };
 static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
                                 {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
@@ -276,8 +281,32 @@ static enum err weight_copy(const struct weight *from, struct weight **out)
     memcpy(w->panels, from->panels, w->packed_bytes);
     if (w->scale)
         memcpy(w->scale, from->scale, (size_t)w->n_panels * PANEL_OUTPUTS * sizeof *w->scale);
+    if (w->zeros)
+        memcpy(w->zeros, from->zeros,
+               (size_t)(w->n_panels * PANEL_OUTPUTS * (w->n_steps / w->group_steps)));
     *out = w;
     return OK;
+}
+
+/* Codes of a checkpoint with zero points: numbers of the source read as bytes. */
+static enum err codes_create(const struct format_row *f, int n, int k, const float *source,
+                             struct weight **out)
+{
+    int64_t n_slots = (k + f->group - 1) / f->group * f->group;
+    const uint8_t *bytes = (const uint8_t *)source;
+    size_t n_groups = (size_t)(n * (n_slots / f->group));
+    uint16_t *scales;
+    uint8_t *zeros;
+    TRY(MEM_NEW_ARRAY(n_groups, &scales));
+    TRY(MEM_NEW_ARRAY(n_groups, &zeros));
+    for (size_t i = 0; i < n_groups; i++)
+        scales[i] = (uint16_t)(0x2000 + bytes[4 * i]), zeros[i] = bytes[4 * i + 1] & 15;
+    struct int4_matrix m = {.n_out = n, .n_in = k, .n_slots = n_slots, .group = f->group};
+    m.codes = bytes, m.scales = scales, m.zeros = zeros;
+    enum err e = backend_cpu.weight_create_int4(bench.backend, &m, NULL, out);
+    mem_free(scales);
+    mem_free(zeros);
+    return e;
 }
 
 static void matmul_shape(const struct format_row *f, int n, int k, float *source, float *x,
@@ -291,6 +320,7 @@ static void matmul_shape(const struct format_row *f, int n, int k, float *source
     size_t total = 0;
     for (; total < ROTATE_BYTES && c.n_copies < COPIES_MAX; c.n_copies++) {
         if (c.n_copies ? weight_copy(c.weights[0], &c.weights[c.n_copies])
+            : f->group ? codes_create(f, n, k, source, &c.weights[0])
                        : backend_cpu.weight_create(bench.backend, &view, 1, NULL, f->format,
                                                    &c.weights[0]))
             die(name);

@@ -205,6 +205,37 @@ float int4_scale(const struct int4_tensors *t, int64_t out, int64_t group)
                           by_output ? out * t->n_groups + group : group * t->n_out + out);
 }
 
+/* Outputs [first, first + n) of an input whose codes begin at code `row`: whole words where it can.
+ */
+static void awq_codes(const struct int4_tensors *t, int64_t row, int64_t first, int64_t n,
+                      uint8_t *out)
+{
+    for (int64_t o = 0; o < n;) {
+        int64_t at = (row + first + o) / NIBBLES, place = (first + o) % NIBBLES;
+        uint32_t word = word_at(t->codes, at);
+        if (place == 0 && o + NIBBLES <= n) {
+            for (int k = 0; k < NIBBLES; k++)
+                out[o + k] = nibble_at(word, awq_place[k]);
+            o += NIBBLES;
+        } else {
+            out[o++] = nibble_at(word, awq_place[place]);
+        }
+    }
+}
+
+bool int4_words(const struct int4_tensors *t, int64_t in, int64_t out, int n, uint8_t *codes)
+{
+    int64_t word = in / NIBBLES, columns = t->n_in / NIBBLES;
+    if (t->method == QUANT_AWQ || in % NIBBLES) return false;
+    for (int k = 0; k < n / NIBBLES; k++) {
+        uint32_t v = word_at(t->codes, t->method == QUANT_GPTQ ? (word + k) * t->n_out + out
+                                                               : out * columns + word + k);
+        for (int i = 0; i < 4; i++)
+            codes[4 * k + i] = (uint8_t)(v >> 8 * i);
+    }
+    return true;
+}
+
 void int4_codes(const struct int4_tensors *t, int64_t in, int64_t first, int64_t n, uint8_t *out)
 {
     int64_t word = in / NIBBLES, place = in % NIBBLES;
@@ -212,10 +243,7 @@ void int4_codes(const struct int4_tensors *t, int64_t in, int64_t first, int64_t
         for (int64_t o = 0; o < n; o++)
             out[o] = nibble_at(word_at(t->codes, word * t->n_out + first + o), place);
     } else if (t->method == QUANT_AWQ) {
-        int64_t row = in * (t->n_out / NIBBLES);
-        for (int64_t o = first; o < first + n; o++)
-            out[o - first] =
-                nibble_at(word_at(t->codes, row + o / NIBBLES), awq_place[o % NIBBLES]);
+        awq_codes(t, in * t->n_out, first, n, out);
     } else {
         for (int64_t o = 0; o < n; o++)
             out[o] = nibble_at(word_at(t->codes, (first + o) * (t->n_in / NIBBLES) + word), place);

@@ -30,6 +30,10 @@ float int4_scale(const struct int4_tensors *t, int64_t out, int64_t group);
 /* Codes of one input for outputs [first, first + n). */
 void int4_codes(const struct int4_tensors *t, int64_t in, int64_t first, int64_t n, uint8_t *out);
 
+/* Codes of inputs [in, in + n) of one output, n a multiple of 8, two to a byte, the even one in the
+ * low half; false where they do not lie together in the file. */
+bool int4_words(const struct int4_tensors *t, int64_t in, int64_t out, int n, uint8_t *codes);
+
 /* Rows [first, first + n) of a role, as one part of a stack. */
 struct int4_part {
     struct int4_tensors of;

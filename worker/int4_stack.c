@@ -134,13 +134,25 @@ static void tile_fill(const struct int4_part *p, const struct layout *l, int64_t
     }
 }
 
+/* The same where the file has the inputs of the tile side by side; false where it has not. */
+static bool tile_copy(const struct int4_part *p, const struct layout *l, int64_t slot,
+                      int64_t first, int64_t n, int64_t row, struct int4_stack *s)
+{
+    if (l->order || slot + TILE_SLOTS > l->n_in) return false;
+    for (int64_t o = 0; o < n; o++)
+        if (!int4_words(&p->of, l->in_first + slot, p->first + first + o, TILE_SLOTS,
+                        s->codes + ((row + o) * l->n_slots + slot) / 2))
+            return false;
+    return true;
+}
+
 /* Rows [first, first + n) of a part. */
 static void rows_fill(const struct int4_part *p, const struct layout *l, int64_t first, int64_t n,
                       int64_t row, struct int4_stack *s)
 {
     int64_t n_blocks = l->n_slots / l->group;
     for (int64_t slot = 0; slot < l->n_slots; slot += TILE_SLOTS)
-        tile_fill(p, l, slot, first, n, row, s);
+        if (!tile_copy(p, l, slot, first, n, row, s)) tile_fill(p, l, slot, first, n, row, s);
     for (int64_t o = 0; o < n; o++)
         for (int64_t b = 0; b < n_blocks; b++) {
             int64_t at = (row + o) * n_blocks + b, from = p->first + first + o;

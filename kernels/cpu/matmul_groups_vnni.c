@@ -41,10 +41,10 @@ ALWAYS_INLINE void group_add(const uint8_t *weights, const uint32_t *words, int6
     }
 }
 
-ALWAYS_INLINE void panel(const struct panel_call *c, const int rows)
+ALWAYS_INLINE void panel(const struct panel_call *c, const int rows, const int64_t steps)
 {
     __m512 total[ROWS_MAX][2];
-    const int64_t steps = c->group_steps, group_bytes = GROUP_HEADER + steps * 64;
+    const int64_t group_bytes = GROUP_HEADER + steps * 64;
     const uint8_t *group = c->weights, *zeros = c->zeros, *ahead = c->prefetch;
     const uint32_t *words = c->words;
     sums_begin(c, rows, total);
@@ -71,12 +71,24 @@ ALWAYS_INLINE void panel(const struct panel_call *c, const int rows)
     }
     sums_end(c, rows, total);
 }
-ONE_HEIGHT(panel, 1, )
-ONE_HEIGHT(panel, 2, )
-ONE_HEIGHT(panel, 3, KERNEL_UNCHECKED)
-ONE_HEIGHT(panel, 4, KERNEL_UNCHECKED)
-ONE_HEIGHT(panel, 5, KERNEL_UNCHECKED)
-ONE_HEIGHT(panel, 6, KERNEL_UNCHECKED)
+
+/* The steps of a group are constants, so that its loop is unrolled. */
+#define HEIGHT(ROWS, ATTRIBUTES)                                                                   \
+    static __attribute__((noinline)) ATTRIBUTES void panel_##ROWS(const struct panel_call *c)      \
+    {                                                                                              \
+        if (c->group_steps == 32)                                                                  \
+            panel(c, ROWS, 32);                                                                    \
+        else if (c->group_steps == 16)                                                             \
+            panel(c, ROWS, 16);                                                                    \
+        else                                                                                       \
+            panel(c, ROWS, 8);                                                                     \
+    }
+HEIGHT(1, )
+HEIGHT(2, )
+HEIGHT(3, KERNEL_UNCHECKED)
+HEIGHT(4, KERNEL_UNCHECKED)
+HEIGHT(5, KERNEL_UNCHECKED)
+HEIGHT(6, KERNEL_UNCHECKED)
 
 void panel_int4_groups_vnni(const struct panel_call *c, int rows)
 {
