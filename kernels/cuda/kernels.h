@@ -103,7 +103,7 @@ struct kv_layout {
 int launch_qkv_prepare(struct tensor qkv, struct kv_layout kv, const struct attention_args *args,
                        const struct device_batch *batch, void *stream);
 
-enum { DECODE_ROWS = 16, PREFILL_ROWS = 64, SPLITS_MAX = 32 };
+enum { DECODE_ROWS = 16, PREFILL_ROWS = 128, SPLITS_MAX = 32 };
 struct attend_call {
     struct tensor out, qkv;
     struct kv_layout kv;

@@ -1,11 +1,13 @@
 /* Paged causal attention of sequences with many rows: prefill in chunks of any size.
  *
- * A tile is 64 rows, and a row one head of one token: the heads that share a kv head lie side by
- * side, so keys and values are read once for all of them. Four warps, 16 rows each; keys in tiles
- * of 64 (32 for wide heads), the next one on its way by cp.async while this one is worked on. The
- * host lists the tiles, longest first. Dao: "FlashAttention-2: Faster attention with better
+ * A tile is 128 rows, and a row one head of one token: the heads that share a kv head lie side by
+ * side, so keys and values are read once for all of them. Eight warps, 16 rows each; keys in tiles
+ * of 64 (32 for wide heads), the next one on its way by cp.async while this one is worked on. A warp
+ * rests while keys go by that none of its rows may see. The host lists the tiles, longest first. Dao: "FlashAttention-2: Faster attention with better
  * parallelism and work partitioning". */
 #include "kernels/cuda/attention.cuh"
+
+enum { PREFILL_WARPS = PREFILL_ROWS / 16, PREFILL_THREADS = PREFILL_WARPS * WARP_LANES };
 
 template <int DIM> struct prefill_shape {
     static constexpr int KEYS = DIM > 128 ? 32 : 64, TILE = KEYS * DIM; /* elements of K, or of V */
@@ -48,7 +50,7 @@ template <int DIM>
 static __device__ __forceinline__ void queries_load(const struct attend_call &c, const struct prefill_work &w, bf16 *q)
 {
     const bf16 *qkv = (const bf16 *)c.qkv.data;
-    for (int i = threadIdx.x; i < PREFILL_ROWS * (DIM / 8); i += 128) {
+    for (int i = threadIdx.x; i < PREFILL_ROWS * (DIM / 8); i += PREFILL_THREADS) {
         int row = i / (DIM / 8), chunk = i % (DIM / 8), token = row_token(w, row);
         const bf16 *from =
             token < 0 ? qkv : qkv + (int64_t)(w.first_token + token) * c.qkv.stride + row_head(w, row) * DIM + chunk * 8;
@@ -61,7 +63,7 @@ template <int DIM>
 static __device__ __forceinline__ void keys_load(const struct attend_call &c, const struct prefill_work &w, int tile, bf16 *k)
 {
     typedef prefill_shape<DIM> shape;
-    for (int i = threadIdx.x; i < shape::KEYS * (DIM / 8); i += 128) {
+    for (int i = threadIdx.x; i < shape::KEYS * (DIM / 8); i += PREFILL_THREADS) {
         int row = i / (DIM / 8), chunk = i % (DIM / 8), token = tile * shape::KEYS + row;
         bool take = token < w.len;
         int at = take ? token : 0, offset = at % c.kv.block_size;
@@ -78,7 +80,7 @@ static __device__ __forceinline__ void codes_load(const struct attend_call &c, c
 {
     typedef prefill_shape<DIM> shape;
     const uint4 none = {0, 0, 0, 0};
-    for (int i = threadIdx.x; i < shape::KEYS * (DIM / 16); i += 128) {
+    for (int i = threadIdx.x; i < shape::KEYS * (DIM / 16); i += PREFILL_THREADS) {
         int row = i / (DIM / 16), chunk = i % (DIM / 16), token = tile * shape::KEYS + row;
         bool take = token < w.len;
         int at = take ? token : 0, offset = at % c.kv.block_size;
@@ -110,7 +112,7 @@ static __device__ __forceinline__ void rows_write(const struct attend_call &c, c
 }
 
 template <int DIM, bool EIGHT>
-static __global__ void __launch_bounds__(128, 1) prefill_kernel(struct attend_call c)
+static __global__ void __launch_bounds__(PREFILL_THREADS, 1) prefill_kernel(struct attend_call c)
 {
     dependency_wait();
     typedef prefill_shape<DIM> shape;
@@ -127,6 +129,9 @@ static __global__ void __launch_bounds__(128, 1) prefill_kernel(struct attend_ca
         rule.limit[r] = token < 0 ? 0 : before + token + 1;
         rule.low[r] = c.args.window > 0 ? rule.limit[r] - c.args.window : 0;
     }
+    int warp_first = warp * 16, warp_last = min(warp_first + 15, w.n_tokens * w.heads.n - w.row_first - 1);
+    int seen_end = warp_last < warp_first ? 0 : before + row_token(w, warp_last) + 1;
+    int seen_first = c.args.window > 0 && seen_end ? before + row_token(w, warp_first) + 1 - c.args.window : 0;
     auto load = [&](int tile) {
         bf16 *to = ring + (tile & 1) * 2 * shape::TILE;
         if (EIGHT) codes_load<DIM>(c, w, tile, to, scales + (tile & 1) * 2 * shape::KEYS);
@@ -142,13 +147,9 @@ static __global__ void __launch_bounds__(128, 1) prefill_kernel(struct attend_ca
 #pragma unroll
         for (int j = 0; j < 4; j++) o[i][j] = 0;
     for (int tile = tile_first; tile < tile_end; tile++) {
-        if (tile + 1 < tile_end) {
-            load(tile + 1);
-            cp_async_wait<1>();
-        } else {
-            cp_async_wait<0>();
-        }
-        __syncthreads();
+        cp_async_wait<0>();
+        __syncthreads(); /* this tile is there, and the other half of the ring may be filled */
+        if (tile + 1 < tile_end) load(tile + 1);
         if (DIM <= 128 && tile == tile_first) {
 #pragma unroll
             for (int step = 0; step < DIM / 16; step++)
@@ -156,12 +157,13 @@ static __global__ void __launch_bounds__(128, 1) prefill_kernel(struct attend_ca
         }
         const bf16 *k = ring + (tile & 1) * 2 * shape::TILE;
         const float *k_scales = EIGHT ? scales + (tile & 1) * 2 * shape::KEYS : nullptr;
-        float s[shape::KEYS / 8][4];
-        tile_scores<DIM, shape::KEYS>(s, held, q + warp * 16 * DIM, k, lane);
-        softmax_step<DIM, shape::KEYS>(s, o, m, l, tile * shape::KEYS, rule, k_scales,
-                                       EIGHT ? k_scales + shape::KEYS : nullptr, lane);
-        add_values<DIM, shape::KEYS>(o, s, k + shape::TILE, lane);
-        __syncthreads(); /* the other half of the ring may be filled */
+        if (tile * shape::KEYS < seen_end && (tile + 1) * shape::KEYS > seen_first) {
+            float s[shape::KEYS / 8][4];
+            tile_scores<DIM, shape::KEYS>(s, held, q + warp * 16 * DIM, k, lane);
+            softmax_step<DIM, shape::KEYS>(s, o, m, l, tile * shape::KEYS, rule, k_scales,
+                                           EIGHT ? k_scales + shape::KEYS : nullptr, lane);
+            add_values<DIM, shape::KEYS>(o, s, k + shape::TILE, lane);
+        }
     }
     cp_async_wait<0>(); /* a sequence without keys started a copy all the same */
     rows_write<DIM>(c, w, o, l);
@@ -173,8 +175,8 @@ int launch_prefill(const struct attend_call *c, void *stream)
 #define X(dim)                                                                                                        \
     if (c->args.head_dim == dim)                                                                                      \
         return c->kv.dtype == DTYPE_BF16                                                                              \
-                   ? LAUNCH((prefill_kernel<dim, false>), grid, dim3(128), prefill_shape<dim>::SMEM_BYTES, stream, *c) \
-                   : LAUNCH((prefill_kernel<dim, true>), grid, dim3(128), prefill_shape<dim>::SMEM_BYTES, stream, *c);
+                   ? LAUNCH((prefill_kernel<dim, false>), grid, dim3(PREFILL_THREADS), prefill_shape<dim>::SMEM_BYTES, stream, *c) \
+                   : LAUNCH((prefill_kernel<dim, true>), grid, dim3(PREFILL_THREADS), prefill_shape<dim>::SMEM_BYTES, stream, *c);
     HEAD_DIMS(X)
 #undef X
     return cudaErrorInvalidValue;
