@@ -6,10 +6,12 @@
  *
  * Every case alternates with short measurements of its limits (read bandwidth through the same
  * threads; multiply-adds from registers), so that a busy or throttled machine slows both alike. The
- * share is limit time / measured time, of medians; limit time = max(bytes / bandwidth, operations /
- * peak). best=1 takes the best tenth instead of medians, for experiments on a machine that others
- * use; such figures are not kept. Weights and caches rotate through more memory than the last level
- * of cache holds. */
+ * share is limit time / measured time of a few milliseconds between two measurements of the limits,
+ * whose mean counts, and of all such shares the median; limit time = max(bytes / bandwidth,
+ * operations / peak). (Medians of times and of limits apart are not of the same moments: virtual
+ * processors that share a core now and then have two speeds.) best=1 takes the best tenth instead
+ * of medians, for experiments on a machine that others use; such figures are not kept. Weights and
+ * caches rotate through more memory than the last level of cache holds. */
 #include "base/clock.h"
 #include "base/mem.h"
 #include "base/rand.h"
@@ -22,7 +24,13 @@
 #include <string.h>
 #include <time.h>
 
-enum { ROTATE_BYTES = 192 << 20, SAMPLES_MAX = 20000, COPIES_MAX = 512, PEAK_LOOPS = 2000 };
+enum {
+    ROTATE_BYTES = 192 << 20,
+    SLICES_MAX = 5000,
+    SLICE_RUNS_MAX = 4000,
+    COPIES_MAX = 512,
+    PEAK_LOOPS = 2000
+};
 
 static struct {
     int threads, ms, m;
@@ -156,41 +164,67 @@ struct bench_case {
     void *arg;
 };
 
-static void report(const struct bench_case *c, double time, double rate, double peak)
+struct limits {
+    double rate, peak;
+};
+
+static struct limits limits_measure(const struct bench_case *c)
 {
-    double by_bytes = c->bytes / rate, by_compute = c->operations / peak;
-    double bound = by_bytes > by_compute ? by_bytes : by_compute;
+    double rate = read_rate();
+    return (struct limits){rate, peak_rate(c->peak, c->peak_operations)};
+}
+
+static double share_of_bound(const struct bench_case *c, struct limits l, double time)
+{
+    double by_bytes = c->bytes / l.rate, by_compute = c->operations / l.peak;
+    return (by_bytes > by_compute ? by_bytes : by_compute) / time;
+}
+
+static void report(const struct bench_case *c, double time, struct limits l, double share)
+{
     printf("%-9s %-30s M=%-4d %9.1f us  %6.1f GB/s of %5.1f = %3.0f%%   %7.0f GOP/s of %5.0f = "
            "%3.0f%%   bound %3.0f%%\n",
-           c->kind, c->name, c->m, time * 1e6, c->bytes / time * 1e-9, rate * 1e-9,
-           100 * by_bytes / time, c->operations / time * 1e-9, peak * 1e-9, 100 * by_compute / time,
-           100 * bound / time);
+           c->kind, c->name, c->m, time * 1e6, c->bytes / time * 1e-9, l.rate * 1e-9,
+           100 * c->bytes / l.rate / time, c->operations / time * 1e-9, l.peak * 1e-9,
+           100 * c->operations / l.peak / time, 100 * share);
     fflush(stdout);
     if (!bench.out) return;
     fprintf(bench.out, "%s,%s,%d,%d,%.3f,%.3f,%.3f,%.1f,%.1f,%.4f\n", c->kind, c->name, c->m,
-            bench.threads, time * 1e6, c->bytes / time * 1e-9, rate * 1e-9,
-            c->operations / time * 1e-9, peak * 1e-9, bound / time);
+            bench.threads, time * 1e6, c->bytes / time * 1e-9, l.rate * 1e-9,
+            c->operations / time * 1e-9, l.peak * 1e-9, share);
+}
+
+/* Runs until about as long has passed as measuring the limits takes; the typical time. */
+static double slice_run(const struct bench_case *c, int *turn)
+{
+    static double times[SLICE_RUNS_MAX];
+    int n = 0;
+    for (double start = now_s(), t = start; t - start < 4e-3 && n < SLICE_RUNS_MAX;) {
+        c->run(c->arg, (*turn)++);
+        double end = now_s();
+        times[n++] = end - t;
+        t = end;
+    }
+    return typical(times, n, true);
 }
 
 static void run_case(const struct bench_case *c)
 {
-    static double times[SAMPLES_MAX], rates[SAMPLES_MAX], peaks[SAMPLES_MAX];
-    int n = 0, n_limits = 0, turn = 0;
-    double start = now_s(), since_limits = 1;
+    static double times[SLICES_MAX], rates[SLICES_MAX], peaks[SLICES_MAX], shares[SLICES_MAX];
+    int n = 0, turn = 0;
+    double start = now_s();
     c->run(c->arg, turn++);
-    while ((now_s() - start < bench.ms * 1e-3 || n < 7) && n < SAMPLES_MAX) {
-        if (since_limits > 4e-3) { /* about as long measuring limits as measuring the case */
-            rates[n_limits] = read_rate();
-            peaks[n_limits++] = peak_rate(c->peak, c->peak_operations);
-            since_limits = 0;
-        }
-        double t = now_s();
-        c->run(c->arg, turn++);
-        times[n] = now_s() - t;
-        since_limits += times[n++];
+    struct limits before = limits_measure(c);
+    while ((now_s() - start < bench.ms * 1e-3 || n < 7) && n < SLICES_MAX) {
+        times[n] = slice_run(c, &turn);
+        struct limits after = limits_measure(c);
+        rates[n] = (before.rate + after.rate) / 2, peaks[n] = (before.peak + after.peak) / 2;
+        shares[n] = share_of_bound(c, (struct limits){rates[n], peaks[n]}, times[n]);
+        before = after;
+        n++;
     }
-    report(c, typical(times, n, true), typical(rates, n_limits, false),
-           typical(peaks, n_limits, false));
+    struct limits l = {typical(rates, n, false), typical(peaks, n, false)};
+    report(c, typical(times, n, true), l, typical(shares, n, false));
 }
 
 static bool wanted(const char *kind, const char *name)
@@ -220,7 +254,7 @@ static const struct format_row formats[] = {
 };
 static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
                                 {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
-static const int heights[] = {1, 4, 16, 64, 512};
+static const int heights[] = {1, 2, 4, 8, 16, 32, 64, 512};
 enum { N_MAX = 16384, K_MAX = 8192, M_MAX = 512 };
 
 struct matmul_case {

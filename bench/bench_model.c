@@ -17,7 +17,7 @@
 
 struct settings {
     const char *quantization, *head, *dtype, *kv_dtype, *load_format, *isa;
-    int threads, prompt, decode, batch, context, rounds;
+    int threads, prompt, decode, batch, context, rounds, block;
 };
 
 struct bench {
@@ -297,6 +297,7 @@ static void read_setting(struct settings *s, const char *word)
         const char **text;
     } names[] = {{"threads", &s->threads, NULL},  {"prompt", &s->prompt, NULL},     {"decode", &s->decode, NULL},
                  {"batch", &s->batch, NULL},      {"context", &s->context, NULL},   {"rounds", &s->rounds, NULL},
+                 {"block", &s->block, NULL},
                  {"quantization", NULL, &s->quantization}, {"head", NULL, &s->head}, {"dtype", NULL, &s->dtype}, {"kv", NULL, &s->kv_dtype},
                  {"load", NULL, &s->load_format}, {"isa", NULL, &s->isa}};
     size_t n = strcspn(word, "=");
@@ -329,6 +330,7 @@ int main(int argc, char **argv)
     config.dtype = s.dtype;
     config.kv_dtype = s.kv_dtype;
     config.isa = s.isa;
+    config.block_size = s.block;
     config.step_tokens_max = 512;
     config.n_sequences_max = s.batch;
     config.context_max = (s.context > s.prompt ? s.context : s.prompt) + s.decode + s.batch + 64;

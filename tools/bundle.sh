@@ -4,6 +4,8 @@
 #   build/bundle/heddle          the program; looks for lib/ beside itself (its RPATH, set when linked)
 #   build/bundle/heddle_cuda.so  the plugin; cuBLASLt and NCCL come from the machine with the GPU
 #   build/heddle-bundle.tar.xz   the folder, packed; 60 MB at most
+# ./dev bundle --gpu puts the programs of the GPU suite beside them (build/bundle/tests/cuda), for a
+# machine with a GPU and without compilers: there tools/gpu_suite.sh uses the bundle by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=build/release bundle=build/bundle packed=build/heddle-bundle.tar.xz
@@ -14,6 +16,11 @@ stop() { echo "bundle: $*" >&2; exit 1; }
 rm -rf "$bundle"
 mkdir -p "$bundle/lib"
 cp "$build/heddle" "$bundle/heddle"
+if [ "${1:-}" = --gpu ]; then
+  mkdir -p "$bundle/tests/cuda"
+  ninja -C "$build" --quiet bench_{cuda,steps} test_cuda_{ops,attention,sample,moe,steps,worker}
+  cp "$build"/tests/cuda/{bench_{cuda,steps},test_cuda_{ops,attention,sample,moe,steps,worker}} "$bundle/tests/cuda/"
+fi
 [ -f "$build/heddle_cuda.so" ] && cp "$build/heddle_cuda.so" "$bundle/"
 
 # glibc belongs to the machine: mixing two of them ends in crashes.
@@ -21,7 +28,7 @@ is_glibc() { [[ "$1" =~ ^(ld-linux.*|libc|libm|libdl|libpthread|librt|libresolv|
 needed_of() { ldd "$1" 2>/dev/null | awk '$2 == "=>" {print $1, $3}'; }
 missing=$(ldd "$bundle/heddle" | awk '/not found/ {print $1}')
 [ -z "$missing" ] || stop "not found: $missing"
-for object in "$bundle/heddle" "$bundle"/*.so; do
+for object in "$bundle/heddle" "$bundle"/*.so "$bundle"/tests/cuda/*; do
   [ -e "$object" ] || continue
   while read -r name path; do
     is_glibc "$name" || [ -e "$bundle/lib/$name" ] || cp -L "$path" "$bundle/lib/$name"
@@ -35,7 +42,7 @@ if [ -d "$mpi/openmpi/lib/openmpi3" ]; then
     [ -e "$part" ] && cp -L "$part" "$bundle/lib/openmpi3/"
   done
 fi
-strip --strip-unneeded "$bundle"/lib/*.so* "$bundle/heddle" 2>/dev/null || true
+strip --strip-unneeded "$bundle"/lib/*.so* "$bundle/heddle" "$bundle"/tests/cuda/* 2>/dev/null || true
 
 # A library that names a folder of its own (DT_RUNPATH) would not look in the program's; that tag
 # becomes one that the loader ignores, and the program's RPATH holds for all.

@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can prove: ./dev gpu [--quick] [--emulated] [STEP ...]
+# Everything that only a GPU can prove: ./dev gpu [--quick] [--emulated] [--resume] [STEP ...]
 # Each step is a process of its own with its own time limit, and none ends the others; without names
-# all run in order. A step that was stopped goes on where it can when it is named again.
+# all run in order. --resume leaves out those that have passed. Where nothing can be compiled, a
+# bundle made elsewhere is used: ./dev bundle --gpu, build/bundle or build/heddle-bundle.tar.xz.
 #   device build ops int4 attention sample moe steps worker   the tests of the backend, natively
-#   memcheck racecheck                                   compute-sanitizer on the small ones
+#   memcheck racecheck synccheck                         compute-sanitizer on the small ones
 #   nccl                                                 two ranks on this one card
 #   bench                                                kernels against the limits of this very card
-#   serve-bf16 serve-fp8 serve-int4                      a random-weight Llama-3.1-8B, HTTP load
+#   model-bf16 model-fp8 model-int4                      a random-weight Llama-3.1-8B in the worker: prompts,
+#                                                        decode steps, time without a kernel between them
+#   serve-bf16 serve-fp8 serve-int4                      the same model served, HTTP load
 #   peer                                                 transformers on the same shape, where torch is
 #   report                                               build/gpu/report.md from what the others left
 # --emulated plays all of it on the CPU: it proves this script and measures nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-all=(device build ops int4 attention sample moe steps worker memcheck racecheck nccl bench serve-bf16 serve-fp8 serve-int4 peer)
-quick=false emulated=false chosen=()
+all=(device build ops int4 attention sample moe steps worker memcheck racecheck synccheck nccl bench
+  model-bf16 model-fp8 model-int4 serve-bf16 serve-fp8 serve-int4 peer)
+quick=false emulated=false resume=false chosen=()
 for word in "$@"; do
   case $word in
     --quick) quick=true ;;
     --emulated) emulated=true ;;
+    --resume) resume=true ;;
     report) chosen+=(report) ;;
     *) [[ " ${all[*]} " == *" $word "* ]] || { echo "gpu: no step '$word'; steps: ${all[*]} report" >&2; exit 2; }
        chosen+=("$word") ;;
@@ -26,9 +31,15 @@ done
 build=build/${HEDDLE_GPU_PRESET:-release} out=${HEDDLE_GPU_OUT:-build/gpu} limit=${HEDDLE_GPU_STEP_SECONDS:-570}
 mkdir -p "$out"
 PATH="$PATH:/usr/local/cuda/bin"
-unset HEDDLE_FAKE_GPU
+unset HEDDLE_FAKE_GPU HEDDLE_CUDA_TRACE
+compiles() { command -v cmake >/dev/null && command -v ninja >/dev/null && { $emulated || command -v nvcc >/dev/null; }; }
+bundled=false
+if [ -n "${HEDDLE_GPU_BUNDLE:-}" ] || ! compiles; then
+  [ -e build/bundle/heddle ] || tar -C build -xf build/heddle-bundle.tar.xz 2>/dev/null
+  [ -x build/bundle/tests/cuda/bench_steps ] && bundled=true build=build/bundle
+fi
 export HEDDLE_SOURCE_DIR=$PWD HEDDLE_BINARY_DIR=$build HEDDLE_PLUGIN_DIR=$PWD/$build
-if $emulated; then export HEDDLE_PLUGIN_DIR=$PWD/$build/emulated HEDDLE_CUDA_QUICK=1; else export HEDDLE_GPU_NATIVE=1; fi
+if $emulated; then export HEDDLE_PLUGIN_DIR=$PWD/build/${HEDDLE_GPU_PRESET:-release}/emulated HEDDLE_CUDA_QUICK=1; else export HEDDLE_GPU_NATIVE=1; fi
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 skip() { echo "left out: $*"; exit 77; }
@@ -40,9 +51,13 @@ step_device() {
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit,memory.total --format=csv
 }
 step_build() {
+  if $bundled; then
+    "$build/heddle" --version && echo "a bundle made elsewhere: $build"
+    return
+  fi
   [ -f "$build/build.ninja" ] || cmake --preset "$(basename "$build")" >/dev/null || return
   if ! $emulated; then command -v nvcc >/dev/null || { echo "no nvcc: the plugin cannot be built here"; return 1; }; fi
-  local targets=(heddle bench_cuda test_cuda_{ops,int4,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
+  local targets=(heddle bench_cuda bench_steps test_cuda_{ops,int4,attention,sample,moe,steps,worker,nccl} heddle_cuda_emulated)
   if ! $emulated; then targets+=(heddle_cuda); fi
   ninja -C "$build" --quiet "${targets[@]}"
 }
@@ -58,18 +73,19 @@ sanitizer() { # sanitizer TOOL: the small cases of every operation
   command -v compute-sanitizer >/dev/null || skip "compute-sanitizer is not installed"
   local status=0 name
   for name in ops int4 moe sample attention; do
-    HEDDLE_CUDA_QUICK=1 timeout 280 compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/cuda/test_cuda_$name" || status=$?
+    HEDDLE_CUDA_QUICK=1 timeout $((limit / 5 - 3)) compute-sanitizer --tool "$1" --error-exitcode 9 "$build/tests/cuda/test_cuda_$name" || status=$?
   done
   return "$status"
 }
 step_memcheck() { sanitizer memcheck; }
 step_racecheck() { sanitizer racecheck; }
+step_synccheck() { sanitizer synccheck; }
 
 # NCCL takes two ranks of one card for a mistake unless each says it is a host of its own; then they
 # speak through sockets: right or wrong can be seen so, speed cannot. The tokens of two ranks are
 # compared with those of one.
 step_nccl() {
-  if $emulated; then native_test nccl || return; fi
+  if $emulated && ! $bundled; then native_test nccl || return; fi
   model_small || return
   local size rank
   for size in 1 2; do
@@ -91,6 +107,27 @@ step_bench() {
   "$build/tests/cuda/bench_cuda" "${words[@]}" | tee "$out/bench.csv"
 }
 model_small() { mkdir -p "$out/tiny" && cp tests/golden/llama_bf16/{config.json,model.safetensors} tests/golden/llama/tokenizer*.json "$out/tiny/"; }
+# The folder of the model to measure, made where it is not there; emulated a tiny one.
+model_large() {
+  model=$out/llama-3.1-8b
+  if $emulated; then
+    model=$out/tiny
+    model_small
+  else
+    [ -f "$model/config.json" ] || python3 bench/make_shape.py llama-3.1-8b "$model"
+  fi
+}
+model_run() { # model_run NAME WORDS...
+  local name=$1 words=() model
+  shift
+  $quick && words+=(--quick)
+  $emulated && words+=(--tiny)
+  model_large && "$build/tests/cuda/bench_steps" "$model" "${words[@]}" "$@" >"$out/model-$name.csv.new" &&
+    mv "$out/model-$name.csv.new" "$out/model-$name.csv" && cat "$out/model-$name.csv"
+}
+step_model-bf16() { model_run bf16; }
+step_model-fp8() { model_run fp8 --quantization fp8; }
+step_model-int4() { model_run int4 --quantization int4; }
 port=${HEDDLE_PORT:-8017}
 started=()
 start() {
@@ -124,18 +161,18 @@ ask_tokens() {
     python3 -c 'import json,sys; print(json.load(sys.stdin)["choices"][0]["text"])'
 }
 serving() { # serving NAME WORDS...
-  local name=$1 model=$out/llama-3.1-8b load=(--vocab 128000 --prompt 512 --output 128 --clients 1,16,64 --requests-each 2)
+  local name=$1 model load=(--vocab 128000 --prompt 960 --output 128 --clients "1,16,64" --requests-each 2)
   shift
+  model_large || return
   if $emulated; then
-    model_small || return
-    model=$out/tiny load=(--vocab 400 --prompt 16 --output 8 --clients 1,2 --requests-each 1)
+    load=(--vocab 400 --prompt 16 --output 8 --clients "1,2" --requests-each 1)
     set -- "$@" --kv-cache-bytes 16MiB
   else
-    [ -f "$model/config.json" ] || python3 bench/make_shape.py llama-3.1-8b "$model" || return
     set -- --load-format dummy "$@"
   fi
   local status=1
-  start "$build/heddle" serve "$model" --device cuda --port "$port" "$@"
+  rm -f "$out/trace-$name.csv"
+  start env HEDDLE_CUDA_TRACE="$out/trace-$name.csv" "$build/heddle" serve "$model" --device cuda --port "$port" "$@"
   serving_now && { python3 bench/load.py --port "$port" "${load[@]}" >"$out/serve-$name.csv"; status=$?; }
   stop_all
   [ "$status" = 0 ] && cat "$out/serve-$name.csv"
@@ -163,7 +200,7 @@ report() { # from the files that steps left, so that it is right after any of th
     echo "| step | result | seconds |"
     echo "| --- | --- | --- |"
     for name in "${all[@]}"; do [ -f "$out/$name.result" ] && echo "| $name | $(sed 's/ / | /' "$out/$name.result") |"; done
-    python3 tools/gpu_table.py "$out"
+    python3 tools/gpu_table.py "$out" || echo "The table could not be made: see report.log."
   } >"$out/report.md" 2>>"$out/report.log"
 }
 
@@ -193,6 +230,7 @@ run_step() { # in a process of its own, so that nothing of it stays behind
 [ ${#chosen[@]} -gt 0 ] || chosen=("${all[@]}")
 failed=0
 for name in "${chosen[@]}"; do
+  if $resume && grep -qE '^(passed|skipped)' "$out/$name.result" 2>/dev/null; then continue; fi
   [ "$name" = report ] || run_step "$name" || failed=1
 done
 report

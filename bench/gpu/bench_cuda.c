@@ -40,7 +40,7 @@ static void row(const char *what, const char *shape, double ms, double bytes, do
     double gbs = bytes / ms / 1e6, tflops = flops / ms / 1e9;
     double by_copy = copy_gbs > 0 ? gbs / copy_gbs : 0,
            by_product = product_tflops > 0 ? tflops / product_tflops : 0;
-    printf("%s,%s,%.4f,%.0f,%.1f,%.3f\n", what, shape, ms, gbs, tflops,
+    printf("%s,%s,%.4f,%.5g,%.5g,%.3f\n", what, shape, ms, gbs, tflops,
            by_copy > by_product ? by_copy : by_product);
     fflush(stdout);
 }
@@ -184,6 +184,7 @@ static int tiny(void)
     double ms = product_time(16, 64, 64, WEIGHT_BF16, "limit: product bf16");
     product_tflops = 2.0 * 16 * 64 * 64 / ms / 1e9;
     product_time(4, 64, 128, WEIGHT_INT4, "product int4");
+    attention_time(2, 32, 1, DTYPE_BF16, "decode bf16");
     attention_time(2, 32, 1, DTYPE_FP8_E4M3, "decode fp8");
     attention_time(1, 32, 16, DTYPE_BF16, "prefill bf16");
     b->ops->close(b);

@@ -138,7 +138,7 @@ static void prefill_case(struct bench *b, int n)
     attention = 4.0 * b->info.n_layers * b->info.n_heads * b->info.head_dim * n * (n + 1.0) / 2;
     flops =
         2 * layers_parameters(&b->info) * n + attention + 2.0 * b->info.hidden * b->info.vocab_size;
-    printf("prefill,%s,1,%d,%.3f,%.1f,%.0f,%.1f,,\n", b->info.weight_format, n, best,
+    printf("prefill,%s,1,%d,%.3f,%.1f,%.5g,%.5g,,\n", b->info.weight_format, n, best,
            n / best * 1e3, (double)b->info.weight_bytes / best / 1e6, flops / best / 1e9);
     fflush(stdout);
 }
@@ -162,7 +162,7 @@ static void decode_case(struct bench *b, int n_seqs, int context)
         (double)b->info.block_bytes / b->info.block_size * (context + b->steps / 2.0) * n_seqs;
     double flops =
         2.0 * n_seqs * (layers_parameters(&b->info) + (double)b->info.hidden * b->info.vocab_size);
-    printf("decode,%s,%d,%d,%.3f,%.1f,%.0f,%.1f,", b->info.weight_format, n_seqs, context, ms,
+    printf("decode,%s,%d,%d,%.3f,%.1f,%.5g,%.5g,", b->info.weight_format, n_seqs, context, ms,
            n_seqs / ms * 1e3, ((double)b->info.weight_bytes + kv) / ms / 1e6, flops / ms / 1e9);
     if (n)
         printf("%.1f,%.1f\n", idle[n / 2], idle[n - 1 - n / 100]);

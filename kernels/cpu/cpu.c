@@ -91,9 +91,7 @@ static void matmul_choose(struct cpu_backend *cpu)
                 cpu->matmul.rows_max[format] = k->rows_max[format];
                 cpu->matmul.row_major[format] = k->row_major[format];
             }
-            if (!k || !k->pack_rows[format]) continue;
-            cpu->matmul.pack_rows[format] = k->pack_rows[format];
-            cpu->matmul.pack_panel[format] = k->pack_panel[format];
+            if (k && k->pack_rows[format]) cpu->matmul.pack_rows[format] = k->pack_rows[format];
         }
 }
 

@@ -50,11 +50,11 @@ struct weight {
     size_t panel_bytes, packed_bytes;
     _Atomic(uint8_t *) panels; /* in slab; or in a file until weight_settle has copied it */
     struct slab *slab;         /* NULL: panels are not ours */
-    float *scale;        /* INT8: [n_panels * 32], else NULL */
-    float *bias;         /* [n_panels * 32] or NULL */
-    int64_t group_steps; /* INT4: GROUP_STEPS; INT4_GROUPS: 8, 16 or 32; else 0 */
-    uint8_t *zeros;      /* INT4_GROUPS: [n_panels][n_steps / group_steps][32], else NULL */
-    int32_t *order;      /* INT4_GROUPS: [n_steps * 4] input of each slot or -1; NULL = as is */
+    float *scale;              /* INT8: [n_panels * 32], else NULL */
+    float *bias;               /* [n_panels * 32] or NULL */
+    int64_t group_steps;       /* INT4: GROUP_STEPS; INT4_GROUPS: 8, 16 or 32; else 0 */
+    uint8_t *zeros;            /* INT4_GROUPS: [n_panels][n_steps / group_steps][32], else NULL */
+    int32_t *order; /* INT4_GROUPS: [n_steps * 4] input of each slot or -1; NULL = as is */
     struct matrix_view table; /* of table_create; then nothing above is set */
 };
 
@@ -69,7 +69,8 @@ extern const struct format_info format_infos[FORMATS];
 struct activations {
     enum weight_format format;
     int n_rows, rows_max, n_row_panels;
-    bool row_major; /* AMX: words [n_rows][n_steps] instead */
+    int panel_rows, n_taller; /* rows of a row panel; the first n_taller have one more */
+    bool row_major;           /* AMX: words [n_rows][n_steps] instead */
     int64_t n_inputs, n_steps, n_groups;
     int64_t group_steps;  /* that share a correction */
     int32_t offset;       /* what the correction is made of */
@@ -101,11 +102,10 @@ struct panel_call {
     int64_t prefetch_bytes, prefetch_second; /* a second line that far from the first */
 };
 typedef void panel_kernel(const struct panel_call *call, int rows);
-typedef void quantize_kernel(const struct activations *a, const float *x, int64_t row, int rows,
-                             uint32_t *words);
-/* The same of rows [row, row + rows) at once, `stride` floats apart: words [n_steps][rows]. */
-typedef void words_kernel(const struct activations *a, const float *x, int64_t stride, int64_t row,
-                          int rows, uint32_t *words);
+/* Packs a row panel: `rows` rows of floats, `stride` apart, into words [n_steps][rows], or, row
+ * major, [rows][n_steps]. first: of the rows in row_scale and correction. */
+typedef void quantize_kernel(const struct activations *a, const float *x, int64_t stride,
+                             int64_t first, int rows, uint32_t *words);
 
 /* The kernels of one ISA; a NULL entry falls back to the ISA below. */
 struct matmul_kernels {
@@ -113,7 +113,6 @@ struct matmul_kernels {
     int rows_max[FORMATS];
     bool row_major[FORMATS]; /* the panel kernel takes rows of words, see struct activations */
     quantize_kernel *pack_rows[FORMATS];
-    words_kernel *pack_panel[FORMATS]; /* NULL: row by row; never where the ISA is row_major */
 };
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
     matmul_bf16, matmul_amx;

@@ -14,8 +14,11 @@
 enum {
     CHUNK_ROWS = 144,  /* rows of a chunk at most: their words stay in L2 */
     BLOCK_STEPS = 512, /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
-    CHUNK_PANELS = 2,
+    CHUNK_PANELS = 2,  /* of a chunk that is short: one fetching runs on through both */
+    CHUNK_WORK =
+        16384, /* rows times steps; a chunk of more has one panel, and threads end together */
     PREFETCH_ROWS = 5,         /* with fewer rows the hardware fetches better alone */
+    PREFETCH_ROWS_INT4 = 2,    /* the same for INT4, whose steps take longer for their bytes */
     PREFETCH_AHEAD = 8192,     /* bytes */
     WORDS_BYTES_MIN = 2 << 20, /* a huge page */
     PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
@@ -30,7 +33,7 @@ struct matmul_args {
     float *out;
     int64_t out_stride, n_columns;
     int n_panel_chunks, panels_per_chunk, row_panels_per_chunk;
-    bool gated;
+    bool gated, direct; /* direct: one thread, which leaves whole panels where they belong */
     enum activation activation;
     const struct row_kernels *rows;
     struct largest *best; /* of matmul_argmax: [n_panel_chunks][n_rows] */
@@ -41,10 +44,10 @@ struct largest {
     int32_t index;
 };
 
+/* Row panels are equal but for one row that the first n_taller have more. */
 static int row_panel_first(const struct activations *a, int i)
 {
-    int n = a->n_row_panels, more = a->n_rows % n;
-    return i * (a->n_rows / n) + (i < more ? i : more);
+    return i * a->panel_rows + (i < a->n_taller ? i : a->n_taller);
 }
 
 enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
@@ -74,7 +77,6 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 struct pack_rows_args {
     const struct activations *a;
     quantize_kernel *pack;
-    words_kernel *pack_panel;
     const float *x;
     int64_t stride;
 };
@@ -84,14 +86,8 @@ static void pack_rows_chunk(const void *args, int chunk, void *scratch)
     const struct pack_rows_args *p = args;
     int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
     (void)scratch;
-    uint32_t *words = p->a->words + first * p->a->n_steps;
-    if (p->pack_panel) {
-        p->pack_panel(p->a, p->x + first * p->stride, p->stride, first, rows, words);
-        return;
-    }
-    for (int r = 0; r < rows; r++)
-        p->pack(p->a, p->x + (first + r) * p->stride, first + r, p->a->row_major ? 1 : rows,
-                words + (p->a->row_major ? r * p->a->n_steps : r));
+    p->pack(p->a, p->x + first * p->stride, p->stride, first, rows,
+            p->a->words + first * p->a->n_steps);
 }
 
 static void activations_pack(struct cpu_backend *cpu, const struct weight *w, const float *x,
@@ -103,6 +99,8 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->rows_max = cpu->matmul.rows_max[w->format];
     a->row_major = cpu->matmul.row_major[w->format];
     a->n_row_panels = (n_rows + a->rows_max - 1) / a->rows_max;
+    a->panel_rows = n_rows / a->n_row_panels;
+    a->n_taller = n_rows % a->n_row_panels;
     a->n_inputs = w->n_in;
     a->n_steps = w->n_steps;
     a->group_steps = w->group_steps ? w->group_steps : w->n_steps;
@@ -110,8 +108,7 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
     a->order = w->order;
     struct pack_rows_args args = {
-        a, w->order ? quantize_row_pack_ordered : cpu->matmul.pack_rows[w->format],
-        a->row_major || w->order ? NULL : cpu->matmul.pack_panel[w->format], x, stride};
+        a, w->order ? quantize_rows_ordered : cpu->matmul.pack_rows[w->format], x, stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);
@@ -120,22 +117,21 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
                  &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
 }
 
-/* Which weights are fetched into L2 meanwhile. One row panel streams through the weights once: with
- * few rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
+/* Which weights are fetched meanwhile. One row panel streams through the weights once: with few
+ * rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
  * fixed distance ahead helps. Of several row panels the first two fetch one half each of the block
- * that comes next. INT4 has half the bytes to the same arithmetic: one row panel needs no help. */
+ * that comes next, whose bytes `block` counts. */
 static void prefetch_plan(const struct format_info *f, int n_row_panels, int i, int rows,
-                          struct panel_call *call)
+                          int64_t block, struct panel_call *call)
 {
     call->prefetch = call->weights;
     call->prefetch_bytes = call->prefetch_second = 0;
-    if (n_row_panels == 1 && rows >= PREFETCH_ROWS && !f->header_bytes) {
+    if (n_row_panels == 1 && rows >= (f->header_bytes ? PREFETCH_ROWS_INT4 : PREFETCH_ROWS)) {
         call->prefetch = call->weights + PREFETCH_AHEAD;
-        call->prefetch_bytes = f->step_bytes;
-        call->prefetch_second = f->step_bytes / 2;
+        call->prefetch_bytes = f->header_bytes ? 2 * f->step_bytes : f->step_bytes;
+        call->prefetch_second = call->prefetch_bytes / 2;
     } else if (n_row_panels > 1 && i < 2) {
-        int64_t block = call->n_steps * f->step_bytes;
-        call->prefetch = call->weights + block + i * block / 2;
+        call->prefetch = call->weights + block + i * block / 2 / 64 * 64;
         call->prefetch_bytes = 64; /* a call of the kernel looks at 128 bytes between fetches */
     }
 }
@@ -158,8 +154,8 @@ static void destination_fetch(const struct matmul_args *m, int first, int rows, 
     for (int r = 0; r < rows; r++) {
         const float *to = m->out + (first + r) * m->out_stride + column;
         __asm__ volatile("prefetchw %0" ::"m"(*to));
-        __asm__ volatile("prefetchw %0" ::"m"(to[n - 1]));
         if (n == PANEL_OUTPUTS) __asm__ volatile("prefetchw %0" ::"m"(to[n / 2]));
+        if ((uintptr_t)to % 64) __asm__ volatile("prefetchw %0" ::"m"(to[n - 1]));
     }
 }
 
@@ -171,39 +167,37 @@ static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, in
     const struct weight *w = m->w;
     const struct activations *a = &m->a;
     const struct format_info *f = &format_infos[w->format];
-    int row0 = row_panel_first(a, i0);
-    int n_row_panels = i1 - i0;
+    int row0 = row_panel_first(a, i0), n_row_panels = i1 - i0;
     int64_t block = block_steps(a, n_row_panels);
-    for (int64_t s = 0; s < a->n_steps; s += block) {
-        int64_t n = a->n_steps - s < block ? a->n_steps - s : block;
-        int64_t group = s / a->group_steps; /* 0 where one group is all */
-        size_t header = (size_t)(group * f->header_bytes);
-        const uint8_t *weights =
-            w->panels + (size_t)panel * w->panel_bytes + (size_t)(s * f->step_bytes) + header;
-        for (int i = i0; i < i1; i++) {
-            int first = row_panel_first(a, i), rows = row_panel_first(a, i + 1) - first;
-            struct panel_call call = {
-                .weights = weights,
-                .words = a->words + first * a->n_steps + (a->row_major ? s : s * rows),
-                .words_stride = a->n_steps,
-                .n_steps = n,
-                .scratch = parked + (first - row0) * PANEL_OUTPUTS,
-                .first = s == 0,
-                .last = s + n == a->n_steps,
-                .correction = a->correction + first * a->n_groups + group,
-                .correction_stride = a->n_groups,
-                .row_scale = f->inputs_per_step == 4 ? a->row_scale + first : NULL,
-                .column_scale = w->scale ? w->scale + panel * PANEL_OUTPUTS : NULL,
-                .bias = w->bias ? w->bias + panel * PANEL_OUTPUTS : NULL,
-                .group_steps = a->group_steps,
-                .zeros = w->zeros ? w->zeros + (panel * a->n_groups + group) * PANEL_OUTPUTS : NULL,
-                .out = out + (first - row0) * out_stride,
-                .out_stride = out_stride,
-            };
-            prefetch_plan(f, n_row_panels, i - i0, rows, &call);
+    struct panel_call call = {
+        .weights = w->panels + (size_t)panel * w->panel_bytes,
+        .words_stride = a->n_steps,
+        .first = true,
+        .correction_stride = a->n_groups,
+        .group_steps = a->group_steps,
+        .column_scale = w->scale ? w->scale + panel * PANEL_OUTPUTS : NULL,
+        .bias = w->bias ? w->bias + panel * PANEL_OUTPUTS : NULL,
+        .out_stride = out_stride,
+    };
+    for (int64_t s = 0; s < a->n_steps; s += block, call.first = false) {
+        int64_t group = s / a->group_steps, bytes; /* group: 0 where one is all */
+        call.n_steps = a->n_steps - s < block ? a->n_steps - s : block;
+        call.last = s + call.n_steps == a->n_steps;
+        bytes = call.n_steps * f->step_bytes + call.n_steps / a->group_steps * f->header_bytes;
+        if (w->zeros) call.zeros = w->zeros + (panel * a->n_groups + group) * PANEL_OUTPUTS;
+        for (int i = i0, first = row0; i < i1; i++) {
+            int rows = a->panel_rows + (i < a->n_taller);
+            call.words = a->words + first * a->n_steps + (a->row_major ? s : s * rows);
+            call.scratch = parked + (first - row0) * PANEL_OUTPUTS;
+            call.correction = a->correction + first * a->n_groups + group;
+            call.row_scale = f->inputs_per_step == 4 ? a->row_scale + first : NULL;
+            call.out = out + (first - row0) * out_stride;
+            prefetch_plan(f, n_row_panels, i - i0, rows, bytes, &call);
             if (call.last && to >= 0) destination_fetch(m, first, rows, to);
             m->kernel(&call, rows);
+            first += rows;
         }
+        call.weights += bytes;
     }
 }
 
@@ -226,6 +220,15 @@ static struct chunk_range chunk_range(const struct matmul_args *m, int chunk)
     return c;
 }
 
+/* Where a panel's results belong when nothing can run twice; NULL: into scratch, and committed. A
+ * panel that overlaps the matrix's edge is committed too. */
+static float *direct_place(const struct matmul_args *m, const struct chunk_range *c, int64_t p)
+{
+    int64_t column = (c->panel0 + p) * PANEL_OUTPUTS;
+    if (!m->direct || column + PANEL_OUTPUTS > m->n_columns) return NULL;
+    return m->out + c->row0 * m->out_stride + column;
+}
+
 /* Scratch of a chunk: accumulators [CHUNK_ROWS][32], results [panels][CHUNK_ROWS][32], and for the
  * gated form two panels of up beside the gate. */
 static void matmul_compute(const void *args, int chunk, void *scratch)
@@ -233,9 +236,12 @@ static void matmul_compute(const void *args, int chunk, void *scratch)
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
     float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
-    for (int64_t p = 0; p < c.n_panels; p++)
-        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked, result + p * CHUNK_ROWS * PANEL_OUTPUTS,
-                      PANEL_OUTPUTS, (c.panel0 + p) * PANEL_OUTPUTS);
+    for (int64_t p = 0; p < c.n_panels; p++) {
+        float *to = direct_place(m, &c, p);
+        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked,
+                      to ? to : result + p * CHUNK_ROWS * PANEL_OUTPUTS,
+                      to ? m->out_stride : PANEL_OUTPUTS, (c.panel0 + p) * PANEL_OUTPUTS);
+    }
 }
 
 /* The gate's panel, then the panel or two that hold the same columns of up. When the number of
@@ -266,10 +272,15 @@ static void matmul_commit(const void *args, int chunk, void *scratch)
     const float *result = (const float *)scratch + CHUNK_ROWS * PANEL_OUTPUTS;
     for (int64_t p = 0; p < c.n_panels; p++) {
         int64_t column = (c.panel0 + p) * PANEL_OUTPUTS;
-        int64_t n = m->n_columns - column < PANEL_OUTPUTS ? m->n_columns - column : PANEL_OUTPUTS;
-        for (int r = 0; r < c.n_rows; r++)
-            memcpy(m->out + (c.row0 + r) * m->out_stride + column,
-                   result + (p * CHUNK_ROWS + r) * PANEL_OUTPUTS, (size_t)n * sizeof(float));
+        int64_t n = m->n_columns - column;
+        const float *from = result + p * CHUNK_ROWS * PANEL_OUTPUTS;
+        float *to = m->out + c.row0 * m->out_stride + column;
+        if (!m->gated && direct_place(m, &c, p)) continue;
+        for (int r = 0; r < c.n_rows; r++, from += PANEL_OUTPUTS, to += m->out_stride)
+            if (n < PANEL_OUTPUTS)
+                memcpy(to, from, (size_t)n * sizeof(float));
+            else
+                memcpy(to, from, PANEL_OUTPUTS * sizeof(float)); /* a few moves */
     }
 }
 
@@ -312,7 +323,10 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
     int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
     m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
-    m->panels_per_chunk = m->gated ? 1 : CHUNK_PANELS;
+    int64_t work = (int64_t)(a->n_rows / n_row_chunks) * a->n_steps;
+    bool one = work >= CHUNK_WORK && panels * n_row_chunks <= POOL_CHUNKS_MAX;
+    m->panels_per_chunk = m->gated || one ? 1 : CHUNK_PANELS;
+    m->direct = !m->best && pool_n_threads(cpu->pool) == 1;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
     struct pool_job job = {m->best    ? argmax_compute
                            : m->gated ? gated_compute
@@ -387,7 +401,7 @@ void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *
 {
     struct cpu_backend *cpu = cpu_of(b);
     ASSERT_CMP(x.cols, ==, w->n_in);
-    int64_t slice = slice_rows(w->n_out), chunks = w->n_panels / CHUNK_PANELS + 1;
+    int64_t slice = slice_rows(w->n_out), chunks = w->n_panels;
     int64_t most = ATTENTION_PARTIAL_BYTES / (int64_t)sizeof(struct largest) / chunks;
     slice = slice < most ? slice : most;
     ASSERT_CMP(slice, >, 0);

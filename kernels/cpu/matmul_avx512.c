@@ -2,6 +2,7 @@
  * sums even and odd inputs apart from vdpbf16ps; a process uses one of them for every row. */
 #include "kernels/cpu/matmul_avx512.h"
 #include "kernels/cpu/quantize.h"
+#include "kernels/cpu/words_avx512.h"
 
 #define STEP_F32(W, X)                                                                             \
     {                                                                                              \
@@ -51,41 +52,109 @@ ALL_HEIGHTS(panel_f32)
 ALL_HEIGHTS(panel_f16)
 ALL_HEIGHTS(panel_widened)
 
-/* 16 floats at i, zeros from n on. */
-static inline __m512 floats_at(const float *x, int64_t i, int64_t n)
+ALWAYS_INLINE __m512i step_floats(const float *x, int64_t step, int64_t n)
 {
-    int64_t left = n - i;
-    __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-    return _mm512_maskz_loadu_ps(mask, x + i);
+    return _mm512_castps_si512(floats_at(x, step, n));
 }
+WORDS_KERNEL(pack_f32, 1, step_floats)
 
-/* As quantize_row_pack_int8, 16 inputs at a time: the same operations in each lane. */
-static void pack_int8(const struct activations *a, const float *x, int64_t row, int rows,
-                      uint32_t *words)
+/* The scale of one row; *out_inverse as quantize_scale has it. */
+static inline float row_scale_of(const float *x, int64_t n, float *out_inverse)
 {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i max = _mm512_setzero_si512();
-    for (int64_t i = 0; i < a->n_inputs; i += 16)
-        max = _mm512_max_epu32(
-            max, _mm512_and_si512(_mm512_castps_si512(floats_at(x, i, a->n_inputs)), magnitude));
-    float inverse;
-    a->row_scale[row] = quantize_scale(_mm512_reduce_max_epu32(max), &inverse);
-    int32_t *correction = a->correction + row * a->n_groups;
-    int64_t group_steps = a->group_steps;
-    const __m512 factor = _mm512_set1_ps(inverse), magic = _mm512_set1_ps(12582912.0f);
-    for (int64_t g = 0; g < a->n_steps; g += group_steps) {
-        __m512i sum = _mm512_setzero_si512();
-        for (int64_t s = g; s < g + group_steps; s += 4) {
-            __m512 v = _mm512_mul_ps(floats_at(x, s * 4, a->n_inputs), factor);
-            __m512i q = _mm512_cvtps_epi32(_mm512_sub_ps(_mm512_add_ps(v, magic), magic));
-            q = inverse > 0.0f ? q : _mm512_setzero_si512();
-            sum = _mm512_add_epi32(sum, q);
-            _Alignas(16) uint32_t four[4];
-            _mm_store_si128((__m128i *)four, _mm512_cvtepi32_epi8(q));
-            for (int i = 0; i < 4 && s + i < a->n_steps; i++)
-                words[(s + i) * rows] = four[i];
+    __m512i max0 = _mm512_setzero_si512(), max1 = max0;
+    for (int64_t i = 0; i < n; i += 32) {
+        floats_fetch(x, i, 32);
+        __m512i low = _mm512_castps_si512(floats_at(x, i, n));
+        __m512i high = _mm512_castps_si512(floats_at(x, i + 16, n));
+        max0 = _mm512_max_epu32(max0, _mm512_and_si512(low, magnitude));
+        max1 = _mm512_max_epu32(max1, _mm512_and_si512(high, magnitude));
+    }
+    return quantize_scale(_mm512_reduce_max_epu32(_mm512_max_epu32(max0, max1)), out_inverse);
+}
+
+/* 64 inputs of a row as 16 steps (STEPS_BY_LANE); their sums are added to *sum. The conversion
+ * rounds to the nearest, ties to even. */
+ALWAYS_INLINE __m512i quantize_vectors(const __m512 x[4], float inverse, __m512i *sum)
+{
+    const __m512 factor = _mm512_set1_ps(inverse);
+    const __mmask16 mask = inverse > 0.0f ? 0xffff : 0;
+    __m512i q[4];
+    UNROLL for (int k = 0; k < 4; k++)
+    {
+        q[k] = _mm512_maskz_cvtps_epi32(mask, _mm512_mul_ps(x[k], factor));
+    }
+    *sum = _mm512_add_epi32(
+        *sum, _mm512_add_epi32(_mm512_add_epi32(q[0], q[1]), _mm512_add_epi32(q[2], q[3])));
+    return _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+}
+
+ALWAYS_INLINE __m512i quantize_64(const float *x, int64_t i, int64_t n, float inverse, __m512i *sum)
+{
+    __m512 v[4];
+    if (i + 64 <= n) {
+        UNROLL for (int k = 0; k < 4; k++)
+        {
+            v[k] = _mm512_loadu_ps(x + i + 16 * k);
         }
-        *correction++ = -a->offset * _mm512_reduce_add_epi32(sum);
+    } else {
+        for (int k = 0; k < 4; k++)
+            v[k] = floats_at(x, i + 16 * k, n);
+    }
+    return quantize_vectors(v, inverse, sum);
+}
+
+/* `count` rows from `row` on, whose words begin at `words`; a row `apart` has its words in a row.
+ */
+ALWAYS_INLINE void pack_int8_rows(const struct activations *a, const float *x, int64_t stride,
+                                  int64_t row, int rows, uint32_t *words, const int count,
+                                  const bool apart)
+{
+    __m512i sum[4], v[4];
+    float inverse[4];
+    UNROLL for (int k = 0; k < count; k++)
+    {
+        a->row_scale[row + k] = row_scale_of(x + k * stride, a->n_inputs, &inverse[k]);
+        sum[k] = _mm512_setzero_si512();
+    }
+    for (int64_t s = 0; s < a->n_steps; s += 16) {
+        int64_t n = a->n_steps - s < 16 ? a->n_steps - s : 16;
+        UNROLL for (int k = 0; k < 4; k++)
+        {
+            v[k] = k < count ? quantize_64(x + k * stride, s * 4, a->n_inputs, inverse[k], &sum[k])
+                             : v[0];
+        }
+        if (apart)
+            words_store_row(words + s, v[0], n, STEPS_BY_LANE);
+        else
+            words_store(words + s * rows, rows, v, count, n, STEPS_BY_LANE);
+        if ((s + n) % a->group_steps) continue;
+        UNROLL for (int k = 0; k < count; k++)
+        {
+            a->correction[(row + k) * a->n_groups + s / a->group_steps] =
+                -a->offset * _mm512_reduce_add_epi32(sum[k]);
+            sum[k] = _mm512_setzero_si512();
+        }
+    }
+}
+
+/* As quantize_rows_int8: the same operations for each input. */
+static void pack_int8(const struct activations *a, const float *x, int64_t stride, int64_t first,
+                      int rows, uint32_t *words)
+{
+    bool apart = a->row_major || rows == 1;
+    if (a->group_steps % 16 && a->n_groups > 1) { /* a vector would span two groups */
+        quantize_rows_int8(a, x, stride, first, rows, words);
+        return;
+    }
+    for (int r = 0; r < rows; r += apart || rows - r < 4 ? 1 : 4) {
+        const float *from = x + r * stride;
+        if (apart)
+            pack_int8_rows(a, from, stride, first + r, rows, words + r * a->n_steps, 1, true);
+        else if (rows - r < 4)
+            pack_int8_rows(a, from, stride, first + r, rows, words + r, 1, false);
+        else
+            pack_int8_rows(a, from, stride, first + r, rows, words + r, 4, false);
     }
 }
 
@@ -94,7 +163,9 @@ const struct matmul_kernels matmul_avx512 = {
               [WEIGHT_F16] = panel_f16_any,
               [WEIGHT_BF16] = panel_widened_any},
     .rows_max = {[WEIGHT_F32] = 12, [WEIGHT_F16] = 12, [WEIGHT_BF16] = 12},
-    .pack_rows =
-        {[WEIGHT_INT8] = pack_int8, [WEIGHT_INT4] = pack_int8, [WEIGHT_INT4_GROUPS] = pack_int8},
-    .pack_panel = {[WEIGHT_INT8] = words_pack_int8, [WEIGHT_INT4] = words_pack_int8},
+    .pack_rows = {[WEIGHT_F32] = pack_f32,
+                  [WEIGHT_F16] = pack_f32,
+                  [WEIGHT_INT8] = pack_int8,
+                  [WEIGHT_INT4] = pack_int8,
+                  [WEIGHT_INT4_GROUPS] = pack_int8},
 };

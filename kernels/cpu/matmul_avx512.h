@@ -16,13 +16,71 @@
 #define DOT_BF16(acc, w, x)  __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
 #define DOT_INT8(acc, w, x)  __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x))
 
-/* out = v * row_scale * column_scale + bias, each where the format has it, never fused. */
-ALWAYS_INLINE void result_store(const struct panel_call *c, int r, int half, __m512 v)
+/* out = v * row_scale * column_scale + bias, each where the format has it, never fused. What there
+ * is is asked once: a call of few steps is as long as its beginning and end. */
+ALWAYS_INLINE void results_store(const struct panel_call *c, const int rows, __m512 v[][2])
 {
-    if (c->row_scale) v = _mm512_mul_ps(v, _mm512_set1_ps(c->row_scale[r]));
-    if (c->column_scale) v = _mm512_mul_ps(v, _mm512_loadu_ps(c->column_scale + 16 * half));
-    if (c->bias) v = _mm512_add_ps(v, _mm512_loadu_ps(c->bias + 16 * half));
-    _mm512_storeu_ps(c->out + r * c->out_stride + 16 * half, v);
+    const float *row_scale = c->row_scale, *column_scale = c->column_scale, *bias = c->bias;
+    const int64_t stride = c->out_stride;
+    float *out = c->out;
+    if (row_scale) {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            __m512 scale = _mm512_set1_ps(row_scale[r]);
+            v[r][0] = _mm512_mul_ps(v[r][0], scale), v[r][1] = _mm512_mul_ps(v[r][1], scale);
+        }
+    }
+    if (column_scale) {
+        __m512 low = _mm512_loadu_ps(column_scale), high = _mm512_loadu_ps(column_scale + 16);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            v[r][0] = _mm512_mul_ps(v[r][0], low), v[r][1] = _mm512_mul_ps(v[r][1], high);
+        }
+    }
+    if (bias) {
+        __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            v[r][0] = _mm512_add_ps(v[r][0], low), v[r][1] = _mm512_add_ps(v[r][1], high);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        _mm512_storeu_ps(out + r * stride, v[r][0]);
+        _mm512_storeu_ps(out + r * stride + 16, v[r][1]);
+    }
+}
+
+/* Float sums between calls. */
+ALWAYS_INLINE void sums_begin(const struct panel_call *c, const int rows, __m512 sum[][2])
+{
+    const float *parked = c->scratch;
+    if (c->first) {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        }
+    } else {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            sum[r][0] = _mm512_loadu_ps(parked + r * 32);
+            sum[r][1] = _mm512_loadu_ps(parked + r * 32 + 16);
+        }
+    }
+}
+
+ALWAYS_INLINE void sums_end(const struct panel_call *c, const int rows, __m512 sum[][2])
+{
+    float *parked = c->scratch;
+    if (c->last) {
+        results_store(c, rows, sum);
+        return;
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        _mm512_storeu_ps(parked + r * 32, sum[r][0]);
+        _mm512_storeu_ps(parked + r * 32 + 16, sum[r][1]);
+    }
 }
 
 /* Into L2: a block just ahead would push the current one out of L1. */
@@ -43,12 +101,7 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
         const uint8_t *weights = c->weights;                                                       \
         const uint32_t *words = c->words;                                                          \
         const uint8_t *ahead = c->prefetch;                                                        \
-        float *parked = c->scratch;                                                                \
-        UNROLL for (int r = 0; r < rows; r++)                                                      \
-        {                                                                                          \
-            sum[r][0] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32);         \
-            sum[r][1] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32 + 16);    \
-        }                                                                                          \
+        sums_begin(c, rows, sum);                                                                  \
         for (int64_t s = 0; s < c->n_steps; s += 2) {                                              \
             PREFETCH(c, ahead);                                                                    \
             STEP(weights, words);                                                                  \
@@ -58,16 +111,7 @@ ALWAYS_INLINE __m512i broadcast_word(const uint32_t *words, int r)
             words += 2 * rows;                                                                     \
             ahead += 2 * c->prefetch_bytes;                                                        \
         }                                                                                          \
-        UNROLL for (int r = 0; r < rows; r++)                                                      \
-        {                                                                                          \
-            if (c->last) {                                                                         \
-                result_store(c, r, 0, sum[r][0]);                                                  \
-                result_store(c, r, 1, sum[r][1]);                                                  \
-            } else {                                                                               \
-                _mm512_storeu_ps(parked + r * 32, sum[r][0]);                                      \
-                _mm512_storeu_ps(parked + r * 32 + 16, sum[r][1]);                                 \
-            }                                                                                      \
-        }                                                                                          \
+        sums_end(c, rows, sum);                                                                    \
     }
 
 /* NAME_1 .. NAME_12 from the inline NAME, and NAME_any that picks one by the number of rows. */

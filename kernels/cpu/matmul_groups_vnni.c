@@ -13,14 +13,14 @@ ALWAYS_INLINE __m512i zeros_load(const uint8_t *zeros)
 
 /* The exact sums of one group, added to sum. */
 ALWAYS_INLINE void group_add(const uint8_t *weights, const uint32_t *words, int64_t steps,
-                             const int rows, const uint8_t *ahead, int64_t prefetch_bytes,
+                             const int rows, const uint8_t *ahead, const struct panel_call *c,
                              __m512i sum[ROWS_MAX][2])
 {
     const __m512i low = _mm512_set1_epi8(15);
     for (int64_t s = 0; s < steps; s += 2) {
         __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-        ahead += prefetch_bytes;
+        PREFETCH(c, ahead);
+        ahead += c->prefetch_bytes;
         __m512i w0 = _mm512_and_si512(v0, low), w1 = _mm512_and_si512(v1, low);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -44,15 +44,10 @@ ALWAYS_INLINE void group_add(const uint8_t *weights, const uint32_t *words, int6
 ALWAYS_INLINE void panel(const struct panel_call *c, const int rows, const int64_t steps)
 {
     __m512 total[ROWS_MAX][2];
-    float *parked = c->scratch;
     const int64_t group_bytes = GROUP_HEADER + steps * 64;
     const uint8_t *group = c->weights, *zeros = c->zeros, *ahead = c->prefetch;
     const uint32_t *words = c->words;
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        total[r][0] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32);
-        total[r][1] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32 + 16);
-    }
+    sums_begin(c, rows, total);
     for (int64_t g = 0; g * steps < c->n_steps; g++) {
         __m512i sum[ROWS_MAX][2], z0 = zeros_load(zeros), z1 = zeros_load(zeros + 16);
         UNROLL for (int r = 0; r < rows; r++)
@@ -61,7 +56,7 @@ ALWAYS_INLINE void panel(const struct panel_call *c, const int rows, const int64
             sum[r][0] = _mm512_madd_epi16(z0, x);
             sum[r][1] = _mm512_madd_epi16(z1, x);
         }
-        group_add(group + GROUP_HEADER, words, steps, rows, ahead, c->prefetch_bytes, sum);
+        group_add(group + GROUP_HEADER, words, steps, rows, ahead, c, sum);
         __m512 scale0 = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)group));
         __m512 scale1 = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(group + 32)));
         UNROLL for (int r = 0; r < rows; r++)
@@ -72,18 +67,9 @@ ALWAYS_INLINE void panel(const struct panel_call *c, const int rows, const int64
         group += group_bytes;
         zeros += PANEL_OUTPUTS;
         words += steps * rows;
-        ahead += steps / 2 * c->prefetch_bytes;
+        ahead += steps / 2 * c->prefetch_bytes + (c->prefetch_bytes ? GROUP_HEADER : 0);
     }
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        if (c->last) {
-            result_store(c, r, 0, total[r][0]);
-            result_store(c, r, 1, total[r][1]);
-        } else {
-            _mm512_storeu_ps(parked + r * 32, total[r][0]);
-            _mm512_storeu_ps(parked + r * 32 + 16, total[r][1]);
-        }
-    }
+    sums_end(c, rows, total);
 }
 
 /* The steps of a group are constants, so that its loop is unrolled. */

@@ -15,11 +15,14 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
     const uint32_t *words = c->words;
     const uint8_t *ahead = c->prefetch;
     int32_t *parked = c->scratch;
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        if (c->first) {
+    if (c->first) {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
             sum[r][0] = sum[r][1] = _mm512_set1_epi32(c->correction[r * c->correction_stride]);
-        } else {
+        }
+    } else {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
             sum[r][0] = _mm512_loadu_si512(parked + r * 32);
             sum[r][1] = _mm512_loadu_si512(parked + r * 32 + 16);
         }
@@ -40,28 +43,45 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
             ahead += c->prefetch_bytes;
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        if (c->last) {
-            result_store(c, r, 0, _mm512_cvtepi32_ps(sum[r][0]));
-            result_store(c, r, 1, _mm512_cvtepi32_ps(sum[r][1]));
-        } else {
+    if (!c->last) {
+        UNROLL for (int r = 0; r < rows; r++)
+        {
             _mm512_storeu_si512(parked + r * 32, sum[r][0]);
             _mm512_storeu_si512(parked + r * 32 + 16, sum[r][1]);
         }
+        return;
     }
+    __m512 result[PANEL_ROWS_MAX][2];
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        result[r][0] = _mm512_cvtepi32_ps(sum[r][0]);
+        result[r][1] = _mm512_cvtepi32_ps(sum[r][1]);
+    }
+    results_store(c, rows, result);
 }
 ALL_HEIGHTS(panel_int8)
 
+/* One line for each pair of steps, or both lines of a stream. With five rows or more a pair takes
+ * long enough for single lines to be asked for in L1, where they surely come; at a higher rate such
+ * requests block the loads. */
+ALWAYS_INLINE void fetch(const uint8_t *ahead, const bool both, const int rows)
+{
+    if (!both && rows >= 5)
+        _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+    else
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+    if (both) _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
+}
+
 /* The exact sums of one group: 16 pairs of steps. */
 ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, const int rows,
-                              const uint8_t *ahead, int64_t prefetch_bytes,
+                              const uint8_t *ahead, int64_t prefetch_bytes, const bool both,
                               __m512i sum[PANEL_ROWS_MAX][2])
 {
     const __m512i low = _mm512_set1_epi8(15);
     for (int s = 0; s < GROUP_STEPS; s += 2) {
         __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        fetch(ahead, both, rows);
         ahead += prefetch_bytes;
         __m512i w0 = _mm512_and_si512(v0, low), w1 = _mm512_and_si512(v1, low);
         UNROLL for (int r = 0; r < rows; r++)
@@ -91,12 +111,9 @@ ALWAYS_INLINE __m512 group_scale(const uint8_t *group, int half)
 ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
 {
     __m512 total[INT4_ROWS_MAX][2];
-    float *parked = c->scratch;
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        total[r][0] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32);
-        total[r][1] = c->first ? _mm512_setzero_ps() : _mm512_loadu_ps(parked + r * 32 + 16);
-    }
+    sums_begin(c, rows, total);
+    /* the lines of a group's steps, and one for the scales */
+    const int64_t group_ahead = GROUP_STEPS / 2 * c->prefetch_bytes + (c->prefetch_bytes ? 64 : 0);
     for (int64_t g = 0; g * GROUP_STEPS < c->n_steps; g++) {
         const uint8_t *group = c->weights + g * GROUP_BYTES;
         __m512i sum[PANEL_ROWS_MAX][2];
@@ -105,8 +122,13 @@ ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
             sum[r][0] = _mm512_set1_epi32(c->correction[r * c->correction_stride + g]);
             sum[r][1] = sum[r][0];
         }
-        group_sums(group + 64, c->words + g * GROUP_STEPS * rows, rows,
-                   c->prefetch + g * GROUP_STEPS / 2 * c->prefetch_bytes, c->prefetch_bytes, sum);
+        const uint32_t *words = c->words + g * GROUP_STEPS * rows;
+        const uint8_t *ahead = c->prefetch + g * group_ahead;
+        _mm_prefetch((const char *)ahead + group_ahead - 64, _MM_HINT_T1);
+        if (c->prefetch_second)
+            group_sums(group + 64, words, rows, ahead, c->prefetch_bytes, true, sum);
+        else
+            group_sums(group + 64, words, rows, ahead, c->prefetch_bytes, false, sum);
         __m512 scale0 = group_scale(group, 0), scale1 = group_scale(group, 1);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -114,16 +136,7 @@ ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
             total[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][1]), scale1, total[r][1]);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-    {
-        if (c->last) {
-            result_store(c, r, 0, total[r][0]);
-            result_store(c, r, 1, total[r][1]);
-        } else {
-            _mm512_storeu_ps(parked + r * 32, total[r][0]);
-            _mm512_storeu_ps(parked + r * 32 + 16, total[r][1]);
-        }
-    }
+    sums_end(c, rows, total);
 }
 
 #define INT4_HEIGHT(ROWS, ATTRIBUTES)                                                              \

@@ -7,22 +7,22 @@
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/half.h"
 
-void quantize_row_pack_f32(const struct activations *a, const float *x, int64_t row, int rows,
-                           uint32_t *words)
+static void row_f32(const struct activations *a, const float *x, int64_t row, int step_words,
+                    uint32_t *words)
 {
     (void)row;
     for (int64_t i = 0; i < a->n_steps; i++)
-        words[i * rows] = i < a->n_inputs ? float_bits(x[i]) : 0;
+        words[i * step_words] = i < a->n_inputs ? float_bits(x[i]) : 0;
 }
 
-void quantize_row_pack_bf16(const struct activations *a, const float *x, int64_t row, int rows,
-                            uint32_t *words)
+static void row_bf16(const struct activations *a, const float *x, int64_t row, int step_words,
+                     uint32_t *words)
 {
     (void)row;
     for (int64_t i = 0; i < a->n_steps; i++) {
         uint32_t low = 2 * i < a->n_inputs ? bf16_from_float(x[2 * i]) : 0;
         uint32_t high = 2 * i + 1 < a->n_inputs ? bf16_from_float(x[2 * i + 1]) : 0;
-        words[i * rows] = low | high << 16;
+        words[i * step_words] = low | high << 16;
     }
 }
 
@@ -37,8 +37,8 @@ float quantize_scale(uint32_t max_bits, float *out_inverse)
     return scale;
 }
 
-void quantize_row_pack_int8(const struct activations *a, const float *x, int64_t row, int rows,
-                            uint32_t *words)
+static void row_int8(const struct activations *a, const float *x, int64_t row, int step_words,
+                     uint32_t *words)
 {
     uint32_t max_bits = 0;
     for (int64_t i = 0; i < a->n_inputs; i++) {
@@ -57,7 +57,7 @@ void quantize_row_pack_int8(const struct activations *a, const float *x, int64_t
             word |= (uint32_t)(uint8_t)q << i % 4 * 8;
             sum += q;
         }
-        words[step * rows] = word;
+        words[step * step_words] = word;
         if ((step + 1) % a->group_steps) continue;
         *correction++ = -a->offset * sum;
         sum = 0;
@@ -65,8 +65,8 @@ void quantize_row_pack_int8(const struct activations *a, const float *x, int64_t
 }
 
 /* The same for a weight whose slots take their inputs in another order. */
-void quantize_row_pack_ordered(const struct activations *a, const float *x, int64_t row, int rows,
-                               uint32_t *words)
+static void row_ordered(const struct activations *a, const float *x, int64_t row, int step_words,
+                        uint32_t *words)
 {
     uint32_t max_bits = 0;
     for (int64_t i = 0; i < a->n_inputs; i++) {
@@ -85,9 +85,23 @@ void quantize_row_pack_ordered(const struct activations *a, const float *x, int6
             word |= (uint32_t)(uint8_t)q << i * 8;
             sum += q;
         }
-        words[step * rows] = word;
+        words[step * step_words] = word;
         if ((step + 1) % a->group_steps) continue;
         *correction++ = -a->offset * sum;
         sum = 0;
     }
 }
+
+/* A row panel from its rows. */
+#define ROWS(NAME, ROW)                                                                            \
+    void NAME(const struct activations *a, const float *x, int64_t stride, int64_t first,          \
+              int rows, uint32_t *words)                                                           \
+    {                                                                                              \
+        for (int r = 0; r < rows; r++)                                                             \
+            ROW(a, x + r * stride, first + r, a->row_major ? 1 : rows,                             \
+                words + (a->row_major ? r * a->n_steps : r));                                      \
+    }
+ROWS(quantize_rows_f32, row_f32)
+ROWS(quantize_rows_bf16, row_bf16)
+ROWS(quantize_rows_int8, row_int8)
+ROWS(quantize_rows_ordered, row_ordered)

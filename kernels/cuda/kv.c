@@ -2,9 +2,14 @@
 #include "base/mem.h"
 #include "kernels/cuda/cuda.h"
 
+#include <math.h>
 #include <string.h>
 
-enum { BLOCK_SIZE_DEFAULT = 16, TILE_TOKENS = 16, RESIDENT = 3 };
+enum {
+    BLOCK_SIZE_DEFAULT = 16,
+    TILE_TOKENS = 16,
+    SPLIT_BLOCKS = 6 /* of a multiprocessor at most */
+};
 
 int cuda_block_size_default(struct backend *base)
 {
@@ -47,11 +52,11 @@ size_t cuda_kv_bytes(struct backend *base, const struct kv_cache_args *args)
                : 0;
 }
 
-/* Partial results of split attention: only when blocks are few are keys split, so the number of
- * blocks is at most RESIDENT times the multiprocessors. */
+/* Partial results of split attention: keys are split only as long as there are at most SPLIT_BLOCKS
+ * blocks for each multiprocessor. */
 static enum err splits_reserve(struct cuda_backend *b, int head_dim)
 {
-    size_t rows = (size_t)(RESIDENT * b->n_sms + SPLITS_MAX) * DECODE_ROWS;
+    size_t rows = (size_t)(SPLIT_BLOCKS * b->n_sms) * DECODE_ROWS;
     TRY(cuda_reserve(b, (void **)&b->split_out, &b->split_out_bytes,
                      rows * (size_t)head_dim * sizeof(float)));
     return cuda_reserve(b, (void **)&b->split_ml, &b->split_ml_bytes, rows * 2 * sizeof(float));
@@ -152,12 +157,21 @@ void cuda_qkv_prepare(struct backend *base, struct tensor qkv, struct kv_cache *
     cuda_ok(b, (cudaError_t)r, "qkv_prepare");
 }
 
-/* Keys are split when sequences and kv heads alone would leave some of the blocks that fit the
- * device's shared memory at once (heads of 128) without work. */
+/* Into how many parts the keys of each sequence are cut. A block alone draws all that its
+ * multiprocessor can from memory, so the time is that of the multiprocessor with the most blocks:
+ * its shares of keys, and for each block what beginning and ending one costs, taken as a 25th of an
+ * uncut one; where keys are cut, one such piece more for putting the parts together. */
 static int split_count(const struct cuda_backend *b, int n_blocks)
 {
-    int n = RESIDENT * b->n_sms / n_blocks;
-    return n < 1 ? 1 : n > SPLITS_MAX ? SPLITS_MAX : n;
+    int best = 1;
+    double least = INFINITY;
+    for (int n = 1; n == 1 || (n <= SPLITS_MAX && n * n_blocks <= SPLIT_BLOCKS * b->n_sms); n++) {
+        double rounds = (n * n_blocks + b->n_sms - 1) / b->n_sms;
+        double keys = rounds / n * (rounds < 2 ? 8.0 / 7 : 1),
+               cost = keys + (rounds + (n > 1)) / 25;
+        if (cost < least) least = cost, best = n;
+    }
+    return best;
 }
 
 void cuda_attend(struct backend *base, struct tensor out, struct tensor qkv, struct kv_cache *kv,

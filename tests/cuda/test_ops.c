@@ -119,47 +119,74 @@ static void test_add_and_scale(void **state)
 
 /* A batch of one sequence with n tokens, for the operations that look at ids, positions and rows.
  */
-static void test_embed_and_gather(void **state)
+/* out and picked have rows of a stride of their own, and begin some elements behind their memory.
+ */
+static void embed_case(struct backend *b, int cols, int stride, int picked_stride, int shift,
+                       int picked_shift)
 {
-    enum { N = 5, ROWS = 11, COLS = 70 };
-    struct backend *b = gear_open();
-    float table_host[ROWS * COLS];
+    enum { N = 5, ROWS = 11, COLS_MAX = 1100 };
+    static float table_host[ROWS * COLS_MAX];
+    static double want[N * COLS_MAX], kept[2 * COLS_MAX];
     int32_t ids[N] = {3, -1, 10, 99, 0}, slots[N] = {2, 6, 2, 2, 2}, positions[N] = {0, 1, 2, 3, 8};
     int32_t starts[2] = {0, N}, len = N, blocks = 0, places[N] = {-1, -1, -1, -1, -1},
             rows_out[2] = {1, 4};
     struct batch batch = {N,         1,      2,    1,       ids,    slots,
                           positions, starts, &len, &blocks, places, rows_out};
-    struct both out = both_new(b, N, COLS, COLS, DTYPE_BF16),
-                picked = both_new(b, 2, COLS, COLS, DTYPE_BF16);
+    struct both out = both_new(b, N + 1, cols, stride, DTYPE_BF16),
+                picked = both_new(b, 2 + 1, cols, picked_stride, DTYPE_BF16);
     struct weight *table;
-    double want[N * COLS], kept[2 * COLS];
-    (void)state;
-    for (int i = 0; i < ROWS * COLS; i++)
+    assert_true(cols <= COLS_MAX && cols + shift <= stride && cols + picked_shift <= picked_stride);
+    memset(out.host, 0, (size_t)((N + 1) * cols) * 4);
+    both_send(b, &out); /* and NaN between the rows */
+    out.t.rows = N, picked.t.rows = 2; /* the last one is room to begin later */
+    out.t.data = (uint16_t *)out.t.data + shift;
+    picked.t.data = (uint16_t *)picked.t.data + picked_shift;
+    for (int i = 0; i < ROWS * cols; i++)
         table_host[i] = rounded(rand_float(1));
-    must(b->ops->table_create(b, (struct matrix_view){table_host, DTYPE_F32, ROWS, COLS, COLS, 1},
+    must(b->ops->table_create(b, (struct matrix_view){table_host, DTYPE_F32, ROWS, cols, cols, 1},
                               &table));
     b->ops->feed(b, 6, 7);
     b->ops->batch_begin(b, &batch);
     b->ops->embed(b, out.t, table, &batch);
     for (int i = 0; i < N; i++) {
         int id = ids[i] == -1 ? 7 : ids[i];
-        for (int c = 0; c < COLS; c++)
-            want[i * COLS + c] = id < ROWS ? (double)table_host[id * COLS + c] : 0;
+        for (int c = 0; c < cols; c++)
+            want[i * cols + c] = id < ROWS ? (double)table_host[id * cols + c] : 0;
     }
     expect_near(b, &out, want, 0, 0, "embed");
     b->ops->add_positions(b, out.t, table, 2, &batch);
     for (int i = 0; i < N; i++)
-        for (int c = 0; c < COLS; c++)
-            want[i * COLS + c] += (double)table_host[(positions[i] + 2) * COLS + c];
+        for (int c = 0; c < cols; c++)
+            want[i * cols + c] += (double)table_host[(positions[i] + 2) * cols + c];
     expect_near(b, &out, want, STEP, 1e-6, "add_positions");
     b->ops->gather(b, picked.t, out.t, &batch);
     float *now = both_get(b, &out);
-    for (int i = 0; i < 2 * COLS; i++)
-        kept[i] = (double)now[rows_out[i / COLS] * COLS + i % COLS];
+    for (int i = 0; i < 2 * cols; i++)
+        kept[i] = (double)now[rows_out[i / cols] * cols + i % cols];
     expect_near(b, &picked, kept, 0, 0, "gather");
+    struct both wide = picked;
+    wide.t.cols = picked_stride - picked_shift;
+    float *all = both_get(b, &wide);
+    for (int i = 0; i < 2 * (picked_stride - picked_shift); i++) /* nothing behind a row */
+        if (i % (picked_stride - picked_shift) >= cols) assert_true(all[i] == 0);
+    mem_free(all);
     must(b->ops->ticket_wait(b, b->ops->step_end(b)));
+    out.t.data = (uint16_t *)out.t.data - shift;
+    picked.t.data = (uint16_t *)picked.t.data - picked_shift;
     mem_free(now), both_free(b, &out), both_free(b, &picked);
     b->ops->weight_destroy(b, table);
+}
+
+static void test_embed_and_gather(void **state)
+{
+    static const int cases[][5] = {
+        {70, 70, 70, 0, 0}, {72, 72, 80, 0, 0}, {72, 76, 72, 0, 0}, {72, 72, 75, 0, 0},
+        {64, 72, 72, 3, 0}, {64, 72, 72, 0, 5}, {70, 80, 72, 0, 0}, {1100, 1104, 1104, 0, 0},
+    };
+    struct backend *b = gear_open();
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        embed_case(b, cases[i][0], cases[i][1], cases[i][2], cases[i][3], cases[i][4]);
     gear_close(b);
 }
 
@@ -343,7 +370,7 @@ static void test_codes_and_graphs(void **state)
     struct both x = both_rand(b, N, K, K, DTYPE_BF16, 2), y = both_rand(b, N, K, K, DTYPE_BF16, 2),
                 up = both_rand(b, N, K, K, DTYPE_BF16, 2), out = both_new(b, N, M, M, DTYPE_BF16);
     for (int part = 0; part < 3; part++) {
-        if (part == 0) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false); /* codes of y */
+        if (part == 0) b->ops->activate(b, y.t, x.t, ACTIVATION_RELU, false);  /* codes of y */
         if (part == 1) b->ops->activate(b, up.t, x.t, ACTIVATION_SILU, false); /* others */
         must(b->ops->capture_begin(b));
         if (part == 0) b->ops->matmul(b, out.t, y.t, weight);
