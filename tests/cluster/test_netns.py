@@ -109,9 +109,10 @@ if __name__ == "__main__":
     if not shutil.which("mpirun") or not shutil.which("ip"):
         skip("mpirun or ip is not installed")
     take_down()
-    if sh("ip", "netns", "add", "hdlprobe", check=False) or sh("ip", "link", "add", BRIDGE, "type", "bridge", check=False):
+    if (sh("ip", "netns", "add", "hdlprobe", check=False) or sh("ip", "-n", "hdlprobe", "link", check=False)
+            or sh("ip", "link", "add", BRIDGE, "type", "bridge", check=False)):
         sh("ip", "netns", "del", "hdlprobe", check=False)
-        skip("this kernel grants no network namespaces or bridges")
+        skip("no network namespaces or bridges are granted here")
     take_down()
     sh("ip", "netns", "del", "hdlprobe", check=False)
     try:
