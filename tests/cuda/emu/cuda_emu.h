@@ -60,7 +60,7 @@ extern thread_local unsigned char cuda_smem[SMEM_BYTES_MAX + SMEM_GUARD_BYTES];
 namespace emu
 {
 enum { WARP = 32, STACK_BYTES = 64 << 10, THREADS_MAX = 1024 };
-enum operation { OP_NONE, OP_SHUFFLE, OP_BALLOT, OP_LDMATRIX, OP_LDMATRIX_TRANS, OP_MMA_BF16, OP_BARRIER_WAIT };
+enum operation { OP_NONE, OP_SHUFFLE, OP_BALLOT, OP_SYNCWARP, OP_LDMATRIX, OP_LDMATRIX_TRANS, OP_MMA_BF16, OP_BARRIER_WAIT };
 
 struct pending { /* what a lane waits for together with its warp */
     uint32_t mask;
@@ -159,7 +159,7 @@ cudaError_t launch(bool overlap, void (*kernel)(P...), dim3 grid, dim3 threads, 
 #define EMU_LANE (emu::current->linear & 31)
 
 #define __syncthreads() emu::sync_threads(EMU_HERE)
-#define __syncwarp(...) ((void)emu::collective(0xffffffffu, emu::OP_BALLOT, 0, 0, nullptr, nullptr, EMU_HERE))
+#define __syncwarp(...) ((void)emu::collective(0xffffffffu, emu::OP_SYNCWARP, 0, 0, nullptr, nullptr, EMU_HERE))
 #define __shfl_sync(m, v, s)     emu::shuffle(m, v, (s)&31, EMU_HERE)
 #define __shfl_xor_sync(m, v, x) emu::shuffle(m, v, EMU_LANE ^ (x), EMU_HERE)
 #define __shfl_up_sync(m, v, d)                                                                     \

@@ -183,7 +183,7 @@ static void perform(fiber *lanes, uint32_t mask, operation kind)
     }
     for (uint32_t m = mask; m; m &= m - 1) {
         pending &op = lanes[__builtin_ctz(m)].op;
-        op.out = kind == OP_BALLOT ? ballot : lanes[op.source].op.in;
+        op.out = kind == OP_SHUFFLE ? lanes[op.source].op.in : ballot;
     }
 }
 
@@ -221,7 +221,8 @@ uint64_t collective(uint32_t mask, operation kind, uint64_t in, int source, cons
         perform(lanes, mask, kind);
         TSAN(__tsan_release(&arrived);)
         arrived = 0;
-        if (mask == (have < WARP ? (1u << have) - 1 : 0xffffffffu)) race_warp_met(warp);
+        /* values go from lane to lane by the other operations too, but they order no memory */
+        if (kind == OP_SYNCWARP) race_warp_met(warp);
         now->runnable[warp] |= mask;
     } else {
         sleep_at(where);
