@@ -70,13 +70,14 @@ MUTANTS = [
     ("gemm.cuh", "CODE4_ZERO = CODE4_PLUS + 8", "CODE4_ZERO = CODE4_PLUS + 7", "ops"),
     ("gemm.cuh", "m.zeros)[at >> group_shift]", "m.zeros)[at >> 7]", "int4"),
     ("gemm_int4.cu", "c.zeros)[at >> c.group_shift]", "c.zeros)[0]", "int4"),
+    ("gemm_int4.cu", "dependency_wait();\n        return;", "return;", "int4"),
     ("gemm_int4.cu", "if (from >= 0) v =", "if (from > 0) v =", "int4"),
     ("gemm.cuh", "word >> (i * 4 - 19)", "word >> (i * 4 - 18)", "ops"),
     ("gemm_int4.cu", "gemv_fetch<GROUPS>(ring[i], c, col_first, at + GEMV_AHEAD * WARP_LANES * 32);", "gemv_fetch<GROUPS>(ring[i], c, col_first, at + WARP_LANES * 32);", "ops"),
     ("copy.cu", "pairs.from[blockIdx.x] * block_bytes", "pairs.to[blockIdx.x] * block_bytes", "attention"),
     ("step.c", "    event_wait(b, s);\n    cuda_trace", "    cuda_trace", "steps"),
     ("step.c", "s->begun_us > (int64_t)b->wait_ms_max * 1000", "s->begun_us < 0", "steps"),
-    ("sample.c", "if (cuda_sync(base)) return;", "", "sample"),
+    ("sample.c", "if (cuda_sync(base)) return;", "", "sample whole"),
     ("sample.c", "count[tokens[i]] = 0;", "", "sample"),
     ("matmul.c", "if (b->quantized.of == out.data) b->quantized.of = NULL;", "", "ops"),
     ("kv.c", "if (call.n_tiles)", "if (false)", "attention"),
@@ -116,9 +117,10 @@ MUTANTS = [
 
 # Which test meets the barriers of a file.
 BARRIER_TESTS = {"attention.cu": "attention", "prefill.cu": "attention", "attention.cuh": "attention", "rope.cu": "attention",
-                 "sample.cu": "sample", "moe.cu": "moe"}
+                 "sample.cu": "sample", "moe.cu": "moe", "gemm_int4.cu": "int4",
+                 "copy.cu": "attention"}
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-WAIT = re.compile(r"dependency_wait\(\);")
+WAIT = re.compile(r"dependency_wait\(\);(?!\s*return)")  # one before a return is late already
 WAIT_LATE = "struct late { ~late() { dependency_wait(); } } late_;"
 
 

@@ -262,6 +262,7 @@ static const struct shape shapes[] = {
     {6, 3, 96, 2, 0, 0, 16, 96, DTYPE_I8, true, true, 25, 0, 0.06},
     {2, 1, 256, 2, 0, 0, 32, 256, DTYPE_FP8_E4M3, false, false, 0, 0, 0.3},
     {5, 5, 16, 1, 0, 0, 16, 16, DTYPE_I8, false, false, 0, 0, 0.06},
+    {4, 2, 64, 2, 0, 0, 16, 32, DTYPE_BF16, false, true, 0, 0, NEAR}, /* norm, half of it rotated */
 };
 
 /* HEDDLE_CUDA_QUICK: the plugin was built for two sizes of heads only. */
@@ -282,6 +283,22 @@ static void test_shapes_deterministic(void **state)
     (void)state;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += 2)
         if (!left_out(&shapes[i])) world_run(&shapes[i], 6, true);
+}
+
+/* More sequences and heads than the partial results of split keys have room for. */
+static void test_room_of_splits(void **state)
+{
+    struct world w;
+    struct shape s = shapes[1];
+    int grow[SEQS_MAX] = {60, 1, 10, 50, 1}, one[SEQS_MAX] = {1, 1, 1, 1, 1};
+    (void)state;
+    s.n_heads = s.n_kv_heads = 5, s.group = 1;
+    world_open(&w, &s, 5, false);
+    for (int step = 0; step < 4; step++)
+        world_step(&w, grow, false);
+    for (int step = 0; step < 3; step++)
+        world_step(&w, one, false);
+    world_close(&w);
 }
 
 /* Long enough that each warp's ring wraps several times even when keys are split. */
@@ -500,6 +517,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_shapes_deterministic),
+        cmocka_unit_test(test_room_of_splits),
         cmocka_unit_test(test_long),
         cmocka_unit_test(test_older_device),
         cmocka_unit_test(test_chunks_bitwise),
