@@ -108,7 +108,7 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
     a->order = w->order;
     struct pack_rows_args args = {
-        a, w->order ? quantize_rows_ordered : cpu->matmul.pack_rows[w->format], x, stride};
+        a, w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format], x, stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);

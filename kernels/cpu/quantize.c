@@ -51,38 +51,12 @@ static void row_int8(const struct activations *a, const float *x, int64_t row, i
     int32_t *correction = a->correction + row * a->n_groups;
     for (int64_t step = 0; step < a->n_steps; step++) {
         uint32_t word = 0;
-        for (int64_t i = step * 4; inverse > 0.0f && i < step * 4 + 4 && i < a->n_inputs; i++) {
-            /* adding 1.5 * 2^23 rounds to the nearest integer, ties to even */
-            int32_t q = (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f);
-            word |= (uint32_t)(uint8_t)q << i % 4 * 8;
-            sum += q;
-        }
-        words[step * step_words] = word;
-        if ((step + 1) % a->group_steps) continue;
-        *correction++ = -a->offset * sum;
-        sum = 0;
-    }
-}
-
-/* The same for a weight whose slots take their inputs in another order. */
-static void row_ordered(const struct activations *a, const float *x, int64_t row, int step_words,
-                        uint32_t *words)
-{
-    uint32_t max_bits = 0;
-    for (int64_t i = 0; i < a->n_inputs; i++) {
-        uint32_t u = float_bits(x[i]) & 0x7fffffff;
-        max_bits = u > max_bits ? u : max_bits;
-    }
-    float inverse;
-    a->row_scale[row] = quantize_scale(max_bits, &inverse);
-    int32_t sum = 0, *correction = a->correction + row * a->n_groups;
-    for (int64_t step = 0; step < a->n_steps; step++) {
-        uint32_t word = 0;
-        for (int i = 0; inverse > 0.0f && i < 4; i++) {
-            int32_t from = a->order[step * 4 + i];
+        for (int64_t i = step * 4; inverse > 0.0f && i < step * 4 + 4; i++) {
+            int64_t from = a->order ? a->order[i] : i < a->n_inputs ? i : -1;
             float v = from < 0 ? 0.0f : x[from];
+            /* adding 1.5 * 2^23 rounds to the nearest integer, ties to even */
             int32_t q = (int32_t)((v * inverse + 12582912.0f) - 12582912.0f);
-            word |= (uint32_t)(uint8_t)q << i * 8;
+            word |= (uint32_t)(uint8_t)q << i % 4 * 8;
             sum += q;
         }
         words[step * step_words] = word;
@@ -104,4 +78,3 @@ static void row_ordered(const struct activations *a, const float *x, int64_t row
 ROWS(quantize_rows_f32, row_f32)
 ROWS(quantize_rows_bf16, row_bf16)
 ROWS(quantize_rows_int8, row_int8)
-ROWS(quantize_rows_ordered, row_ordered)

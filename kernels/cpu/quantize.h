@@ -2,16 +2,13 @@
 #pragma once
 #include "kernels/cpu/cpu.h"
 
-/* See quantize_kernel. */
+/* See quantize_kernel. int8 also takes inputs in the weight's own order, where it has one. */
 void quantize_rows_f32(const struct activations *a, const float *x, int64_t stride, int64_t first,
                        int rows, uint32_t *words);
 void quantize_rows_bf16(const struct activations *a, const float *x, int64_t stride, int64_t first,
                         int rows, uint32_t *words);
 void quantize_rows_int8(const struct activations *a, const float *x, int64_t stride, int64_t first,
                         int rows, uint32_t *words);
-/* Of a weight whose slots take their inputs in another order. */
-void quantize_rows_ordered(const struct activations *a, const float *x, int64_t stride,
-                           int64_t first, int rows, uint32_t *words);
 /* The scale of a row whose largest magnitude has these bits, and its inverse (0 = all words zero).
  */
 float quantize_scale(uint32_t max_bits, float *out_inverse);
