@@ -57,7 +57,24 @@ enum err settle_add(struct settle *s, struct weight *w, const struct packed_part
     return OK;
 }
 
-static enum err settle_all(struct settle *s)
+/* Where the weights lie in the file: soon done, for nothing is written. */
+static enum err verify_all(struct settle *s)
+{
+    const struct backend_ops *ops = s->backend->ops;
+    int64_t begin = clock_monotonic_us();
+    for (size_t i = 0; i < s->n && !atomic_load(&s->stopping); i++) {
+        struct moving *m = &s->list[i];
+        struct packed_weight p;
+        ops->weight_export(m->weight, &p);
+        TRY(packed_verify(s->file, &m->parts, m->want, ops->packed_digest(&p)));
+    }
+    log_debug("%zu packed weights verified after %.2f s", s->n,
+              (double)(clock_monotonic_us() - begin) / 1e6);
+    return OK;
+}
+
+/* What was copied is compared once more: the file may have been written to meanwhile. */
+static enum err move_all(struct settle *s)
 {
     int64_t begin = clock_monotonic_us();
     for (size_t i = 0; i < s->n && !atomic_load(&s->stopping); i++) {
@@ -66,7 +83,7 @@ static enum err settle_all(struct settle *s)
         TRY(s->backend->ops->weight_settle(s->backend, m->weight, &have));
         TRY(packed_verify(s->file, &m->parts, m->want, have));
     }
-    log_debug("%zu packed weights verified and in memory of their own after %.2f s", s->n,
+    log_debug("%zu packed weights in memory of their own after %.2f s", s->n,
               (double)(clock_monotonic_us() - begin) / 1e6);
     return OK;
 }
@@ -84,7 +101,8 @@ static void *settle_main(void *arg)
 {
     struct settle *s = arg;
     step_back();
-    enum err e = settle_all(s);
+    enum err e = verify_all(s);
+    if (!e) e = move_all(s);
     if (!e) return NULL;
     snprintf(s->why, sizeof s->why, "%s", err_detail());
     atomic_store(&s->verdict, (int)e);

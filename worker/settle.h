@@ -1,9 +1,9 @@
 /* Packed weights that are served from their file at once and move to memory of their own meanwhile.
  *
- * A start is over when the file is mapped; one thread of low priority then copies weight after
- * weight and compares each with the digest that was written with it. The backend lets steps read a
- * weight while it moves, so nothing waits for anything. A damaged weight ends the rank with the
- * tensor's name, as it would have at the start. Knows files and weights; never steps. */
+ * A start is over when the file is mapped; one thread of low priority then compares every weight
+ * with the digest that was written with it, and copies one after another. The backend lets steps
+ * read a weight while it moves, so nothing waits for anything. A damaged weight ends the rank with
+ * the tensor's name, as it would have at the start. Knows files and weights; never steps. */
 #pragma once
 #include "kernels/backend.h"
 #include "worker/packed.h"

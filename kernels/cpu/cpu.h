@@ -117,9 +117,6 @@ struct matmul_kernels {
 extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512, matmul_vnni,
     matmul_bf16, matmul_amx;
 
-/* INT4_GROUPS, in files of their own. */
-panel_kernel panel_int4_groups_avx2, panel_int4_groups_vnni;
-
 /* Kernels of attention: see attention.h. */
 struct chunk_call;
 typedef void chunk_kernel(const struct chunk_call *call);

@@ -11,7 +11,7 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL        _Pragma("GCC unroll 8")
 
-enum { ROWS_FLOAT = 6, ROWS_INT = 4, GROUP_BYTES = 64 + GROUP_STEPS * 64 };
+enum { ROWS_FLOAT = 6, ROWS_INT = 4 };
 
 /* Eight outputs at column `at` of the panel. */
 ALWAYS_INLINE void result_store(const struct panel_call *c, int r, int at, __m256 v)
@@ -148,28 +148,53 @@ ALWAYS_INLINE void half_int8(const struct panel_call *c, const int rows, int at)
     }
 }
 
-ALWAYS_INLINE void half_int4(const struct panel_call *c, const int rows, int at)
+ALWAYS_INLINE __m256i zeros_load(const uint8_t *zeros)
 {
-    __m256 total[ROWS_INT][2];
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)zeros));
+}
+
+/* The exact sums of one group, 16 outputs from lane `at` on. They begin at the correction; with
+ * zero points that is -sum(x) for each output's own, and both factors fit in 16 bits. */
+ALWAYS_INLINE void group_sums(const struct panel_call *c, int64_t g, const uint8_t *group,
+                              const int rows, int at, const int64_t steps, const bool zeros,
+                              __m256i sum[][2])
+{
     const __m256i low = _mm256_set1_epi8(15);
-    sums_begin(c, rows, at, total);
-    for (int64_t g = 0; g * GROUP_STEPS < c->n_steps; g++) {
-        const uint8_t *group = c->weights + g * GROUP_BYTES, *w = group + 64 + at * 4;
-        const uint32_t *words = c->words + g * GROUP_STEPS * rows;
-        __m256i sum[ROWS_INT][2];
+    const uint8_t *w = group + GROUP_HEADER + at * 4;
+    const uint32_t *words = c->words + g * steps * rows;
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        sum[r][0] = sum[r][1] = _mm256_set1_epi32(c->correction[r * c->correction_stride + g]);
+    }
+    if (zeros) {
+        const uint8_t *z = c->zeros + g * PANEL_OUTPUTS + at;
+        __m256i z0 = zeros_load(z), z1 = zeros_load(z + 8);
         UNROLL for (int r = 0; r < rows; r++)
         {
-            sum[r][0] = sum[r][1] = _mm256_set1_epi32(c->correction[r * c->correction_stride + g]);
+            sum[r][0] = _mm256_madd_epi16(z0, sum[r][0]);
+            sum[r][1] = _mm256_madd_epi16(z1, sum[r][1]);
         }
-        for (int s = 0; s < GROUP_STEPS; s += 2, w += 128) {
-            __m256i v0 = _mm256_loadu_si256((const void *)w),
-                    v1 = _mm256_loadu_si256((const void *)(w + 32));
-            step_bytes(sum, _mm256_and_si256(v0, low), _mm256_and_si256(v1, low), words + s * rows,
-                       rows);
-            v0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), low),
-            v1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), low);
-            step_bytes(sum, v0, v1, words + (s + 1) * rows, rows);
-        }
+    }
+    for (int64_t s = 0; s < steps; s += 2, w += 128) {
+        __m256i v0 = _mm256_loadu_si256((const void *)w),
+                v1 = _mm256_loadu_si256((const void *)(w + 32));
+        step_bytes(sum, _mm256_and_si256(v0, low), _mm256_and_si256(v1, low), words + s * rows,
+                   rows);
+        v0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), low),
+        v1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), low);
+        step_bytes(sum, v0, v1, words + (s + 1) * rows, rows);
+    }
+}
+
+ALWAYS_INLINE void half_codes(const struct panel_call *c, const int rows, int at,
+                              const int64_t steps, const bool zeros)
+{
+    __m256 total[ROWS_INT][2];
+    sums_begin(c, rows, at, total);
+    for (int64_t g = 0; g * steps < c->n_steps; g++) {
+        const uint8_t *group = c->weights + g * (GROUP_HEADER + steps * 64);
+        __m256i sum[ROWS_INT][2];
+        group_sums(c, g, group, rows, at, steps, zeros, sum);
         __m256 scale0 = _mm256_cvtph_ps(_mm_loadu_si128((const void *)(group + at * 2)));
         __m256 scale1 = _mm256_cvtph_ps(_mm_loadu_si128((const void *)(group + at * 2 + 16)));
         UNROLL for (int r = 0; r < rows; r++)
@@ -179,6 +204,16 @@ ALWAYS_INLINE void half_int4(const struct panel_call *c, const int rows, int at)
         }
     }
     sums_end(c, rows, at, total);
+}
+
+ALWAYS_INLINE void half_int4(const struct panel_call *c, const int rows, int at)
+{
+    half_codes(c, rows, at, GROUP_STEPS, false);
+}
+
+ALWAYS_INLINE void half_int4_groups(const struct panel_call *c, const int rows, int at)
+{
+    half_codes(c, rows, at, c->group_steps, true);
 }
 
 #define ONE_HEIGHT(NAME, ROWS)                                                                     \
@@ -202,6 +237,7 @@ PANEL(f16, ONE_HEIGHT(f16, 5) ONE_HEIGHT(f16, 6))
 PANEL(bf16, ONE_HEIGHT(bf16, 5) ONE_HEIGHT(bf16, 6))
 PANEL(int8, )
 PANEL(int4, )
+PANEL(int4_groups, )
 
 const struct matmul_kernels matmul_avx2 = {
     .panel = {[WEIGHT_F32] = panel_f32,
@@ -209,7 +245,7 @@ const struct matmul_kernels matmul_avx2 = {
               [WEIGHT_BF16] = panel_bf16,
               [WEIGHT_INT8] = panel_int8,
               [WEIGHT_INT4] = panel_int4,
-              [WEIGHT_INT4_GROUPS] = panel_int4_groups_avx2},
+              [WEIGHT_INT4_GROUPS] = panel_int4_groups},
     .rows_max = {[WEIGHT_F32] = ROWS_FLOAT,
                  [WEIGHT_F16] = ROWS_FLOAT,
                  [WEIGHT_BF16] = ROWS_FLOAT,

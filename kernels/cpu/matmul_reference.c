@@ -118,18 +118,20 @@ static void panel_int8(const struct panel_call *c, int rows)
     accumulators_end(c, rows, sum);
 }
 
-/* One group: 32 steps, then the group's scales. */
+/* One group: its scales, then its steps. The sum begins at the correction, which in INT4_GROUPS is
+ * -sum(x) for each output's own zero point. */
 static void group_int4(const struct panel_call *c, int64_t g, int rows, float sum[R][N])
 {
-    const uint8_t *group = c->weights + g * (64 + GROUP_STEPS * 64);
-    const uint32_t *words = c->words + g * GROUP_STEPS * rows;
+    const uint8_t *group = c->weights + g * (GROUP_HEADER + c->group_steps * 64);
+    const uint32_t *words = c->words + g * c->group_steps * rows;
     int32_t exact[R][N];
     uint8_t low[128], high[128];
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < N; n++)
-            exact[r][n] = c->correction[r * c->correction_stride + g];
-    for (int s = 0; s < GROUP_STEPS; s += 2) {
-        const uint8_t *pair = group + 64 + s / 2 * 128;
+            exact[r][n] =
+                c->correction[r * c->correction_stride + g] * (c->zeros ? c->zeros[g * N + n] : 1);
+    for (int64_t s = 0; s < c->group_steps; s += 2) {
+        const uint8_t *pair = group + GROUP_HEADER + s / 2 * 128;
         for (int i = 0; i < 128; i++)
             low[i] = pair[i] & 15, high[i] = pair[i] >> 4;
         step_int8(exact, low, words + s * rows, rows);
@@ -148,43 +150,8 @@ static void panel_int4(const struct panel_call *c, int rows)
 {
     float sum[R][N];
     accumulators_begin(c, rows, sum);
-    for (int64_t g = 0; g * GROUP_STEPS < c->n_steps; g++)
-        group_int4(c, g, rows, sum);
-    accumulators_end(c, rows, sum);
-}
-
-/* One group with zero points: its sum begins at zero * -sum(x). */
-static void group_zeros(const struct panel_call *c, int64_t g, int rows, float sum[R][N])
-{
-    const uint8_t *group = c->weights + g * (GROUP_HEADER + c->group_steps * 64);
-    const uint32_t *words = c->words + g * c->group_steps * rows;
-    int32_t exact[R][N];
-    uint8_t low[128], high[128];
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < N; n++)
-            exact[r][n] = c->correction[r * c->correction_stride + g] * c->zeros[g * N + n];
-    for (int64_t s = 0; s < c->group_steps; s += 2) {
-        const uint8_t *pair = group + GROUP_HEADER + s / 2 * 128;
-        for (int i = 0; i < 128; i++)
-            low[i] = pair[i] & 15, high[i] = pair[i] >> 4;
-        step_int8(exact, low, words + s * rows, rows);
-        step_int8(exact, high, words + (s + 1) * rows, rows);
-    }
-    for (int n = 0; n < N; n++) {
-        uint16_t half;
-        memcpy(&half, group + n * 2, 2);
-        float scale = f16_to_float(half);
-        for (int r = 0; r < rows; r++)
-            sum[r][n] = fmaf((float)exact[r][n], scale, sum[r][n]);
-    }
-}
-
-static void panel_int4_groups(const struct panel_call *c, int rows)
-{
-    float sum[R][N];
-    accumulators_begin(c, rows, sum);
     for (int64_t g = 0; g * c->group_steps < c->n_steps; g++)
-        group_zeros(c, g, rows, sum);
+        group_int4(c, g, rows, sum);
     accumulators_end(c, rows, sum);
 }
 
@@ -194,7 +161,7 @@ const struct matmul_kernels matmul_reference = {
               [WEIGHT_BF16] = panel_bf16,
               [WEIGHT_INT8] = panel_int8,
               [WEIGHT_INT4] = panel_int4,
-              [WEIGHT_INT4_GROUPS] = panel_int4_groups},
+              [WEIGHT_INT4_GROUPS] = panel_int4},
     .rows_max = {[WEIGHT_F32] = PANEL_ROWS_MAX,
                  [WEIGHT_F16] = PANEL_ROWS_MAX,
                  [WEIGHT_BF16] = PANEL_ROWS_MAX,

@@ -1,12 +1,13 @@
 /* AVX-512 VNNI: INT8 and INT4 by vpdpbusd, whose first operand is unsigned and second signed.
  *
  * Weights are the unsigned one, stored with an offset (128, or 8 for nibbles) that the accumulators
- * cancel from the start: they begin at -offset * sum(x). INT4 unpacks nibbles in registers at every
- * height, and adds a group's exact sum times its scale to float accumulators; with 6 rows both
- * kinds of sums stay in registers, which is faster than 12 rows with the float sums in memory. */
+ * cancel from the start: they begin at -offset * sum(x). INT4 and INT4_GROUPS unpack nibbles in
+ * registers at every height, and adds a group's exact sum times its scale to float accumulators;
+ * with 6 rows both kinds of sums stay in registers, which is faster than 12 rows with the float
+ * sums in memory. */
 #include "kernels/cpu/matmul_avx512.h"
 
-enum { GROUP_BYTES = 64 + GROUP_STEPS * 64, INT4_ROWS_MAX = 6 };
+enum { INT4_ROWS_MAX = 6 };
 
 ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
 {
@@ -73,13 +74,13 @@ ALWAYS_INLINE void fetch(const uint8_t *ahead, const bool both, const int rows)
     if (both) _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
 }
 
-/* The exact sums of one group: 16 pairs of steps. */
+/* The exact sums of one group: pairs of steps. */
 ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, const int rows,
-                              const uint8_t *ahead, int64_t prefetch_bytes, const bool both,
-                              __m512i sum[PANEL_ROWS_MAX][2])
+                              const int64_t steps, const uint8_t *ahead, int64_t prefetch_bytes,
+                              const bool both, __m512i sum[PANEL_ROWS_MAX][2])
 {
     const __m512i low = _mm512_set1_epi8(15);
-    for (int s = 0; s < GROUP_STEPS; s += 2) {
+    for (int64_t s = 0; s < steps; s += 2) {
         __m512i v0 = _mm512_loadu_si512(weights), v1 = _mm512_loadu_si512(weights + 64);
         fetch(ahead, both, rows);
         ahead += prefetch_bytes;
@@ -108,27 +109,45 @@ ALWAYS_INLINE __m512 group_scale(const uint8_t *group, int half)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(group + 32 * half)));
 }
 
-ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
+/* Where the sums of a group begin: -offset * sum(x), or with zero points -sum(x) for each output's
+ * own, both factors of which fit in 16 bits. */
+ALWAYS_INLINE void group_begin(const struct panel_call *c, int64_t g, const int rows,
+                               const bool zeros, __m512i sum[PANEL_ROWS_MAX][2])
+{
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        sum[r][0] = sum[r][1] = _mm512_set1_epi32(c->correction[r * c->correction_stride + g]);
+    }
+    if (!zeros) return;
+    const uint8_t *z = c->zeros + g * PANEL_OUTPUTS;
+    __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)z));
+    __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(z + 16)));
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        sum[r][0] = _mm512_madd_epi16(low, sum[r][0]);
+        sum[r][1] = _mm512_madd_epi16(high, sum[r][1]);
+    }
+}
+
+/* INT4 and INT4_GROUPS. The steps of a group are a constant, so that its loop is unrolled. */
+ALWAYS_INLINE void panel_codes(const struct panel_call *c, const int rows, const int64_t steps,
+                               const bool zeros)
 {
     __m512 total[INT4_ROWS_MAX][2];
     sums_begin(c, rows, total);
     /* the lines of a group's steps, and one for the scales */
-    const int64_t group_ahead = GROUP_STEPS / 2 * c->prefetch_bytes + (c->prefetch_bytes ? 64 : 0);
-    for (int64_t g = 0; g * GROUP_STEPS < c->n_steps; g++) {
-        const uint8_t *group = c->weights + g * GROUP_BYTES;
+    const int64_t group_ahead = steps / 2 * c->prefetch_bytes + (c->prefetch_bytes ? 64 : 0);
+    for (int64_t g = 0; g * steps < c->n_steps; g++) {
+        const uint8_t *group = c->weights + g * (GROUP_HEADER + steps * 64);
         __m512i sum[PANEL_ROWS_MAX][2];
-        UNROLL for (int r = 0; r < rows; r++)
-        {
-            sum[r][0] = _mm512_set1_epi32(c->correction[r * c->correction_stride + g]);
-            sum[r][1] = sum[r][0];
-        }
-        const uint32_t *words = c->words + g * GROUP_STEPS * rows;
-        const uint8_t *ahead = c->prefetch + g * group_ahead;
+        group_begin(c, g, rows, zeros, sum);
+        const uint32_t *words = c->words + g * steps * rows;
+        const uint8_t *ahead = c->prefetch + g * group_ahead, *w = group + GROUP_HEADER;
         _mm_prefetch((const char *)ahead + group_ahead - 64, _MM_HINT_T1);
         if (c->prefetch_second)
-            group_sums(group + 64, words, rows, ahead, c->prefetch_bytes, true, sum);
+            group_sums(w, words, rows, steps, ahead, c->prefetch_bytes, true, sum);
         else
-            group_sums(group + 64, words, rows, ahead, c->prefetch_bytes, false, sum);
+            group_sums(w, words, rows, steps, ahead, c->prefetch_bytes, false, sum);
         __m512 scale0 = group_scale(group, 0), scale1 = group_scale(group, 1);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -139,29 +158,41 @@ ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
     sums_end(c, rows, total);
 }
 
-#define INT4_HEIGHT(ROWS, ATTRIBUTES)                                                              \
-    static __attribute__((noinline)) ATTRIBUTES void panel_int4_##ROWS(const struct panel_call *c) \
-    {                                                                                              \
-        panel_int4(c, ROWS);                                                                       \
-    }
-INT4_HEIGHT(1, )
-INT4_HEIGHT(2, )
-INT4_HEIGHT(3, KERNEL_UNCHECKED)
-INT4_HEIGHT(4, KERNEL_UNCHECKED)
-INT4_HEIGHT(5, KERNEL_UNCHECKED)
-INT4_HEIGHT(6, KERNEL_UNCHECKED)
-
-static void panel_int4_any(const struct panel_call *c, int rows)
+ALWAYS_INLINE void panel_int4(const struct panel_call *c, const int rows)
 {
-    static void (*const heights[INT4_ROWS_MAX])(const struct panel_call *) = {
-        panel_int4_1, panel_int4_2, panel_int4_3, panel_int4_4, panel_int4_5, panel_int4_6};
-    heights[rows - 1](c);
+    panel_codes(c, rows, GROUP_STEPS, false);
 }
+
+ALWAYS_INLINE void panel_int4_groups(const struct panel_call *c, const int rows)
+{
+    if (c->group_steps == GROUP_STEPS)
+        panel_codes(c, rows, GROUP_STEPS, true);
+    else if (c->group_steps == GROUP_STEPS / 2)
+        panel_codes(c, rows, GROUP_STEPS / 2, true);
+    else
+        panel_codes(c, rows, GROUP_STEPS / 4, true);
+}
+
+#define INT4_HEIGHTS(NAME)                                                                         \
+    ONE_HEIGHT(NAME, 1, )                                                                          \
+    ONE_HEIGHT(NAME, 2, )                                                                          \
+    ONE_HEIGHT(NAME, 3, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 4, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 5, KERNEL_UNCHECKED)                                                          \
+    ONE_HEIGHT(NAME, 6, KERNEL_UNCHECKED)                                                          \
+    static void NAME##_any(const struct panel_call *c, int rows)                                   \
+    {                                                                                              \
+        static void (*const heights[INT4_ROWS_MAX])(const struct panel_call *) = {                 \
+            NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6};                           \
+        heights[rows - 1](c);                                                                      \
+    }
+INT4_HEIGHTS(panel_int4)
+INT4_HEIGHTS(panel_int4_groups)
 
 const struct matmul_kernels matmul_vnni = {
     .panel = {[WEIGHT_INT8] = panel_int8_any,
               [WEIGHT_INT4] = panel_int4_any,
-              [WEIGHT_INT4_GROUPS] = panel_int4_groups_vnni},
+              [WEIGHT_INT4_GROUPS] = panel_int4_groups_any},
     .rows_max = {[WEIGHT_INT8] = PANEL_ROWS_MAX,
                  [WEIGHT_INT4] = INT4_ROWS_MAX,
                  [WEIGHT_INT4_GROUPS] = INT4_ROWS_MAX},
