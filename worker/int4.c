@@ -11,6 +11,7 @@
  *                      weight_shape I64 [2]; codes and zero points are stored plus 8 */
 #include "worker/int4.h"
 #include "base/mem.h"
+#include "kernels/half.h"
 
 #include <math.h>
 #include <string.h>
@@ -89,7 +90,7 @@ static enum err scales_get(struct source *s, enum role role, int layer, struct i
         if (!isfinite(v))
             FAIL(ERR_FORMAT, "%s: tensor '%s' holds %g at element %lld",
                  safetensors_file(s->file, t->scales->file_index), name, (double)v, (long long)i);
-        if (dtype != DTYPE_F16 && source_half_value(source_half(v)) != v) t->exact = false;
+        if (dtype != DTYPE_F16 && f16_to_float(f16_from_float(v)) != v) t->exact = false;
     }
     return OK;
 }

@@ -5,6 +5,7 @@
  * are sorted by group, and each group is filled up to whole blocks with slots of no input. That
  * holds for a rank's slice as for the whole, wherever it is cut. */
 #include "base/mem.h"
+#include "kernels/half.h"
 #include "worker/int4.h"
 
 #include <pthread.h>
@@ -156,7 +157,7 @@ static void rows_fill(const struct int4_part *p, const struct layout *l, int64_t
     for (int64_t o = 0; o < n; o++)
         for (int64_t b = 0; b < n_blocks; b++) {
             int64_t at = (row + o) * n_blocks + b, from = p->first + first + o;
-            s->scales[at] = source_half(int4_scale(&p->of, from, l->group_of[b]));
+            s->scales[at] = f16_from_float(int4_scale(&p->of, from, l->group_of[b]));
             s->zeros[at] = int4_zero(&p->of, from, l->group_of[b]);
         }
 }

@@ -3,57 +3,14 @@
 #include "base/hash.h"
 #include "base/log.h"
 #include "base/mem.h"
+#include "kernels/half.h"
 
 #include <stdio.h>
 #include <string.h>
 
-float source_half_value(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
-    union {
-        uint32_t bits;
-        float value;
-    } u;
-    if (exponent == 0) { /* subnormal: mantissa * 2^-24 */
-        float v = (float)mantissa * 0x1p-24f;
-        return sign ? -v : v;
-    }
-    u.bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-    return u.value;
-}
-
 float source_element(const void *data, enum dtype dtype, int64_t i)
 {
-    union {
-        uint32_t bits;
-        float value;
-    } u;
-    uint16_t half;
-    if (dtype == DTYPE_F32) {
-        memcpy(&u.bits, (const char *)data + 4 * i, 4);
-        return u.value;
-    }
-    memcpy(&half, (const char *)data + 2 * i, 2);
-    if (dtype == DTYPE_F16) return source_half_value(half);
-    u.bits = (uint32_t)half << 16;
-    return u.value;
-}
-
-uint16_t source_half(float v)
-{
-    union {
-        float value;
-        uint32_t bits;
-    } u = {v};
-    uint32_t sign = u.bits >> 16 & 0x8000, size = u.bits & 0x7fffffff;
-    if (size >= 0x7f800000) return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds beyond the largest */
-    if (size < 0x38800000) {                                  /* subnormal: steps of 2^-24 */
-        u.bits = size;
-        u.value = u.value * 0x1p24f + 8388608.0f;
-        return (uint16_t)(sign | (u.bits & 0x7fffff));
-    }
-    return (uint16_t)(sign | (((size + 0xfff + (size >> 13 & 1)) >> 13) - (112 << 10)));
+    return load_float((const char *)data + (size_t)i * dtype_bytes(dtype), dtype);
 }
 
 void source_name(const struct source *s, enum role role, int layer, const char *suffix,

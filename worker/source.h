@@ -49,9 +49,6 @@ enum err source_tensor(struct source *s, const char *name, int n_dims, const int
                        const struct st_tensor **out);
 enum err source_dtype(const struct source *s, const struct st_tensor *t, enum dtype *out);
 float source_element(const void *data, enum dtype dtype, int64_t i);
-/* IEEE half precision: the nearest, ties to even; and back. */
-uint16_t source_half(float v);
-float source_half_value(uint16_t h);
 /* Says that a tensor of the file was asked for; NULL is none. */
 void source_use(struct source *s, const struct st_tensor *t);
 /* Whether the checkpoint holds the role at all. */

@@ -4,7 +4,7 @@
  * sections of Intel's manual (TILELOADD, TILESTORED, TDPBSUD, TDPBF16PS): so tests run the kernels
  * on any CPU. Speed and permission of the real unit are all that this leaves unproved. */
 #pragma once
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 struct amx_config {
     uint8_t palette, start_row, reserved[14];

@@ -6,7 +6,7 @@
  * an item of its own and a second job merges the spans. Both ways do the same operations in the
  * same order (see attention.h), so they give the same bits. */
 #include "kernels/cpu/attention.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 #include "kernels/cpu/vector_math.h"
 
 #include <math.h>

@@ -3,7 +3,7 @@
  * Rows are independent, so chunks of rows go to the pool when there is enough to do. Sums of a row
  * run in one fixed order, whatever the batch and the ISA: the loops are in rows_kernels.h. */
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 #include <string.h>
 

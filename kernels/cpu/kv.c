@@ -6,7 +6,7 @@
  * tokens are one tile each. See struct kv_cache. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 #include "kernels/cpu/quantize.h"
 
 #include <string.h>

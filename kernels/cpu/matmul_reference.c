@@ -3,7 +3,7 @@
  * INT8 and INT4 accumulate exactly and must be met bit for bit; the floating formats within the
  * tolerances of tests. */
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 #include "kernels/cpu/quantize.h"
 
 #include <math.h>

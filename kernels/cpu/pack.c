@@ -4,7 +4,7 @@
  * of its panel; see struct weight for the bytes. Knows nothing of activations. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 #include <math.h>
 

@@ -5,7 +5,7 @@
  * over the hashes of pieces, so that it comes out the same whoever hashed which piece. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 #include <string.h>
 #include <sys/mman.h>

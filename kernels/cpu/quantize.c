@@ -5,7 +5,7 @@
  * that holds a NaN or an infinity gets the scale NaN, and so NaN outputs, whatever its words. */
 #include "kernels/cpu/quantize.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 static void row_f32(const struct activations *a, const float *x, int64_t row, int step_words,
                     uint32_t *words)

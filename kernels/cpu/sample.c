@@ -7,7 +7,7 @@
  * an order that the batch could change. Rows are independent; the pool takes them one by one. */
 #include "base/rand.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 #include "kernels/cpu/vector_math.h"
 
 #include <float.h>

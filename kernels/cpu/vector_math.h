@@ -1,7 +1,7 @@
 /* Transcendental functions that compilers turn into vector code: the same bits in any lane, any
  * loop, any ISA (no fused operations, no calls). Within about 2 ulp of the exact value for exp. */
 #pragma once
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 /* e^x: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r, and 2^n by exponent bits. Below
  * -87.3 the result is 0, above 88.72 infinity. NaN stays NaN. */

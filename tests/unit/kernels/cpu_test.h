@@ -4,7 +4,7 @@
 #include "base/mem.h"
 #include "base/rand.h"
 #include "kernels/backend.h"
-#include "kernels/cpu/half.h"
+#include "kernels/half.h"
 
 #include <math.h>
 #include <setjmp.h>

@@ -6,6 +6,7 @@
 #include "base/buf.h"
 #include "base/log.h"
 #include "golden.h"
+#include "kernels/half.h"
 #include "ranks.h"
 #include "worker/int4.h"
 #include "worker/quantize.h"
@@ -123,7 +124,7 @@ static void check_slice(const struct int4_tensors *t, int64_t first, int64_t n)
             if (in < 0) continue;
             assert_in_range(in, 0, n - 1);
             seen[in]++;
-            have[in] = (float)(code - zero) * source_half_value(m->scales[group]);
+            have[in] = (float)(code - zero) * f16_to_float(m->scales[group]);
         }
         for (int64_t i = 0; i < n; i++)
             if (seen[i] != 1) fail_msg("input %lld has %d slots", (long long)i, seen[i]);

@@ -1,4 +1,5 @@
-/* The 16-bit floats, one value at a time: conversions that every path of the CPU backend shares.
+/* The 16-bit floats, one value at a time: conversions that the CPU backend and the reading of
+ * checkpoints share.
  *
  * Rounding is to nearest, ties to even, as vcvtps2ph and vcvtneps2bf16 do. Subnormal f16 are kept;
  * NaN stays NaN. */
