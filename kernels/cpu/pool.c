@@ -1,11 +1,14 @@
 /* The thread pool: one ticket word per thread, jobs in a ring by generation.
  *
- * A ticket word is generation:24 | end:20 | next:20, a contiguous range of chunks. A thread takes
- * from its own range first, so that the prefetchers run on from chunk to chunk, and then steals
- * from the others. A chunk with a commit has a state: generation << 2 | {0 free, 1 computing,
- * 2 publishing, 3 done}; the step from 1 to 2 is won by one of the threads that computed it, the
- * others drop their copy. A thread that comes back late finds another generation and drops its
- * chunk too; what it read meanwhile may have been overwritten, but it never wrote anything. */
+ * A ticket word is generation:24 | end:20 | next:20, a contiguous range of chunks. A thread waits
+ * for its own word to change, takes from its own range first, so that the prefetchers run on from
+ * chunk to chunk, and then steals from the others. A chunk with a commit is computed by whoever has
+ * time and published by the thread that claims it first, the others drop their copy. A thread that
+ * comes back late finds another generation and drops its chunk too; what it read meanwhile may have
+ * been overwritten, but it never wrote anything.
+ *
+ * Cores may be 300 ns apart. What a chunk costs is therefore on lines that only its own thread
+ * writes: the counts of finished chunks, and the claims, whose ranges lie a line apart. */
 #include "kernels/cpu/pool.h"
 #include "base/clock.h"
 #include "base/mem.h"
@@ -33,17 +36,28 @@ enum { RESCUE = 0 }; /* a late thread reads what others write, by design; its re
 enum { RESCUE = 1 };
 #endif
 
-struct job_slot {
-    _Atomic uint32_t generation; /* 0 while being filled */
+struct job_copy {
     struct pool_job job;
     _Alignas(16) unsigned char args[POOL_ARGS_BYTES];
-    _Alignas(64) _Atomic int done;
-    _Atomic uint32_t state[POOL_CHUNKS_MAX];
+};
+
+enum { CLAIMS_APART = 8 }; /* a line */
+
+struct job_slot {
+    _Atomic uint32_t generation; /* 0 while being filled */
+    uint64_t serial;             /* counts the jobs and never wraps */
+    struct job_copy copy;
+    /* [chunk + CLAIMS_APART * its range]: serial of the last job that published it */
+    _Alignas(64) _Atomic uint64_t claim[POOL_CHUNKS_MAX + CLAIMS_APART * POOL_THREADS_MAX];
 };
 
 struct pool_thread {
     _Alignas(64) _Atomic uint64_t ticket;
+    _Alignas(64) _Atomic uint64_t finished; /* serial:44 | chunks of it that it finished:20 */
     _Atomic int busy;
+    uint32_t generation; /* of the copy */
+    uint64_t serial;
+    struct job_copy copy;
     struct pool *pool;
     int index;
     void *scratch;
@@ -55,35 +69,61 @@ struct pool {
     size_t scratch_bytes;
     struct pool_thread *threads;
     struct job_slot *ring;
+    uint64_t serial;
     _Alignas(64) _Atomic uint32_t generation;
     _Atomic int n_sleepers, quit;
 };
 
-/* Runs one chunk of the job `generation`, or drops it when someone else has published it. */
-static void chunk_run(struct pool_thread *t, uint32_t generation, int chunk, bool rescue)
+/* The thread's own copy of the job `generation`; false when the slot has gone on to another. */
+static bool job_copied(struct pool_thread *t, uint32_t generation)
 {
-    struct job_slot *slot = &t->pool->ring[generation % RING];
-    _Alignas(16) unsigned char args[POOL_ARGS_BYTES];
-    struct pool_job job = slot->job;
-    memcpy(args, slot->args, job.args_bytes <= POOL_ARGS_BYTES ? job.args_bytes : 0);
+    const struct job_slot *slot = &t->pool->ring[generation % RING];
+    if (t->generation == generation && t->serial == slot->serial) return true;
+    t->serial = slot->serial;
+    t->copy.job = slot->copy.job;
+    size_t bytes = t->copy.job.args_bytes;
+    memcpy(t->copy.args, slot->copy.args, bytes <= POOL_ARGS_BYTES ? bytes : 0);
     atomic_thread_fence(memory_order_acquire);
-    if (atomic_load_explicit(&slot->generation, memory_order_relaxed) != generation) return;
-    if (!job.commit) {
-        job.compute(args, chunk, t->scratch);
-        atomic_fetch_add_explicit(&slot->done, 1, memory_order_release);
-        return;
+    t->generation = generation;
+    if (atomic_load_explicit(&slot->generation, memory_order_relaxed) != generation)
+        t->generation = 0;
+    return t->generation != 0;
+}
+
+/* True for the one thread that may publish the chunk. */
+static bool chunk_claim(struct pool_thread *t, struct job_slot *slot, int chunk)
+{
+    int64_t n_threads = t->pool->n_threads;
+    int64_t range = ((chunk + 1) * n_threads - 1) / t->copy.job.n_chunks;
+    _Atomic uint64_t *claim = &slot->claim[chunk + CLAIMS_APART * range];
+    uint64_t last = atomic_load_explicit(claim, memory_order_relaxed);
+    return last < t->serial && atomic_compare_exchange_strong(claim, &last, t->serial);
+}
+
+/* Runs one chunk of the job `generation`, or drops it when someone else has published it. */
+static void chunk_run(struct pool_thread *t, uint32_t generation, int chunk)
+{
+    const struct pool_job *job = &t->copy.job;
+    if (!job_copied(t, generation)) return;
+    job->compute(t->copy.args, chunk, t->scratch);
+    if (job->commit) {
+        if (!chunk_claim(t, &t->pool->ring[generation % RING], chunk)) return;
+        job->commit(t->copy.args, chunk, t->scratch);
     }
-    uint32_t expected = generation << 2;
-    if (!rescue &&
-        !atomic_compare_exchange_strong(&slot->state[chunk], &expected, generation << 2 | 1))
-        return;
-    job.compute(args, chunk, t->scratch);
-    expected = generation << 2 | 1;
-    if (!atomic_compare_exchange_strong(&slot->state[chunk], &expected, generation << 2 | 2))
-        return;
-    job.commit(args, chunk, t->scratch);
-    atomic_store_explicit(&slot->state[chunk], generation << 2 | 3, memory_order_release);
-    atomic_fetch_add_explicit(&slot->done, 1, memory_order_release);
+    uint64_t finished = atomic_load_explicit(&t->finished, memory_order_relaxed);
+    if (finished >> CHUNK_BITS != t->serial) finished = t->serial << CHUNK_BITS;
+    atomic_store_explicit(&t->finished, finished + 1, memory_order_release);
+}
+
+/* Chunks of the current job that are done. */
+static int chunks_finished(const struct pool *p)
+{
+    uint64_t n = 0;
+    for (int i = 0; i < p->n_threads; i++) {
+        uint64_t finished = atomic_load_explicit(&p->threads[i].finished, memory_order_acquire);
+        if (finished >> CHUNK_BITS == p->serial) n += finished & CHUNK_MASK;
+    }
+    return (int)n;
 }
 
 /* Takes chunks until none is left in any range. */
@@ -97,20 +137,25 @@ static void chunks_take(struct pool_thread *t)
             if ((w & CHUNK_MASK) >= (w >> CHUNK_BITS & CHUNK_MASK)) break;
             w = atomic_fetch_add_explicit(word, 1, memory_order_acq_rel);
             if ((w & CHUNK_MASK) >= (w >> CHUNK_BITS & CHUNK_MASK)) break;
-            chunk_run(t, (uint32_t)(w >> 2 * CHUNK_BITS), (int)(w & CHUNK_MASK), false);
+            chunk_run(t, (uint32_t)(w >> 2 * CHUNK_BITS), (int)(w & CHUNK_MASK));
         }
     }
 }
 
-static void generation_wait(struct pool *p, uint32_t seen)
+/* Waits for a job after `seen`, whose generation it returns; 0 when the pool is to end. */
+static uint32_t generation_wait(struct pool_thread *t, uint32_t seen)
 {
+    struct pool *p = t->pool;
     int64_t start = 0;
-    for (int i = 1; atomic_load_explicit(&p->generation, memory_order_acquire) == seen; i++) {
+    for (int i = 1;; i++) {
+        uint64_t ticket = atomic_load_explicit(&t->ticket, memory_order_acquire);
+        if (ticket >> 2 * CHUNK_BITS != seen) return (uint32_t)(ticket >> 2 * CHUNK_BITS);
         _mm_pause();
         if (i % 64) continue;
         int64_t now = clock_monotonic_ns();
         if (!start) start = now;
         if (now - start < SPIN_NS) continue;
+        if (atomic_load(&p->quit)) return 0;
         atomic_fetch_add(&p->n_sleepers, 1);
         syscall(SYS_futex, &p->generation, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
         atomic_fetch_sub(&p->n_sleepers, 1);
@@ -122,14 +167,12 @@ static void *thread_main(void *arg)
 {
     struct pool_thread *t = arg;
     uint32_t seen = 0;
-    for (;;) {
-        generation_wait(t->pool, seen);
-        seen = atomic_load_explicit(&t->pool->generation, memory_order_acquire);
-        if (atomic_load(&t->pool->quit)) return NULL;
+    while ((seen = generation_wait(t, seen))) {
         atomic_store(&t->busy, 1);
         chunks_take(t);
         atomic_store_explicit(&t->busy, 0, memory_order_release);
     }
+    return NULL;
 }
 
 static void generation_bump(struct pool *p, uint32_t generation)
@@ -139,21 +182,26 @@ static void generation_bump(struct pool *p, uint32_t generation)
         syscall(SYS_futex, &p->generation, FUTEX_WAKE_PRIVATE, p->n_threads, NULL, NULL, 0);
 }
 
+/* First chunk of the range that thread i of n begins with. */
+static int range_first(const struct pool_job *job, int i, int n)
+{
+    return (int)((int64_t)job->n_chunks * i / n);
+}
+
 /* Computes again whatever its thread has not published; false when there was nothing to help with.
  */
 static bool chunks_rescue(struct pool *p, uint32_t generation, const struct pool_job *job)
 {
-    struct job_slot *slot = &p->ring[generation % RING];
+    const struct job_slot *slot = &p->ring[generation % RING];
     bool any = false;
     if (!RESCUE || !job->commit) return false;
-    for (int i = 0; i < job->n_chunks; i++) {
-        uint32_t state = atomic_load(&slot->state[i]);
-        if (state == generation << 2 &&
-            !atomic_compare_exchange_strong(&slot->state[i], &state, generation << 2 | 1))
-            continue;
-        if ((state & 3) > 1) continue;
-        chunk_run(&p->threads[0], generation, i, true);
-        any = true;
+    for (int i = 0, n = p->n_threads; i < n; i++) {
+        int first = range_first(job, i, n), end = range_first(job, i + 1, n);
+        for (int c = first; c < end; c++) {
+            if (atomic_load(&slot->claim[c + CLAIMS_APART * i]) >= slot->serial) continue;
+            chunk_run(&p->threads[0], generation, c);
+            any = true;
+        }
     }
     return any;
 }
@@ -163,9 +211,8 @@ static bool chunks_rescue(struct pool *p, uint32_t generation, const struct pool
 static void chunks_wait(struct pool *p, uint32_t generation, const struct pool_job *job,
                         int64_t start_ns)
 {
-    struct job_slot *slot = &p->ring[generation % RING];
     int64_t wait_start = 0, usual = 0;
-    for (int i = 1; atomic_load_explicit(&slot->done, memory_order_acquire) < job->n_chunks; i++) {
+    for (int i = 1; chunks_finished(p) < job->n_chunks; i++) {
         _mm_pause();
         if (i % 32) continue;
         int64_t now = clock_monotonic_ns();
@@ -183,15 +230,13 @@ static void job_publish(struct pool *p, uint32_t generation, const struct pool_j
     struct job_slot *slot = &p->ring[generation % RING];
     atomic_store_explicit(&slot->generation, 0, memory_order_relaxed);
     atomic_thread_fence(memory_order_release);
-    slot->job = *job;
-    memcpy(slot->args, job->args, job->args_bytes);
-    atomic_store_explicit(&slot->done, 0, memory_order_relaxed);
-    for (int i = 0; job->commit && i < job->n_chunks; i++)
-        atomic_store_explicit(&slot->state[i], generation << 2, memory_order_relaxed);
+    slot->serial = ++p->serial;
+    slot->copy.job = *job;
+    memcpy(slot->copy.args, job->args, job->args_bytes);
     atomic_store_explicit(&slot->generation, generation, memory_order_release);
-    for (int i = 0; i < p->n_threads; i++) {
-        uint64_t first = (uint64_t)job->n_chunks * (uint64_t)i / (uint64_t)p->n_threads;
-        uint64_t end = (uint64_t)job->n_chunks * (uint64_t)(i + 1) / (uint64_t)p->n_threads;
+    for (int i = p->n_threads - 1; i >= 0; i--) {
+        uint64_t first = (uint64_t)range_first(job, i, p->n_threads);
+        uint64_t end = (uint64_t)range_first(job, i + 1, p->n_threads);
         atomic_store_explicit(&p->threads[i].ticket,
                               (uint64_t)generation << 2 * CHUNK_BITS | end << CHUNK_BITS | first,
                               memory_order_release);
