@@ -152,6 +152,8 @@ static enum err read_any(const json_t *object, const struct big_values *big, str
 {
     bool cut = big && big->vocab.text.data;
     TRY(find_kind(object, &m->kind));
+    if (big && big->merges.text.data && m->kind != MODEL_BPE)
+        FAIL(ERR_FORMAT, "merges that nobody would read, well written or not");
     if (m->kind == MODEL_UNIGRAM) return unigram_read(object, m);
     TRY(cut ? read_vocab_text(&big->vocab, &m->vocab)
             : read_vocab(json_object_get(object, "vocab"), &m->vocab));

@@ -82,7 +82,9 @@ static const struct {
     {HEAD "\"vocab\":{\"a\":0,\"b\":1,\"ab\":2},\"merges\":[[\"a\",\"b\"],\"a b\"]}}", WHOLE_ONLY},
     {"{\"mod\\u0065l\":{\"type\":\"WordLevel\",\"vocab\":{\"a\":0}}}", WHOLE_ONLY},
     {"{\"model\":{\"type\":\"Unigram\",\"vocab\":[[\"a\",0],[\"b\",-1.5]]}}", WHOLE_ONLY},
+    {"{\"model\":{\"type\":\"WordLevel\",\"vocab\":{\"a\":0},\"merges\":[]}}", WHOLE_ONLY},
     /* wrong */
+    {"{\"model\":{\"type\":\"WordLevel\",\"vocab\":{\"a\":0},\"merges\":[\"\\U\"]}}", NEITHER},
     {HEAD "\"vocab\":{\"a\":0,\"a\":1},\"merges\":[]}}", NEITHER},
     {HEAD "\"vocab\":{\"a\":0,\"\\u0061\":1},\"merges\":[]}}", NEITHER},
     {HEAD "\"vocab\":{\"a\":0},\"vocab\":{\"a\":0},\"merges\":[]}}", NEITHER},
