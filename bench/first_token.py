@@ -3,7 +3,11 @@
 again and again until it answers, to the first piece of text. One line a run, then the median; files are in the page
 cache after the first run, which is not counted.
 
-usage: bench/first_token.py MODEL [--runs 10] [--binary build/release/heddle] [OPTION OF SERVE ...]
+usage: bench/first_token.py MODEL [--runs 10] [--rest 0] [--binary build/release/heddle] [--against OTHER] [OPTION OF SERVE ...]
+
+--rest: seconds before each run. A virtual machine may give free memory back to its host after two seconds, and finding it
+again is then part of a start: --rest 5 shows what a start costs on a machine that was at rest.
+--against: another heddle whose runs alternate with these.
 """
 import argparse
 import http.client
@@ -62,15 +66,20 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model")
     p.add_argument("--runs", type=int, default=10)
+    p.add_argument("--rest", type=float, default=0)
     p.add_argument("--binary", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "../build/release/heddle"))
+    p.add_argument("--against")
     a, options = p.parse_known_args()
-    times = []
+    times = {b: [] for b in (a.against, a.binary) if b}
     for i in range(a.runs + 1):
-        s = run(a.binary, a.model, options)
-        if i:
-            times.append(s)
-            print(f"{s:.3f}", flush=True)
-    print(f"median {statistics.median(times):.3f} s, {min(times):.3f} to {max(times):.3f}, {a.runs} runs")
+        for binary, seconds in times.items():
+            time.sleep(a.rest if i else 0)
+            s = run(binary, a.model, options)
+            if i:
+                seconds.append(s)
+                print(f"{s:.3f} {binary}", flush=True)
+    for binary, seconds in times.items():
+        print(f"median {statistics.median(seconds):.3f} s, {min(seconds):.3f} to {max(seconds):.3f}, {a.runs} runs of {binary}")
 
 
 main()

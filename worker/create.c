@@ -297,6 +297,18 @@ static enum err draft_start(struct worker *w, const struct model_config *model)
     return OK;
 }
 
+/* Weights and caches move to better places beside the steps. */
+static enum err moves_start(struct worker *w)
+{
+    struct settle **s = &w->model->settle;
+    if (w->backend->ops->kv_settle) {
+        if (!*s) TRY(settle_create(w->backend, NULL, s));
+        settle_add_cache(*s, w->decoder.kv);
+        if (w->draft) settle_add_cache(*s, w->draft->decoder.kv);
+    }
+    return *s ? settle_start(*s) : OK;
+}
+
 enum err worker_create(const struct worker_config *config, struct worker **out)
 {
     struct worker *w;
@@ -317,7 +329,7 @@ enum err worker_create(const struct worker_config *config, struct worker **out)
     TRY_OUT(weights_start(w, &models->target));
     TRY_OUT(state_start(w));
     if (w->plan.draft.group.size) TRY_OUT(draft_start(w, &models->draft));
-    if (w->model->settle) TRY_OUT(settle_start(w->model->settle));
+    TRY_OUT(moves_start(w));
     *out = w;
     w = NULL;
 out:

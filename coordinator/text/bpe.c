@@ -3,8 +3,9 @@
  *
  * Short words scan for the best pair; long ones keep the pairs in a heap, so that a megabyte
  * without a space costs O(n log n). A word that is itself a piece is looked up at once where
- * merging is known to end there, which is most words of most texts. */
-#include "base/hash.h"
+ * merging is known to end there, which is most words of most texts. The file's merges are read in
+ * bpe_merges.c. */
+#include "coordinator/text/bpe.h"
 #include "base/mem.h"
 #include "base/utf8.h"
 #include "coordinator/text/model.h"
@@ -13,86 +14,15 @@
 
 #include <string.h>
 
-enum { MERGES_MAX = 1 << 24, SCAN_SYMBOLS_MAX = 24 };
+enum { SCAN_SYMBOLS_MAX = 24 };
 
 /* ---- Reading ---- */
-
-static size_t merge_slot(const struct model *m, uint64_t pair)
-{
-    size_t mask = m->n_merge_slots - 1;
-    size_t i = (size_t)((pair * 0x9e3779b97f4a7c15u) >> 32 ^ pair) & mask;
-    while (m->merges[i].pair != pair && m->merges[i].pair != MERGE_NONE)
-        i = (i + 1) & mask;
-    return i;
-}
 
 static const struct merge *find_merge(const struct model *m, int32_t left, int32_t right)
 {
     uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    const struct merge *found = &m->merges[merge_slot(m, pair)];
+    const struct merge *found = &m->merges[bpe_merge_slot(m, pair)];
     return found->pair == pair ? found : NULL;
-}
-
-/* The two halves of a merge: ["a", "b"] or "a b". */
-static enum err read_pair(const json_t *item, size_t rank, struct span out[2])
-{
-    if (json_is_array(item) && json_array_size(item) == 2) {
-        for (size_t i = 0; i < 2; i++) {
-            const json_t *half = json_array_get(item, i);
-            if (!json_is_string(half)) FAIL(ERR_FORMAT, "merge %zu is not two strings", rank);
-            out[i] = (struct span){json_string_value(half), json_string_length(half)};
-        }
-        return OK;
-    }
-    const char *text = json_string_value(item), *space = text ? strchr(text, ' ') : NULL;
-    if (!space) FAIL(ERR_FORMAT, "merge %zu is not a pair", rank);
-    out[0] = (struct span){text, (size_t)(space - text)};
-    out[1] = (struct span){space + 1, json_string_length(item) - out[0].n - 1};
-    if (memchr(out[1].data, ' ', out[1].n))
-        FAIL(ERR_FORMAT, "merge %zu has more than one space", rank);
-    return OK;
-}
-
-static enum err add_merge(struct model *m, size_t rank, struct span left, struct span right,
-                          struct buf *text)
-{
-    size_t prefix = m->subword_prefix ? strlen(m->subword_prefix) : 0;
-    int32_t a = vocab_find(&m->vocab, left.data, left.n);
-    int32_t b = vocab_find(&m->vocab, right.data, right.n);
-    buf_clear(text);
-    buf_add(text, left.data, left.n);
-    if (right.n >= prefix) TRY(buf_add(text, right.data + prefix, right.n - prefix));
-    int32_t id = vocab_find(&m->vocab, buf_string(text), text->n);
-    if (a < 0 || b < 0 || id < 0)
-        FAIL(ERR_FORMAT, "merge %zu ('%.*s' and '%.*s') is not in the vocabulary", rank,
-             left.n < 60 ? (int)left.n : 60, left.data, right.n < 60 ? (int)right.n : 60,
-             right.data);
-    uint64_t pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b;
-    m->merges[merge_slot(m, pair)] = (struct merge){pair, (uint32_t)rank, id};
-    return OK;
-}
-
-static enum err read_merges(const json_t *list, struct model *m)
-{
-    size_t n = json_array_size(list);
-    if (!json_is_array(list)) FAIL(ERR_FORMAT, "the BPE model has no list \"merges\"");
-    if (n > MERGES_MAX) FAIL(ERR_FORMAT, "more than %d merges", (int)MERGES_MAX);
-    m->n_merge_slots = 16;
-    while (m->n_merge_slots < 2 * n)
-        m->n_merge_slots *= 2;
-    TRY(MEM_NEW_ARRAY(m->n_merge_slots, &m->merges));
-    for (size_t i = 0; i < m->n_merge_slots; i++)
-        m->merges[i].pair = MERGE_NONE;
-    struct buf text;
-    buf_init(&text, 0);
-    enum err e = OK;
-    for (size_t i = 0; i < n && !e; i++) {
-        struct span pair[2];
-        e = read_pair(json_array_get(list, i), i, pair);
-        if (!e) e = add_merge(m, i, pair[0], pair[1], &text);
-    }
-    buf_fini(&text);
-    return e;
 }
 
 static enum err index_characters(struct model *m)
@@ -136,28 +66,7 @@ static void index_cuts(struct model *m)
     }
 }
 
-/* Which pieces encode to themselves. Long ones are left to the general way. */
-static enum err index_whole(struct model *m)
-{
-    struct model_scratch s = {0};
-    struct token_list ids = {0};
-    unsigned char *whole;
-    TRY(MEM_NEW_ARRAY(m->vocab.n_ids + 1, &whole));
-    enum err e = OK;
-    for (size_t id = 0; id < m->vocab.n_ids && !e; id++) {
-        struct span p = m->vocab.pieces[id];
-        if (!p.n || p.n > 256 || vocab_find(&m->vocab, p.data, p.n) != (int32_t)id) continue;
-        ids.n = 0;
-        e = bpe_encode(m, &s, p.data, p.n, &ids);
-        whole[id] = ids.n == 1 && ids.ids[0] == (int32_t)id;
-    }
-    m->whole = whole;
-    token_list_fini(&ids);
-    model_scratch_fini(&s);
-    return e;
-}
-
-enum err bpe_read(const json_t *object, struct model *m)
+enum err bpe_read(const json_t *object, const struct big_value *merges, struct model *m)
 {
     const json_t *dropout = json_object_get(object, "dropout");
     if (json_is_number(dropout) && json_number_value(dropout) != 0)
@@ -167,10 +76,11 @@ enum err bpe_read(const json_t *object, struct model *m)
     TRY(part_bool(object, "ignore_merges", false, &m->ignore_merges));
     TRY(part_string(object, "continuing_subword_prefix", "", &m->subword_prefix));
     TRY(part_string(object, "end_of_word_suffix", "", &m->word_suffix));
-    TRY(read_merges(json_object_get(object, "merges"), m));
+    TRY(merges && merges->text.data ? bpe_merges_read_text(merges, m)
+                                    : bpe_merges_read(json_object_get(object, "merges"), m));
     TRY(index_characters(m));
     index_cuts(m);
-    return index_whole(m);
+    return MEM_NEW_ARRAY(m->vocab.n_ids + 1, &m->whole);
 }
 
 /* ---- Encoding ---- */
@@ -332,18 +242,31 @@ static enum err merge_by_heap(const struct model *m, struct model_scratch *s)
     return OK;
 }
 
+/* A word that is a piece: whether merging ends there is found out once. Threads that find it out at
+ * the same time find the same. */
+static bool is_whole(const struct model *m, int32_t id)
+{
+    return atomic_load_explicit(&m->whole[id], memory_order_relaxed) == WHOLE_YES;
+}
+
+static void note_whole(const struct model *m, const struct model_scratch *s, int32_t id)
+{
+    bool alone = s->n_symbols && s->symbols[0].next < 0 && s->symbols[0].id == id;
+    atomic_store_explicit(&m->whole[id], alone ? WHOLE_YES : WHOLE_NO, memory_order_relaxed);
+}
+
 static enum err encode_word(const struct model *m, struct model_scratch *s, const char *word,
                             size_t n, struct token_list *out)
 {
-    int32_t id = m->whole ? vocab_find(&m->vocab, word, n) : -1;
-    if (id >= 0 && m->whole[id]) return token_list_add(out, id);
+    int32_t id = vocab_find(&m->vocab, word, n);
+    if (id >= 0 && is_whole(m, id)) return token_list_add(out, id);
     TRY(split_characters(m, s, word, n));
-    if (!s->n_symbols) return OK;
     if (s->n_symbols > SCAN_SYMBOLS_MAX)
         TRY(merge_by_heap(m, s));
-    else
+    else if (s->n_symbols)
         merge_by_scan(m, s->symbols, s->n_symbols);
-    for (int32_t i = 0; i >= 0; i = s->symbols[i].next)
+    if (id >= 0) note_whole(m, s, id);
+    for (int32_t i = s->n_symbols ? 0 : -1; i >= 0; i = s->symbols[i].next)
         TRY(token_list_add(out, s->symbols[i].id));
     return OK;
 }

@@ -81,6 +81,36 @@ static enum err read_vocab(const json_t *vocab, struct vocab *v)
     return OK;
 }
 
+/* The same from the file's text. A piece named twice is left to who words such errors. */
+static enum err read_vocab_members(struct cut_reader *r, struct vocab *v)
+{
+    TRY(cut_expect(r, '{'));
+    if (cut_take(r, '}')) return cut_end(r);
+    do {
+        struct span text;
+        int32_t id;
+        size_t n_before = v->n_pieces;
+        TRY(cut_string(r, &text));
+        TRY(cut_expect(r, ':'));
+        TRY(cut_number(r, &id));
+        TRY(vocab_add(v, text.data, text.n, id));
+        if (v->n_pieces == n_before) FAIL(ERR_FORMAT, "a piece is named twice");
+        cut_reader_forget(r);
+    } while (cut_take(r, ','));
+    TRY(cut_expect(r, '}'));
+    return cut_end(r);
+}
+
+static enum err read_vocab_text(const struct big_value *value, struct vocab *v)
+{
+    struct cut_reader r;
+    TRY(vocab_reserve(v, value->n_strings));
+    TRY(cut_reader_init(&r, value->text));
+    enum err e = read_vocab_members(&r, v);
+    cut_reader_fini(&r);
+    return e;
+}
+
 void model_find_bytes(struct model *m)
 {
     static const char hex[] = "0123456789ABCDEF";
@@ -118,22 +148,26 @@ static enum err find_kind(const json_t *object, enum model_kind *out)
     FAIL(ERR_UNSUPPORTED, "the model type '%s' is not supported", type ? type : "(none)");
 }
 
-static enum err read_any(const json_t *object, struct model *m)
+static enum err read_any(const json_t *object, const struct big_values *big, struct model *m)
 {
+    bool cut = big && big->vocab.text.data;
     TRY(find_kind(object, &m->kind));
+    if (big && big->merges.text.data && m->kind != MODEL_BPE)
+        FAIL(ERR_FORMAT, "merges that nobody would read, well written or not");
     if (m->kind == MODEL_UNIGRAM) return unigram_read(object, m);
-    TRY(read_vocab(json_object_get(object, "vocab"), &m->vocab));
+    TRY(cut ? read_vocab_text(&big->vocab, &m->vocab)
+            : read_vocab(json_object_get(object, "vocab"), &m->vocab));
     TRY(read_unk(object, m));
     model_find_bytes(m);
-    if (m->kind == MODEL_BPE) return bpe_read(object, m);
+    if (m->kind == MODEL_BPE) return bpe_read(object, big ? &big->merges : NULL, m);
     return m->kind == MODEL_WORDPIECE ? wordpiece_read(object, m) : OK;
 }
 
-enum err model_read(const json_t *object, struct model *out)
+enum err model_read(const json_t *object, const struct big_values *big, struct model *out)
 {
     struct model m = {.unk_id = -1};
     vocab_init(&m.vocab);
-    enum err e = read_any(object, &m);
+    enum err e = read_any(object, big, &m);
     if (e)
         model_fini(&m);
     else
@@ -148,7 +182,7 @@ void model_fini(struct model *m)
     mem_free(m->word_suffix);
     mem_free(m->merges);
     mem_free(m->code_ids);
-    mem_free(m->whole);
+    mem_free((void *)m->whole);
     mem_free(m->scores);
     *m = (struct model){0};
 }

@@ -3,8 +3,11 @@
  * Immutable once read; each thread brings its scratch. It must never know where words come from. */
 #pragma once
 #include "base/json.h"
+#include "coordinator/text/cut.h"
 #include "coordinator/text/tokenizer.h"
 #include "coordinator/text/vocab.h"
+
+#include <stdatomic.h>
 
 enum model_kind { MODEL_BPE, MODEL_WORDPIECE, MODEL_UNIGRAM, MODEL_WORDLEVEL };
 
@@ -15,6 +18,8 @@ struct merge {
     int32_t id;    /* what the pair becomes */
 };
 #define MERGE_NONE UINT64_MAX
+
+enum whole { WHOLE_UNKNOWN, WHOLE_YES, WHOLE_NO }; /* the piece alone, or something else */
 
 enum { MODEL_CODES_DIRECT = 0x3000 };
 
@@ -29,8 +34,9 @@ struct model {
     /* BPE */
     struct merge *merges; /* [n_merge_slots], open addressing */
     size_t n_merge_slots;
-    int32_t *code_ids;    /* [MODEL_CODES_DIRECT] id of the one-character piece, -1: none */
-    unsigned char *whole; /* [vocab.n_ids] 1: the piece's own text encodes to it alone */
+    int32_t *code_ids; /* [MODEL_CODES_DIRECT] id of the one-character piece, -1: none */
+    /* [vocab.n_ids] what merging the piece's own text gives, noted when it was first done */
+    _Atomic unsigned char *whole;
     /* WordPiece */
     int64_t word_chars_max;
     /* Unigram */
@@ -65,8 +71,9 @@ struct model_scratch {
     struct buf text;
 };
 
-/* object is the file's "model". ERR_FORMAT, ERR_UNSUPPORTED. */
-enum err model_read(const json_t *object, struct model *out);
+/* object is the file's "model"; what was cut out of it is read from big, which may be NULL.
+ * ERR_FORMAT, ERR_UNSUPPORTED. */
+enum err model_read(const json_t *object, const struct big_values *big, struct model *out);
 void model_fini(struct model *m); /* accepts zeroed memory */
 void model_scratch_fini(struct model_scratch *s);
 /* Appends the ids of one word, valid UTF-8. */
@@ -74,7 +81,10 @@ enum err model_encode(const struct model *m, struct model_scratch *s, const char
                       struct token_list *out);
 
 /* ---- Between the models ---- */
-enum err bpe_read(const json_t *object, struct model *m);
+enum err bpe_read(const json_t *object, const struct big_value *merges, struct model *m);
+/* Of a list, or of the text of one: adds the merges to m, which has its vocabulary. */
+enum err bpe_merges_read(const json_t *list, struct model *m);
+enum err bpe_merges_read_text(const struct big_value *value, struct model *m);
 enum err bpe_encode(const struct model *m, struct model_scratch *s, const char *word, size_t n,
                     struct token_list *out);
 enum err unigram_read(const json_t *object, struct model *m);

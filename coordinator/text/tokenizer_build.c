@@ -207,7 +207,8 @@ static enum err describe_all(struct tokenizer *t)
     decoder_states_destroy(&t->decoder, states);
     buf_fini(&work);
     for (size_t i = 0; i < t->added.n && !e; i++)
-        if (t->added.items[i].special) t->infos[t->added.items[i].id].special = true;
+        if (t->added.items[i].special && (size_t)t->added.items[i].id < t->n_ids)
+            t->infos[t->added.items[i].id].special = true;
     return e;
 }
 
@@ -299,7 +300,7 @@ static enum err read_templates(const json_t *document, struct tokenizer *t)
 static enum err build(const struct tokenizer_files *f, struct tokenizer *t)
 {
     if (!json_is_object(f->json)) FAIL(ERR_FORMAT, "the tokenizer is no JSON object");
-    TRY(model_read(json_object_get(f->json, "model"), &t->model));
+    TRY(model_read(json_object_get(f->json, "model"), &f->big, &t->model));
     TRY(normalizer_read(json_object_get(f->json, "normalizer"), &t->normalizer));
     TRY(pretokenizer_read(json_object_get(f->json, "pre_tokenizer"), &t->pretokenizer));
     TRY(post_processor_read(json_object_get(f->json, "post_processor"), &t->post));
@@ -328,6 +329,21 @@ enum err tokenizer_build(const struct tokenizer_files *files, struct tokenizer *
         tokenizer_close(t);
     else
         *out = t;
+    return e;
+}
+
+enum err tokenizer_build_cut(const struct tokenizer_files *files, struct span text,
+                             struct tokenizer **out)
+{
+    struct tokenizer_files f = *files;
+    struct buf rest;
+    buf_init(&rest, 0);
+    f.json = NULL;
+    enum err e = big_values_cut(text.data, text.n, &f.big, &rest);
+    if (!e) e = json_parse(buf_string(&rest), rest.n, &f.json);
+    if (!e) e = tokenizer_build(&f, out);
+    json_decref(f.json);
+    buf_fini(&rest);
     return e;
 }
 

@@ -105,14 +105,6 @@ static enum err read_more_templates(const char *dir, struct tokenizer *t)
 
 static enum err read_files(const char *dir, struct tokenizer_files *f)
 {
-    TRY(read_json(dir, "tokenizer.json", TOKENIZER_BYTES_MAX, &f->json));
-    enum err e = f->json ? OK : from_gpt2_files(dir, &f->json);
-    if (e == ERR_NOT_FOUND) {
-        char why[256];
-        snprintf(why, sizeof why, "%s", err_detail());
-        FAIL(e, "%s has neither tokenizer.json nor vocab.json with merges.txt (%s)", dir, why);
-    }
-    TRY(e);
     TRY(read_json(dir, "tokenizer_config.json", CONFIG_BYTES_MAX, &f->config));
     TRY(read_json(dir, "special_tokens_map.json", CONFIG_BYTES_MAX, &f->special_map));
     TRY(read_json(dir, "generation_config.json", CONFIG_BYTES_MAX, &f->generation));
@@ -139,13 +131,53 @@ static enum err name_folder(enum err e, const char *dir)
     return err_set(e, "the tokenizer in %s: %s", dir, why);
 }
 
+/* The short way, and where it cannot go the long one: that has the words for what is wrong. */
+static enum err build_from_text(struct tokenizer_files *f, struct span text, struct tokenizer **out)
+{
+    enum err e = tokenizer_build_cut(f, text, out);
+    if (!e || e == ERR_NO_MEMORY) return e;
+    TRY(json_parse(text.data, text.n, &f->json));
+    return tokenizer_build(f, out);
+}
+
+static enum err build_from_gpt2_files(const char *dir, struct tokenizer_files *f,
+                                      struct tokenizer **out)
+{
+    enum err e = from_gpt2_files(dir, &f->json);
+    if (e == ERR_NOT_FOUND) {
+        char why[256];
+        snprintf(why, sizeof why, "%s", err_detail());
+        FAIL(e, "%s has neither tokenizer.json nor vocab.json with merges.txt (%s)", dir, why);
+    }
+    TRY(e);
+    return tokenizer_build(f, out);
+}
+
+static enum err build_from_folder(const char *dir, struct tokenizer_files *f,
+                                  struct tokenizer **out)
+{
+    char path[PATH_BYTES], why[512];
+    struct buf text;
+    buf_init(&text, 0);
+    TRY(path_of(dir, "tokenizer.json", path));
+    enum err e = buf_read_file(&text, path, TOKENIZER_BYTES_MAX);
+    if (e == ERR_NOT_FOUND) {
+        e = build_from_gpt2_files(dir, f, out);
+    } else if (!e && (e = build_from_text(f, (struct span){buf_string(&text), text.n}, out))) {
+        snprintf(why, sizeof why, "%s", err_detail());
+        if (!f->json && e != ERR_NO_MEMORY) e = err_set(ERR_FORMAT, "%s: %s", path, why);
+    }
+    buf_fini(&text);
+    return e;
+}
+
 enum err tokenizer_open(const char *model_dir, struct tokenizer **out)
 {
     struct tokenizer_files f = {0};
     struct tokenizer *t = NULL;
     enum err e;
     TRY_OUT(read_files(model_dir, &f));
-    TRY_OUT(tokenizer_build(&f, &t));
+    TRY_OUT(build_from_folder(model_dir, &f, &t));
     TRY_OUT(read_template_file(model_dir, "chat_template.jinja", "default", t));
     TRY_OUT(read_more_templates(model_dir, t));
     *out = t;
@@ -159,9 +191,8 @@ out:
 enum err tokenizer_open_memory(struct span json, const struct span *config, struct tokenizer **out)
 {
     struct tokenizer_files f = {0};
-    enum err e = json_parse(json.data, json.n, &f.json);
-    if (!e && config) e = json_parse(config->data, config->n, &f.config);
-    if (!e) e = tokenizer_build(&f, out);
+    enum err e = config ? json_parse(config->data, config->n, &f.config) : OK;
+    if (!e) e = build_from_text(&f, json, out);
     release_files(&f);
     return e;
 }

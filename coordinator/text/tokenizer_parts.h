@@ -58,6 +58,7 @@ struct tokenizer {
 /* The documents a tokenizer is made of; any but json may be NULL. Only read. */
 struct tokenizer_files {
     json_t *json;          /* tokenizer.json */
+    struct big_values big; /* what was cut out of json */
     json_t *config;        /* tokenizer_config.json */
     json_t *special_map;   /* special_tokens_map.json */
     json_t *generation;    /* generation_config.json */
@@ -66,6 +67,11 @@ struct tokenizer_files {
 };
 
 enum err tokenizer_build(const struct tokenizer_files *files, struct tokenizer **out);
+/* From the text of tokenizer.json, with the other documents of files: without a tree of what is big
+ * in it. ERR_FORMAT, ERR_INVALID and others: the text is wrong or merely unusual; building from the
+ * whole document finds out which. */
+enum err tokenizer_build_cut(const struct tokenizer_files *files, struct span text,
+                             struct tokenizer **out);
 /* Adds or replaces the template of that name. */
 enum err tokenizer_add_template(struct tokenizer *t, const char *name, const char *source,
                                 size_t n);

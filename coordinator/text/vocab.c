@@ -44,16 +44,39 @@ int32_t vocab_find(const struct vocab *v, const char *text, size_t n)
     return v->slots[slot_of(v, hash_of(text, n), text, n)].id;
 }
 
+/* Three rounds, each for what the one before has brought nearer: the slot, the piece, its text. */
+void vocab_find_all(const struct vocab *v, struct vocab_question *questions, size_t n)
+{
+    size_t mask = v->n_slots - 1;
+    for (size_t i = 0; i < n && v->n_slots; i++) {
+        struct vocab_question *q = &questions[i];
+        q->hash = hash_of(q->text, q->n);
+        __builtin_prefetch(&v->slots[q->hash & mask]);
+    }
+    for (size_t i = 0; i < n && v->n_slots; i++) {
+        int32_t likely = v->slots[questions[i].hash & mask].id;
+        questions[i].id = likely;
+        if (likely >= 0) __builtin_prefetch(&v->pieces[likely]);
+    }
+    for (size_t i = 0; i < n && v->n_slots; i++)
+        if (questions[i].id >= 0) __builtin_prefetch(v->pieces[questions[i].id].data);
+    for (size_t i = 0; i < n; i++) {
+        struct vocab_question *q = &questions[i];
+        q->id = -1;
+        if (q->n <= v->piece_bytes_max && v->n_slots)
+            q->id = v->slots[slot_of(v, q->hash, q->text, q->n)].id;
+    }
+}
+
 struct span vocab_piece(const struct vocab *v, int32_t id)
 {
     if (id < 0 || (size_t)id >= v->n_ids) return (struct span){0};
     return v->pieces[id];
 }
 
-static enum err grow_slots(struct vocab *v)
+static enum err set_slots(struct vocab *v, size_t n_slots)
 {
-    if (v->n_slots >= 2 * (v->n_pieces + 1)) return OK;
-    size_t n_slots = v->n_slots ? v->n_slots * 2 : 1024, n_old = v->n_slots;
+    size_t n_old = v->n_slots;
     struct vocab_slot *slots, *old = v->slots;
     TRY(MEM_NEW_ARRAY(n_slots, &slots));
     memset(slots, 0xff, n_slots * sizeof *slots);
@@ -69,18 +92,40 @@ static enum err grow_slots(struct vocab *v)
     return OK;
 }
 
+static enum err grow_slots(struct vocab *v)
+{
+    if (v->n_slots >= 2 * (v->n_pieces + 1)) return OK;
+    return set_slots(v, v->n_slots ? v->n_slots * 2 : 1024);
+}
+
+static enum err set_capacity(struct vocab *v, size_t capacity)
+{
+    TRY(mem_resize((void **)&v->pieces, capacity * sizeof *v->pieces));
+    memset(v->pieces + v->capacity, 0, (capacity - v->capacity) * sizeof *v->pieces);
+    v->capacity = capacity;
+    return OK;
+}
+
 static enum err grow_pieces(struct vocab *v, size_t id)
 {
     if (id >= v->capacity) {
         size_t capacity = v->capacity ? v->capacity : 1024;
         while (capacity <= id)
             capacity *= 2;
-        TRY(mem_resize((void **)&v->pieces, capacity * sizeof *v->pieces));
-        memset(v->pieces + v->capacity, 0, (capacity - v->capacity) * sizeof *v->pieces);
-        v->capacity = capacity;
+        TRY(set_capacity(v, capacity));
     }
     if (id >= v->n_ids) v->n_ids = id + 1;
     return OK;
+}
+
+enum err vocab_reserve(struct vocab *v, size_t n_pieces)
+{
+    size_t n_slots = 1024;
+    if (n_pieces > VOCAB_IDS_MAX) n_pieces = VOCAB_IDS_MAX;
+    while (n_slots < 2 * (n_pieces + 1))
+        n_slots *= 2;
+    if (n_pieces > v->capacity) TRY(set_capacity(v, n_pieces));
+    return n_slots > v->n_slots ? set_slots(v, n_slots) : OK;
 }
 
 enum err vocab_add(struct vocab *v, const char *text, size_t n, int64_t id)

@@ -28,6 +28,18 @@ void vocab_fini(struct vocab *v); /* accepts zeroed memory */
 /* A text already known keeps its text and gets the new id when looked up. ERR_FORMAT: id out of
  * range, id already taken by another text, text too long. */
 enum err vocab_add(struct vocab *v, const char *text, size_t n, int64_t id);
+/* Room for so many pieces, so that the tables need not grow step by step. */
+enum err vocab_reserve(struct vocab *v, size_t n_pieces);
 int32_t vocab_find(const struct vocab *v, const char *text, size_t n); /* -1 when absent */
+
+/* One of many pieces looked for at once: the memory of each is on its way while others are asked
+ * for, so that a thousand cost a third of a thousand calls of vocab_find. */
+struct vocab_question {
+    const char *text;
+    size_t n;
+    uint32_t hash;
+    int32_t id; /* the answer, as vocab_find gives it */
+};
+void vocab_find_all(const struct vocab *v, struct vocab_question *questions, size_t n);
 /* data is NULL for an id without a piece. */
 struct span vocab_piece(const struct vocab *v, int32_t id);

@@ -311,4 +311,5 @@ const struct backend_ops backend_cpu = {
     .packed_row = cpu_packed_row,
     .weight_adopt = cpu_weight_adopt,
     .weight_settle = cpu_weight_settle,
+    .kv_settle = cpu_kv_settle,
 };

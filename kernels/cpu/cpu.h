@@ -185,6 +185,7 @@ struct kv_cache {
     size_t layer_bytes;
     uint8_t *data;
     size_t bytes;
+    bool gathers; /* its beginnings lie in small pages until cpu_kv_settle has been there */
     const struct row_kernels *rows;
 };
 
@@ -249,6 +250,9 @@ void cpu_gather(struct backend *b, struct tensor out, struct tensor x, const str
 /* kv.c */
 size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args);
 enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, struct kv_cache **out);
+/* kv_pages.c: what the first tokens will lie in, made now. kv->data is set and untouched. */
+void kv_pages_begin(struct backend *b, struct kv_cache *kv);
+bool cpu_kv_settle(struct backend *b, struct kv_cache *kv, int part);
 void cpu_kv_destroy(struct backend *b, struct kv_cache *kv);
 void cpu_kv_copy(struct backend *b, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
                  int n);

@@ -54,29 +54,6 @@ size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args)
     return kv_shape(args, &kv) ? 0 : kv.bytes;
 }
 
-struct touch_args {
-    uint8_t *data;
-    size_t stretch_bytes;
-};
-
-/* The first page of the K or V of one layer and head. */
-static void stretch_touch(const void *args, int chunk, void *scratch)
-{
-    const struct touch_args *a = args;
-    (void)scratch;
-    *(volatile uint8_t *)(a->data + (size_t)chunk * a->stretch_bytes) = 0;
-}
-
-/* The first tokens of a cache lie in as many pages as there are layers, heads, K and V: half a
- * gigabyte of huge ones that the system would clear while the first request waits. */
-static void first_pages_touch(struct backend *b, const struct kv_cache *kv)
-{
-    struct touch_args args = {kv->data, kv->v_offset};
-    int n = 2 * kv->args.n_layers * kv->args.n_kv_heads;
-    if (!kv->bytes || n >= POOL_CHUNKS_MAX) return;
-    pool_run(cpu_of(b)->pool, &(struct pool_job){stretch_touch, NULL, &args, sizeof args, n});
-}
-
 enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, struct kv_cache **out)
 {
     struct kv_cache shape, *kv;
@@ -89,7 +66,7 @@ enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, stru
         mem_free(kv);
         return e;
     }
-    first_pages_touch(b, kv);
+    kv_pages_begin(b, kv);
     *out = kv;
     return OK;
 }

@@ -42,7 +42,7 @@ struct model {
         size_t bytes;
     } kept[2]; /* host memory of tables that no file holds (dummy weights, unaligned files) */
     int n_kept;
-    struct settle *settle; /* weights that still lie in the file; NULL = none */
+    struct settle *settle; /* what moves beside the steps; NULL = nothing */
     uint64_t weight_bytes, table_bytes;
     char digest[33];
 };

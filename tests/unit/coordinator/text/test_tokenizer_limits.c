@@ -130,6 +130,10 @@ static void test_lookup(void **state)
     assert_int_equal(tokenizer_unk_id(t), 0);
     assert_int_equal(tokenizer_vocab_size(t), 15);
     tokenizer_close(t);
+    t = open_text("{\"added_tokens\":[{\"id\":4000,\"content\":\"\",\"special\":true}],"
+                  "\"model\":{\"type\":\"WordLevel\",\"vocab\":{\"a\":0}}}");
+    assert_false(tokenizer_is_special(t, 4000)); /* without a text it is no token */
+    tokenizer_close(t);
 }
 
 static void test_configuration(void **state)
