@@ -127,6 +127,7 @@ static void cpu_close(struct backend *b)
 static size_t scratch_bytes(int vocab_size)
 {
     size_t bytes = SCRATCH_BYTES_MIN;
+    bytes = NORM_SCRATCH_BYTES > bytes ? NORM_SCRATCH_BYTES : bytes;
     bytes = sample_scratch_bytes(vocab_size) > bytes ? sample_scratch_bytes(vocab_size) : bytes;
     return attention_scratch_bytes() > bytes ? attention_scratch_bytes() : bytes;
 }
@@ -300,6 +301,9 @@ const struct backend_ops backend_cpu = {
     .sync = cpu_sync,
     .matmul_gated = cpu_matmul_gated,
     .matmul_argmax = cpu_matmul_argmax,
+    .norm_matmul = cpu_norm_matmul,
+    .norm_matmul_gated = cpu_norm_matmul_gated,
+    .norm_matmul_argmax = cpu_norm_matmul_argmax,
     .moe_create = cpu_moe_create,
     .moe_destroy = cpu_moe_destroy,
     .moe_forward = cpu_moe_forward,

@@ -33,6 +33,7 @@ enum {
     WEIGHT_SIDE_MAX =
         1 << 20, /* inputs or outputs of one weight; int32 sums are exact far beyond */
     HEAD_DIM_MAX = 1024,
+    NORM_SCRATCH_BYTES = 512 << 10, /* rows of a row panel that were normed and are packed next */
     ATTENTION_PARTIAL_BYTES = 32 << 20, /* touched as far as long contexts need it */
     FORMATS = WEIGHT_FORMAT_COUNT,
 };
@@ -231,6 +232,12 @@ void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, con
 
 void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
                        int32_t *out_index, float *out_value);
+void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
+                     const struct weight *w);
+void cpu_norm_matmul_gated(struct backend *b, struct tensor out, const struct norm_input *in,
+                           const struct weight *w, enum activation kind);
+void cpu_norm_matmul_argmax(struct backend *b, const struct norm_input *in, const struct weight *w,
+                            int32_t *out_index, float *out_value);
 
 /* elementwise.c */
 void cpu_embed(struct backend *b, struct tensor out, const struct weight *table,
