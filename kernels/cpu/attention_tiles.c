@@ -6,8 +6,8 @@
  * an item of its own and a second job merges the spans. Both ways do the same operations in the
  * same order (see attention.h), so they give the same bits. */
 #include "kernels/cpu/attention.h"
-#include "kernels/half.h"
 #include "kernels/cpu/vector_math.h"
+#include "kernels/half.h"
 
 #include <math.h>
 #include <string.h>
@@ -225,17 +225,29 @@ static void span_compute(const struct tiles_job *t, const struct unit *u, int sp
     }
 }
 
-static void unit_store(const struct tiles_job *t, const struct unit *u,
-                       const struct unit_scratch *s)
+static float *row_out(const struct tiles_job *t, const struct unit *u, int r)
+{
+    int row = u->row0 + r, token = u->token0 + row / u->n_heads, head = u->head0 + row % u->n_heads;
+    return (float *)t->j.out.data + token * t->j.out.stride + (int64_t)head * t->j.args->head_dim;
+}
+
+/* Asks for the lines that unit_store will write: stores that miss hold up all others. */
+static void unit_store_fetch(const struct tiles_job *t, const struct unit *u)
+{
+    for (int r = 0; r < u->n_rows; r++) {
+        const float *out = row_out(t, u, r);
+        for (int d = 0; d < t->j.args->head_dim; d += 16)
+            __asm__ volatile("prefetchw %0" ::"m"(out[d]));
+    }
+}
+
+static void unit_store(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
 {
     int n = t->j.args->head_dim;
     for (int r = 0; r < u->n_rows; r++) {
-        int row = u->row0 + r, token = u->token0 + row / u->n_heads,
-            head = u->head0 + row % u->n_heads;
-        float *out = (float *)t->j.out.data + token * t->j.out.stride + (int64_t)head * n;
-        float inverse = 1.0f / s->total[r].sum;
-        for (int d = 0; d < n; d++)
-            out[d] = s->total_out[r * n + d] * inverse;
+        float *from = s->total_out + r * n;
+        t->j.rows->scale(from, n, 1.0f / s->total[r].sum, 0);
+        memcpy(row_out(t, u, r), from, (size_t)n * sizeof *from);
     }
 }
 
@@ -249,6 +261,7 @@ static void unit_run(const void *args, int index, void *scratch)
     int n = t->j.args->head_dim;
     if (!unit_find(t, index, &u)) return;
     queries_load(t, &u, s);
+    unit_store_fetch(t, &u);
     for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
         span_compute(t, &u, span, s);
         for (int r = 0; r < u.n_rows; r++)

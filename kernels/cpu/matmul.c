@@ -280,8 +280,13 @@ static void gated_compute(const void *args, int chunk, void *scratch)
     float *parked = scratch, *gate = parked + CHUNK_ROWS * PANEL_OUTPUTS;
     float *up = gate + CHUNK_ROWS * PANEL_OUTPUTS;
     panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS, c.panel0 * PANEL_OUTPUTS);
+    if (!shift) { /* all rows are one: a loop of two vectors is as long as its beginning and end */
+        panel_by_rows(m, up0, c.i0, c.i1, parked, up, PANEL_OUTPUTS, -1);
+        m->rows->activate(gate, gate, up, (int64_t)c.n_rows * PANEL_OUTPUTS, m->activation);
+        return;
+    }
     panel_by_rows(m, up0, c.i0, c.i1, parked, up, 2 * PANEL_OUTPUTS, -1);
-    if (shift && up0 + 1 < m->w->n_panels)
+    if (up0 + 1 < m->w->n_panels)
         panel_by_rows(m, up0 + 1, c.i0, c.i1, parked, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS, -1);
     for (int r = 0; r < c.n_rows; r++) {
         float *row = gate + r * PANEL_OUTPUTS;
