@@ -99,14 +99,13 @@ static bool unit_find(const struct tiles_job *t, int index, struct unit *out)
 static void queries_load(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
 {
     int n = t->j.args->head_dim;
-    bool pairs = t->kernels->q_pairs[t->j.kv->args.dtype];
+    query_kernel *convert = t->kernels->query[t->j.kv->args.dtype];
     for (int r = 0; r < u->n_rows; r++) {
         int row = u->row0 + r, token = u->token0 + row / u->n_heads,
             head = u->head0 + row % u->n_heads;
         const float *q = (const float *)t->j.qkv.data + token * t->j.qkv.stride + (int64_t)head * n;
-        uint16_t *halves = (uint16_t *)(s->q + r * n);
-        if (pairs)
-            t->j.rows->to_bf16(halves, q, n);
+        if (convert)
+            convert(s->q + r * n, q, n);
         else
             memcpy(s->q + r * n, q, (size_t)n * sizeof *q);
         s->total[r] = (struct row_state){-INFINITY, 0};
@@ -132,27 +131,46 @@ static const uint8_t *stream_at(const struct tiles_job *t, const struct unit *u,
     return tile_at(t, u, base + (i - n) * TILE);
 }
 
+/* I8: where the K scales (V's at + v_offset) of the tile that holds a token lie. */
+static const uint8_t *scales_at(const struct tiles_job *t, const struct unit *u, int32_t token)
+{
+    const struct kv_cache *kv = t->j.kv;
+    if (token >= u->high) token = u->high - 1;
+    int32_t in_block = token & (kv->args.block_size - 1);
+    const uint8_t *piece =
+        kv_head(kv, t->j.args->layer, u->blocks[token >> t->block_shift], u->kv_head);
+    return piece + kv->scale_offset + (size_t)(in_block / TILE * TILE) * sizeof(float);
+}
+
+/* The scales of the chunk's tiles; those of the next chunk, lines of their own, are asked for. */
+static void scales_find(const struct tiles_job *t, const struct unit *u, int32_t base, bool fetch,
+                        struct chunk_call *c)
+{
+    size_t to_v = t->j.kv->v_offset;
+    for (int i = 0; i < c->n_tiles; i++) {
+        const uint8_t *scales = scales_at(t, u, base + i * TILE);
+        c->k_scale[i] = (const float *)(const void *)scales;
+        c->v_scale[i] = (const float *)(const void *)(scales + to_v);
+        if (!fetch) continue;
+        scales = scales_at(t, u, base + (c->n_tiles + i) * TILE);
+        __builtin_prefetch(scales, 0, 2);
+        __builtin_prefetch(scales + to_v, 0, 2);
+    }
+}
+
 static void tiles_find(const struct tiles_job *t, const struct unit *u, int32_t base, int n,
                        bool fetch, struct chunk_call *c)
 {
     int ahead = AHEAD_BYTES / (int)t->tile_bytes;
     ahead = ahead < 1 ? 1 : ahead > CHUNK_TILES / 2 ? CHUNK_TILES / 2 : ahead;
-    const struct kv_cache *kv = t->j.kv;
-    int size = kv->args.block_size;
     c->n_tiles = n;
     for (int i = 0; i < n; i++) {
         c->k[i] = tile_at(t, u, base + i * TILE);
-        c->v[i] = c->k[i] + kv->v_offset;
+        c->v[i] = c->k[i] + t->j.kv->v_offset;
         c->k_ahead[i] = fetch ? stream_at(t, u, base, n, i + ahead) : c->k[i];
         c->v_ahead[i] = fetch ? stream_at(t, u, base, n, n + i + ahead) : c->v[i];
-        c->k_scale[i] = c->v_scale[i] = NULL;
-        if (kv->args.dtype != DTYPE_I8) continue;
-        int32_t token = base + i * TILE;
-        const uint8_t *piece =
-            kv_head(kv, t->j.args->layer, u->blocks[token >> t->block_shift], u->kv_head);
-        c->k_scale[i] = (const float *)(piece + kv->scale_offset) + token % size;
-        c->v_scale[i] = (const float *)(piece + kv->v_offset + kv->scale_offset) + token % size;
     }
+    if (t->j.kv->args.dtype == DTYPE_I8) scales_find(t, u, base, fetch, c);
 }
 
 /* Adds (max, sum, out) of a later piece of context to the state so far. */

@@ -19,6 +19,7 @@ static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {
 static const struct attention_kernels *const isa_attentions[CPU_ISA_COUNT] = {
     [CPU_ISA_AVX2] = &attention_avx2,
     [CPU_ISA_AVX512] = &attention_avx512,
+    [CPU_ISA_VNNI] = &attention_vnni,
     [CPU_ISA_BF16] = &attention_bf16};
 
 static const struct row_kernels *const isa_rows[CPU_ISA_COUNT] = {
@@ -103,7 +104,7 @@ static void attention_choose(struct cpu_backend *cpu)
             if (!k || !k->chunk[dtype]) continue;
             cpu->attention_kernels.chunk[dtype] = k->chunk[dtype];
             cpu->attention_kernels.rows_max[dtype] = k->rows_max[dtype];
-            cpu->attention_kernels.q_pairs[dtype] = k->q_pairs[dtype];
+            cpu->attention_kernels.query[dtype] = k->query[dtype];
         }
     cpu->attention = cpu->isa == CPU_ISA_REFERENCE ? NULL : &cpu->attention_kernels;
 }

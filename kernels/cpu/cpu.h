@@ -121,12 +121,15 @@ extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512,
 /* Kernels of attention: see attention.h. */
 struct chunk_call;
 typedef void chunk_kernel(const struct chunk_call *call);
+/* A query [n] as the chunk kernel reads it, in no more than 4 n bytes. */
+typedef void query_kernel(void *to, const float *q, int n);
 struct attention_kernels {
     chunk_kernel *chunk[DTYPE_COUNT]; /* by the cache's type; NULL: not in this ISA */
     int rows_max[DTYPE_COUNT];
-    bool q_pairs[DTYPE_COUNT]; /* queries as BF16 pairs */
+    query_kernel *query[DTYPE_COUNT]; /* NULL: queries are read as they are */
 };
-extern const struct attention_kernels attention_avx2, attention_avx512, attention_bf16;
+extern const struct attention_kernels attention_avx2, attention_avx512, attention_vnni,
+    attention_bf16;
 
 /* Loops over one row, of one ISA; all of them give the same bits. See rows_kernels.h. */
 struct row_kernels {
@@ -174,8 +177,8 @@ static inline struct cpu_backend *cpu_of(struct backend *b)
 
 /* Of each (layer, head): the K of all blocks, then the V of all blocks. The K or V of a block is
  * its tiles, then for I8 the scales of its tokens. A tile is `tile` tokens. K tile: [head_dim /
- * pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of
- * vdpbf16ps), else 1. */
+ * pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for BF16 and 4 for I8
+ * (operands of vdpbf16ps and vpdpbusd), else 1. */
 struct kv_cache {
     struct kv_cache_args args;
     int tile, pair, v_pair, width, element_bytes; /* width: head_dim rounded up to pair */

@@ -30,7 +30,7 @@ static enum err kv_shape(const struct kv_cache_args *args, struct kv_cache *kv)
     memset(kv, 0, sizeof *kv);
     kv->args = *args;
     kv->tile = args->block_size < TILE_TOKENS ? args->block_size : TILE_TOKENS;
-    kv->pair = args->dtype == DTYPE_BF16 ? 2 : 1;
+    kv->pair = args->dtype == DTYPE_BF16 ? 2 : args->dtype == DTYPE_I8 ? 4 : 1;
     kv->v_pair = kv->pair < kv->tile ? kv->pair : kv->tile;
     kv->width = (args->head_dim + kv->pair - 1) / kv->pair * kv->pair;
     kv->element_bytes = (int)dtype_bytes(args->dtype);
