@@ -23,7 +23,6 @@ struct tiles_job {
     const struct attention_kernels *kernels;
     const int32_t *unit_start; /* [n_seqs + 1] units of one KV head before each sequence */
     float *partial;            /* [units][spans][rows][width + 2] of the split form */
-    size_t tile_bytes;
     int units_per_head, spans, rows, block_shift;
 };
 
@@ -119,7 +118,7 @@ static const uint8_t *tile_at(const struct tiles_job *t, const struct unit *u, i
     if (token >= u->high) token = u->high - 1;
     int32_t block = token >> t->block_shift, in_block = token & (kv->args.block_size - 1);
     const uint8_t *piece = kv_head(kv, t->j.args->layer, u->blocks[block], u->kv_head);
-    return piece + (size_t)(in_block / TILE) * t->tile_bytes;
+    return piece + (size_t)(in_block / TILE) * kv->tile_bytes;
 }
 
 /* Where tile i of a stream of n K tiles, n V tiles, then the next chunk's K tiles lies. */
@@ -131,46 +130,22 @@ static const uint8_t *stream_at(const struct tiles_job *t, const struct unit *u,
     return tile_at(t, u, base + (i - n) * TILE);
 }
 
-/* I8: where the K scales (V's at + v_offset) of the tile that holds a token lie. */
-static const uint8_t *scales_at(const struct tiles_job *t, const struct unit *u, int32_t token)
-{
-    const struct kv_cache *kv = t->j.kv;
-    if (token >= u->high) token = u->high - 1;
-    int32_t in_block = token & (kv->args.block_size - 1);
-    const uint8_t *piece =
-        kv_head(kv, t->j.args->layer, u->blocks[token >> t->block_shift], u->kv_head);
-    return piece + kv->scale_offset + (size_t)(in_block / TILE * TILE) * sizeof(float);
-}
-
-/* The scales of the chunk's tiles; those of the next chunk, lines of their own, are asked for. */
-static void scales_find(const struct tiles_job *t, const struct unit *u, int32_t base, bool fetch,
-                        struct chunk_call *c)
-{
-    size_t to_v = t->j.kv->v_offset;
-    for (int i = 0; i < c->n_tiles; i++) {
-        const uint8_t *scales = scales_at(t, u, base + i * TILE);
-        c->k_scale[i] = (const float *)(const void *)scales;
-        c->v_scale[i] = (const float *)(const void *)(scales + to_v);
-        if (!fetch) continue;
-        scales = scales_at(t, u, base + (c->n_tiles + i) * TILE);
-        __builtin_prefetch(scales, 0, 2);
-        __builtin_prefetch(scales + to_v, 0, 2);
-    }
-}
-
 static void tiles_find(const struct tiles_job *t, const struct unit *u, int32_t base, int n,
                        bool fetch, struct chunk_call *c)
 {
-    int ahead = AHEAD_BYTES / (int)t->tile_bytes;
+    int ahead = AHEAD_BYTES / (int)t->j.kv->tile_bytes;
     ahead = ahead < 1 ? 1 : ahead > CHUNK_TILES / 2 ? CHUNK_TILES / 2 : ahead;
+    const struct kv_cache *kv = t->j.kv;
+    bool scaled = kv->args.dtype == DTYPE_I8;
     c->n_tiles = n;
     for (int i = 0; i < n; i++) {
         c->k[i] = tile_at(t, u, base + i * TILE);
-        c->v[i] = c->k[i] + t->j.kv->v_offset;
+        c->v[i] = c->k[i] + kv->v_offset;
         c->k_ahead[i] = fetch ? stream_at(t, u, base, n, i + ahead) : c->k[i];
         c->v_ahead[i] = fetch ? stream_at(t, u, base, n, n + i + ahead) : c->v[i];
+        c->k_scale[i] = scaled ? (const float *)(const void *)(c->k[i] + kv->scale_offset) : NULL;
+        c->v_scale[i] = scaled ? (const float *)(const void *)(c->v[i] + kv->scale_offset) : NULL;
     }
-    if (t->j.kv->args.dtype == DTYPE_I8) scales_find(t, u, base, fetch, c);
 }
 
 /* Adds (max, sum, out) of a later piece of context to the state so far. */
@@ -359,7 +334,6 @@ void attend_tiles(struct cpu_backend *cpu, const struct attention_job *job)
     struct tiles_job t = {.j = *job,
                           .kernels = cpu->attention,
                           .partial = cpu->attention_partial,
-                          .tile_bytes = (size_t)(TILE * kv->width * kv->element_bytes),
                           .block_shift = __builtin_ctz((unsigned)kv->args.block_size)};
     ASSERT_CMP(job->batch->n_seqs, <=, cpu->n_seqs_max);
     int units = units_count(&t, cpu->unit_start);

@@ -81,6 +81,7 @@ LANES_INLINE void scores_bytes(const struct chunk_call *c, const int rows)
                 DOT_EACH(sum[r][1], x, *(const uint32_t *)(fours + n));
             }
         }
+        LANES_FETCH(ahead); /* the scales */
         lanes k_scale = lanes_load(c->k_scale[t]);
         UNROLL for (int r = 0; r < rows; r++)
         {
@@ -175,6 +176,7 @@ LANES_INLINE void values_bytes_wide(const struct chunk_call *c, const int rows, 
     for (int t = 0; t < c->n_tiles; t++) {
         const uint32_t *v = (const uint32_t *)c->v[t] + d;
         const uint8_t *ahead = c->v_ahead[t];
+        if (d == 0) LANES_FETCH(ahead + c->width * TILE); /* the scales */
         for (int i = 0; i < 4; i++, v += c->width) {
             for (int j = 0; d == 0 && j < c->width; j += TILE, ahead += 64)
                 LANES_FETCH(ahead);

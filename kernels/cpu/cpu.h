@@ -176,15 +176,15 @@ static inline struct cpu_backend *cpu_of(struct backend *b)
 }
 
 /* Of each (layer, head): the K of all blocks, then the V of all blocks. The K or V of a block is
- * its tiles, then for I8 the scales of its tokens. A tile is `tile` tokens. K tile: [head_dim /
- * pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for BF16 and 4 for I8
- * (operands of vdpbf16ps and vpdpbusd), else 1. */
+ * its tiles. A tile is `tile` tokens, for I8 followed by their scales, so that all is one stream. K
+ * tile: [head_dim / pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for
+ * BF16 and 4 for I8 (operands of vdpbf16ps and vpdpbusd), else 1. */
 struct kv_cache {
     struct kv_cache_args args;
     int tile, pair, v_pair, width, element_bytes; /* width: head_dim rounded up to pair */
     size_t half_bytes;                            /* K or V of one block and head */
     size_t v_offset;                              /* from a block's K to its V */
-    size_t scale_offset;                          /* from a block's K or V to its scales */
+    size_t tile_bytes, scale_offset;              /* of a tile, and from one to its scales */
     size_t layer_bytes;
     uint8_t *data;
     size_t bytes;
