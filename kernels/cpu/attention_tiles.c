@@ -23,7 +23,7 @@ struct tiles_job {
     const struct attention_kernels *kernels;
     const int32_t *unit_start; /* [n_seqs + 1] units of one KV head before each sequence */
     float *partial;            /* [units][spans][rows][width + 2] of the split form */
-    int units_per_head, spans, rows, block_shift;
+    int units_per_head, span, spans, rows, block_shift; /* span: tokens of one */
 };
 
 /* Query rows [row0, row0 + n_rows) of one sequence and KV head, row = token * n_heads + head. */
@@ -210,8 +210,8 @@ static void span_compute(const struct tiles_job *t, const struct unit *u, int sp
     int block = t->kernels->rows_max[t->j.kv->args.dtype];
     for (int r = 0; r < u->n_rows; r++)
         s->span[r] = (struct row_state){-INFINITY, 0};
-    for (int chunk = 0; chunk < SPAN_CHUNKS; chunk++) {
-        int32_t base = span * SPAN + chunk * ATTENTION_CHUNK;
+    for (int chunk = 0; chunk < t->span / ATTENTION_CHUNK; chunk++) {
+        int32_t base = span * t->span + chunk * ATTENTION_CHUNK;
         if (base + ATTENTION_CHUNK <= u->low || base >= u->high) continue;
         for (int r = 0; r < u->n_rows; r += block)
             rows_by_chunk(t, u, r, u->n_rows - r < block ? u->n_rows - r : block, base, s);
@@ -255,7 +255,7 @@ static void unit_run(const void *args, int index, void *scratch)
     if (!unit_find(t, index, &u)) return;
     queries_load(t, &u, s);
     unit_store_fetch(t, &u);
-    for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
+    for (int span = u.low / t->span; span * t->span < u.high; span++) {
         span_compute(t, &u, span, s);
         for (int r = 0; r < u.n_rows; r++)
             state_merge(t->j.rows, &s->total[r], s->total_out + r * n, s->span[r],
@@ -277,7 +277,8 @@ static void span_run(const void *args, int item, void *scratch)
     struct unit_scratch *s = scratch;
     struct unit u;
     int span = item % t->spans, n = t->j.args->head_dim;
-    if (!unit_find(t, item / t->spans, &u) || span * SPAN >= u.high || (span + 1) * SPAN <= u.low)
+    if (!unit_find(t, item / t->spans, &u) || span * t->span >= u.high ||
+        (span + 1) * t->span <= u.low)
         return;
     queries_load(t, &u, s);
     span_compute(t, &u, span, s);
@@ -298,7 +299,7 @@ static void spans_merge(const void *args, int index, void *scratch)
     if (!unit_find(t, index, &u)) return;
     for (int r = 0; r < u.n_rows; r++)
         s->total[r] = (struct row_state){-INFINITY, 0};
-    for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
+    for (int span = u.low / t->span; span * t->span < u.high; span++) {
         const float *from = partial_at(t, index, span);
         for (int r = 0; r < u.n_rows; r++, from += n + 2)
             state_merge(t->j.rows, &s->total[r], s->total_out + r * n,
@@ -315,7 +316,7 @@ static int units_count(struct tiles_job *t, int32_t *unit_start)
     int total = 0;
     for (int s = 0; s < batch->n_seqs; s++) {
         int rows = (batch->seq_start[s + 1] - batch->seq_start[s]) * t->j.args->group;
-        int spans = (batch->context_len[s] + SPAN - 1) / SPAN;
+        int spans = (batch->context_len[s] + t->span - 1) / t->span;
         unit_start[s] = total;
         total += (rows + UNIT_ROWS - 1) / UNIT_ROWS;
         t->rows = rows > t->rows ? rows : t->rows;
@@ -334,6 +335,7 @@ void attend_tiles(struct cpu_backend *cpu, const struct attention_job *job)
     struct tiles_job t = {.j = *job,
                           .kernels = cpu->attention,
                           .partial = cpu->attention_partial,
+                          .span = cpu->attention_span,
                           .block_shift = __builtin_ctz((unsigned)kv->args.block_size)};
     ASSERT_CMP(job->batch->n_seqs, <=, cpu->n_seqs_max);
     int units = units_count(&t, cpu->unit_start);

@@ -98,6 +98,7 @@ static void matmul_choose(struct cpu_backend *cpu)
 
 static void attention_choose(struct cpu_backend *cpu)
 {
+    cpu->attention_span = SPAN;
     for (int dtype = 0; dtype < DTYPE_COUNT; dtype++)
         for (int isa = CPU_ISA_REFERENCE; isa <= (int)cpu->isa; isa++) {
             const struct attention_kernels *k = isa_attentions[isa];

@@ -162,7 +162,9 @@ struct cpu_backend {
     const struct row_kernels *rows;
     const struct attention_kernels *attention; /* the above, or NULL: the reference */
     float *attention_partial; /* ATTENTION_PARTIAL_BYTES; matmul_argmax uses it too */
-    int32_t *unit_start;      /* [n_seqs_max + 1] */
+    int attention_span;  /* SPAN, see attention.h: results depend on it, so benchmarks alone set
+                            others */
+    int32_t *unit_start; /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
     void *moe_scratch; /* of the widest layer of experts */
