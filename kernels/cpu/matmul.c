@@ -18,8 +18,6 @@ enum {
     CHUNK_PANELS = 2,  /* of a chunk that is short: one fetching runs on through both */
     CHUNK_WORK =
         16384, /* rows times steps; a chunk of more has one panel, and threads end together */
-    PREFETCH_ROWS = 5,         /* with fewer rows the hardware fetches better alone */
-    PREFETCH_ROWS_INT4 = 2,    /* the same for INT4, whose steps take longer for their bytes */
     PREFETCH_AHEAD = 8192,     /* bytes */
     WORDS_BYTES_MIN = 2 << 20, /* a huge page */
     PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
@@ -151,7 +149,7 @@ static void prefetch_plan(const struct format_info *f, int n_row_panels, int i, 
 {
     call->prefetch = call->weights;
     call->prefetch_bytes = call->prefetch_second = 0;
-    if (n_row_panels == 1 && rows >= (f->header_bytes ? PREFETCH_ROWS_INT4 : PREFETCH_ROWS)) {
+    if (n_row_panels == 1 && rows >= f->prefetch_rows) {
         call->prefetch = call->weights + PREFETCH_AHEAD;
         call->prefetch_bytes = f->header_bytes ? 2 * f->step_bytes : f->step_bytes;
         call->prefetch_second = call->prefetch_bytes / 2;

@@ -7,7 +7,19 @@
  * sums in memory. */
 #include "kernels/cpu/matmul_avx512.h"
 
-enum { INT4_ROWS_MAX = 6 };
+enum { INT4_ROWS_MAX = 6, FEW_ROWS_MAX = 2 };
+
+/* Few rows wait for memory, and how far a core reads ahead is bounded by its instructions in
+ * flight: their loads are operands. masked = the 64 bytes at `at` & mask; acc += weight * the word
+ * at x. */
+#define MASKED(mask, at)                                                                           \
+    ({                                                                                             \
+        __m512i masked;                                                                            \
+        __asm__("vpandd %2, %1, %0" : "=v"(masked) : "v"(mask), "m"(*(const uint8_t(*)[64])(at))); \
+        masked;                                                                                    \
+    })
+#define DOT_INT8_WORD(acc, w, x)                                                                   \
+    __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(x)))
 
 ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
 {
@@ -32,9 +44,14 @@ ALWAYS_INLINE void panel_int8(const struct panel_call *c, const int rows)
         UNROLL for (int u = 0; u < 2; u++)
         {
             __m512i w0 = _mm512_loadu_si512(weights), w1 = _mm512_loadu_si512(weights + 64);
-            PREFETCH(c, ahead);
+            if (rows > FEW_ROWS_MAX) PREFETCH(c, ahead);
             UNROLL for (int r = 0; r < rows; r++)
             {
+                if (rows <= FEW_ROWS_MAX) {
+                    DOT_INT8_WORD(sum[r][0], w0, words + r);
+                    DOT_INT8_WORD(sum[r][1], w1, words + r);
+                    continue;
+                }
                 __m512i x = broadcast_word(words, r);
                 DOT_INT8(sum[r][0], w0, x);
                 DOT_INT8(sum[r][1], w1, x);
@@ -75,9 +92,10 @@ ALWAYS_INLINE void fetch(const uint8_t *ahead, const bool both, const int rows)
 }
 
 /* The exact sums of one group: pairs of steps. */
-ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, const int rows,
-                              const int64_t steps, const uint8_t *ahead, int64_t prefetch_bytes,
-                              const bool both, __m512i sum[PANEL_ROWS_MAX][2])
+ALWAYS_INLINE void group_sums_many(const uint8_t *weights, const uint32_t *words, const int rows,
+                                   const int64_t steps, const uint8_t *ahead,
+                                   int64_t prefetch_bytes, const bool both,
+                                   __m512i sum[PANEL_ROWS_MAX][2])
 {
     const __m512i low = _mm512_set1_epi8(15);
     for (int64_t s = 0; s < steps; s += 2) {
@@ -102,6 +120,53 @@ ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, con
         weights += 128;
         words += 2 * rows;
     }
+}
+
+/* The same of few rows. High nibbles stay where they are and are summed apart, sixteen times too
+ * large, which a shift of the sums undoes exactly. */
+ALWAYS_INLINE void group_sums_few(const uint8_t *weights, const uint32_t *words, const int rows,
+                                  const int64_t steps, const uint8_t *ahead, int64_t prefetch_bytes,
+                                  const bool both, __m512i sum[PANEL_ROWS_MAX][2])
+{
+    const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)0xf0);
+    __m512i by16[FEW_ROWS_MAX][2];
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        by16[r][0] = by16[r][1] = _mm512_setzero_si512();
+    }
+    for (int64_t s = 0; s < steps; s += 2) {
+        __m512i w0 = MASKED(low, weights), w1 = MASKED(low, weights + 64);
+        if (rows > 1) fetch(ahead, both, rows);
+        ahead += prefetch_bytes;
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            DOT_INT8_WORD(sum[r][0], w0, words + r);
+            DOT_INT8_WORD(sum[r][1], w1, words + r);
+        }
+        w0 = MASKED(high, weights), w1 = MASKED(high, weights + 64);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            DOT_INT8_WORD(by16[r][0], w0, words + rows + r);
+            DOT_INT8_WORD(by16[r][1], w1, words + rows + r);
+        }
+        weights += 128;
+        words += 2 * rows;
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        sum[r][0] = _mm512_add_epi32(sum[r][0], _mm512_srai_epi32(by16[r][0], 4));
+        sum[r][1] = _mm512_add_epi32(sum[r][1], _mm512_srai_epi32(by16[r][1], 4));
+    }
+}
+
+ALWAYS_INLINE void group_sums(const uint8_t *weights, const uint32_t *words, const int rows,
+                              const int64_t steps, const uint8_t *ahead, int64_t prefetch_bytes,
+                              const bool both, __m512i sum[PANEL_ROWS_MAX][2])
+{
+    if (rows <= FEW_ROWS_MAX)
+        group_sums_few(weights, words, rows, steps, ahead, prefetch_bytes, both, sum);
+    else
+        group_sums_many(weights, words, rows, steps, ahead, prefetch_bytes, both, sum);
 }
 
 ALWAYS_INLINE __m512 group_scale(const uint8_t *group, int half)
@@ -143,7 +208,7 @@ ALWAYS_INLINE void panel_codes(const struct panel_call *c, const int rows, const
         group_begin(c, g, rows, zeros, sum);
         const uint32_t *words = c->words + g * steps * rows;
         const uint8_t *ahead = c->prefetch + g * group_ahead, *w = group + GROUP_HEADER;
-        _mm_prefetch((const char *)ahead + group_ahead - 64, _MM_HINT_T1);
+        if (rows > 1) _mm_prefetch((const char *)ahead + group_ahead - 64, _MM_HINT_T1);
         if (c->prefetch_second)
             group_sums(w, words, rows, steps, ahead, c->prefetch_bytes, true, sum);
         else

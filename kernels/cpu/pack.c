@@ -9,12 +9,12 @@
 #include <math.h>
 
 const struct format_info format_infos[FORMATS] = {
-    [WEIGHT_F32] = {1, 128, 0, 2},
-    [WEIGHT_F16] = {1, 64, 0, 2},
-    [WEIGHT_BF16] = {2, 128, 0, 2},
-    [WEIGHT_INT8] = {4, 128, 0, 2},
-    [WEIGHT_INT4] = {4, 64, GROUP_HEADER, GROUP_STEPS},
-    [WEIGHT_INT4_GROUPS] = {4, 64, GROUP_HEADER, 1},
+    [WEIGHT_F32] = {1, 128, 0, 2, 5},
+    [WEIGHT_F16] = {1, 64, 0, 2, 5},
+    [WEIGHT_BF16] = {2, 128, 0, 2, 5},
+    [WEIGHT_INT8] = {4, 128, 0, 2, 3},
+    [WEIGHT_INT4] = {4, 64, GROUP_HEADER, GROUP_STEPS, 2},
+    [WEIGHT_INT4_GROUPS] = {4, 64, GROUP_HEADER, 1, 2},
 };
 
 static const char *const format_names[FORMATS] = {"auto", "f32",  "f16", "bf16",
