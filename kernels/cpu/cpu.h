@@ -59,8 +59,8 @@ struct weight {
     struct matrix_view table; /* of table_create; then nothing above is set */
 };
 
-/* Rows of a format: how inputs become steps; with fewer than prefetch_rows rows the hardware fetches
- * better alone. */
+/* Rows of a format: how inputs become steps; with fewer than prefetch_rows rows the hardware
+ * fetches better alone. */
 struct format_info {
     int inputs_per_step, step_bytes, header_bytes, steps_multiple, prefetch_rows;
 };
