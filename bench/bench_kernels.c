@@ -11,7 +11,8 @@
  * operations / peak). (Medians of times and of limits apart are not of the same moments: virtual
  * processors that share a core now and then have two speeds.) best=1 takes the best tenth instead
  * of medians, for experiments on a machine that others use; such figures are not kept. Weights and
- * caches rotate through more memory than the last level of cache holds. */
+ * caches rotate through more memory than the last level of cache holds. only=invariance: attention
+ * with its fixed spans against one span a sequence. */
 #include "base/clock.h"
 #include "base/mem.h"
 #include "base/rand.h"
@@ -370,6 +371,30 @@ static void attention_run(void *arg, int turn)
     backend_cpu.attend(bench.backend, c->out, c->qkv, c->kv, &c->args, &c->batch);
 }
 
+/* What it costs that a context is cut at fixed places, whoever computes it: the same attention with
+ * one span a sequence, which threads share by KV heads alone, against the fixed spans, by turns. */
+static void invariance_measure(const char *name, struct attention_case *c)
+{
+    static double ratios[SLICES_MAX], times[SLICES_MAX];
+    struct cpu_backend *cpu = cpu_of(bench.backend);
+    int fixed = cpu->attention_span, turn = 0, n = 0;
+    struct bench_case run = {.run = attention_run, .arg = c};
+    if (!wanted("invariance", name)) return;
+    slice_run(&run, &turn);
+    for (double start = now_s(); n < SLICES_MAX && (now_s() - start < bench.ms * 1e-3 || n < 7);
+         n++) {
+        double before = slice_run(&run, &turn);
+        cpu->attention_span = (c->batch.context_len[0] + fixed - 1) / fixed * fixed;
+        double whole = slice_run(&run, &turn);
+        cpu->attention_span = fixed;
+        times[n] = (before + slice_run(&run, &turn)) / 2;
+        ratios[n] = times[n] / whole;
+    }
+    printf("invariance %-29s %9.1f us, of one span's time %.3f\n", name,
+           typical(times, n, true) * 1e6, typical(ratios, n, true));
+    fflush(stdout);
+}
+
 /* One sequence at a time over a rotating set of contexts, whose blocks lie in random order, or,
  * with a minus before the block size, one after another. */
 static void attention_shape(int n_kv, int group, int head_dim, int context, int block_size,
@@ -383,7 +408,7 @@ static void attention_shape(int n_kv, int group, int head_dim, int context, int 
     static float row[256 * 512], out[256 * 512];
     snprintf(name, sizeof name, "%dx%dx%d/%d %s %s%d", n_kv, group, head_dim, context,
              dtype_name(dtype), in_order ? "in order " : "b", block_size);
-    if (!wanted("attention", name)) return;
+    if (!wanted("attention", name) && !wanted("invariance", name)) return;
     struct kv_cache_args args = {1, n_kv, head_dim, block_size, 0, dtype};
     size_t context_bytes =
         (size_t)n_kv * (size_t)head_dim * 2 * dtype_bytes(dtype) * (size_t)context;
@@ -419,9 +444,11 @@ static void attention_shape(int n_kv, int group, int head_dim, int context, int 
         (struct batch){1, 1, 0, c.blocks, ids, ids, &position, starts, &length, NULL, &slot, NULL};
     c.qkv = (struct tensor){row, DTYPE_F32, 1, width, width};
     c.out = (struct tensor){out, DTYPE_F32, 1, n_heads * head_dim, n_heads * head_dim};
-    run_case(&(struct bench_case){"attention", name, 1, (double)context_bytes,
-                                  4.0 * n_heads * head_dim * context, peak_bf16, 64, attention_run,
-                                  &c});
+    if (wanted("attention", name))
+        run_case(&(struct bench_case){"attention", name, 1, (double)context_bytes,
+                                      4.0 * n_heads * head_dim * context, peak_bf16, 64,
+                                      attention_run, &c});
+    invariance_measure(name, &c);
     backend_cpu.kv_destroy(bench.backend, c.kv);
     mem_free(c.tables);
     mem_free(host);

@@ -15,7 +15,7 @@
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
-enum { BACKEND_ABI = 4 };
+enum { BACKEND_ABI = 5 };
 
 /* How weights are stored on the device. AUTO keeps the checkpoint's own type where it can. */
 enum weight_format {
@@ -67,6 +67,14 @@ struct norm_args {
     float epsilon;
     const float *weight; /* device [cols] */
     const float *bias;   /* device [cols] or NULL */
+};
+
+/* Rows that are normed on their way into one product, which alone reads them: x += delta (delta.data
+ * may be NULL), then norm(x). h: rows of scratch like x, whose content is undefined afterwards. norm
+ * NULL: x as it is, the rest unused. */
+struct norm_input {
+    struct tensor x, delta, h;
+    const struct norm_args *norm;
 };
 
 /* One layer's attention. q, k, v of a token lie in one row of qkv: [n_heads + 2 n_kv_heads][head_dim]. */
@@ -231,6 +239,11 @@ struct backend_ops {
      * of greedy sampling, without writing the row. out_index, out_value: host [rows]; they may be read
      * when the operation returns, so this is for backends that run in place. */
     void (*matmul_argmax)(struct backend *b, struct tensor x, const struct weight *w, int32_t *out_index, float *out_value);
+    /* add_norm into rows that nothing else reads, then matmul, matmul_gated, matmul_argmax of them: the
+     * same bits, without the rows being written. All three or none. */
+    void (*norm_matmul)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *w);
+    void (*norm_matmul_gated)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *w, enum activation kind);
+    void (*norm_matmul_argmax)(struct backend *b, const struct norm_input *in, const struct weight *w, int32_t *out_index, float *out_value);
     /* Records the operations between begin and end as one graph, replayable with the same shapes. */
     enum err (*capture_begin)(struct backend *b);
     enum err (*capture_end)(struct backend *b, void **out_graph);

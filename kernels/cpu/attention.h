@@ -21,11 +21,11 @@ struct chunk_call {
     const uint8_t *k[CHUNK_TILES], *v[CHUNK_TILES];             /* tiles */
     const uint8_t *k_ahead[CHUNK_TILES], *v_ahead[CHUNK_TILES]; /* tiles worth fetching meanwhile */
     const float *k_scale[CHUNK_TILES], *v_scale[CHUNK_TILES];   /* I8: [16] each */
-    const void *q;    /* [rows][width] floats, or BF16 pairs for native BF16 */
+    const void *q;    /* [rows][width] floats, or what the ISA's query_kernel makes of them */
     int64_t q_stride; /* bytes between rows */
     float scale, softcap;
     int low[8], high[8]; /* tokens of the chunk that a row sees: [low, high), not empty */
-    float *scores;    /* [rows][ATTENTION_CHUNK], overwritten by weights (floats or BF16 pairs) */
+    float *scores;    /* [rows][ATTENTION_CHUNK], overwritten by weights of the kernel's own form */
     float *max, *sum; /* [rows] */
     float *out;       /* [rows][width] */
 };

@@ -5,8 +5,7 @@
  * so that they still add up to 1. */
 #define LANES_HEADER "kernels/cpu/lanes_avx512.h"
 #include "kernels/cpu/attention_lanes.h"
-
-static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+#include "kernels/half.h"
 
 /* sum += a * the pair in memory, the same for all lanes */
 #define DOT_EACH(sum, a, pair)                                                                     \
@@ -43,20 +42,6 @@ LANES_INLINE void scores_pairs(const struct chunk_call *c, const int rows)
             lanes_store(c->scores + r * ATTENTION_CHUNK + t * TILE, s);
         }
     }
-}
-
-/* 2^x for x <= 0: 2^f of f = x - floor(x) by a polynomial through six Chebyshev nodes (relative
- * error 1e-7), then the exponent. */
-LANES_INLINE lanes lanes_exp2(lanes x)
-{
-    enum { TO_FLOOR = 1 };
-    lanes f = _mm512_reduce_ps(x, TO_FLOOR), p = lanes_all(1.89375406e-3f);
-    p = lanes_fma(p, f, lanes_all(8.94959042e-3f));
-    p = lanes_fma(p, f, lanes_all(5.58603371e-2f));
-    p = lanes_fma(p, f, lanes_all(0.240141818f));
-    p = lanes_fma(p, f, lanes_all(0.69315449f));
-    p = lanes_fma(p, f, lanes_all(0.999999898f));
-    return _mm512_scalef_ps(p, x);
 }
 
 /* As softmax_row, of scores times log2 e; pairs of weights overwrite the first half of the row. */
@@ -137,10 +122,17 @@ LANES_INLINE void values_pairs(const struct chunk_call *c, const int rows)
     }
 }
 
+static void query_pairs(void *to, const float *q, int n)
+{
+    uint16_t *halves = to;
+    for (int d = 0; d < n; d++)
+        halves[d] = bf16_from_float(q[d]);
+}
+
 CHUNK_KERNEL_8(chunk_pairs, scores_pairs, softmax_pairs, values_pairs)
 
 const struct attention_kernels attention_bf16 = {
     .chunk = {[DTYPE_BF16] = chunk_pairs},
     .rows_max = {[DTYPE_BF16] = 8},
-    .q_pairs = {[DTYPE_BF16] = true},
+    .query = {[DTYPE_BF16] = query_pairs},
 };

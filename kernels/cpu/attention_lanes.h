@@ -75,9 +75,8 @@ LANES_INLINE lanes lanes_softcap(lanes x, float cap)
             }                                                                                      \
             UNROLL for (int r = 0; r < rows; r++)                                                  \
             {                                                                                      \
-                lanes s = lanes_add(sum[r][0], sum[r][1]);                                         \
-                if (sizeof(ELEMENT) == 1) s = lanes_mul(s, lanes_load(c->k_scale[t]));             \
-                lanes_store(c->scores + r * ATTENTION_CHUNK + t * 16, s);                          \
+                lanes_store(c->scores + r * ATTENTION_CHUNK + t * 16,                              \
+                            lanes_add(sum[r][0], sum[r][1]));                                      \
             }                                                                                      \
         }                                                                                          \
     }
@@ -213,12 +212,71 @@ LANES_INLINE void values_widened_wide(const struct chunk_call *c, const int rows
 }
 VALUES_BY_WIDTH(values_widened)
 
+/* I8: words of four dimensions (K) or four tokens (V), and a scale for each token. */
+LANES_INLINE void scores_i8(const struct chunk_call *c, const int rows)
+{
+    for (int t = 0; t < c->n_tiles; t++) {
+        const uint32_t *k = (const uint32_t *)c->k[t];
+        const uint8_t *ahead = c->k_ahead[t];
+        const float *q[LANES_ROWS_MAX];
+        lanes sum[LANES_ROWS_MAX][2];
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            q[r] = (const float *)((const uint8_t *)c->q + r * c->q_stride);
+            sum[r][0] = sum[r][1] = lanes_zero();
+        }
+        for (int d = 0; d < c->width; d += 4, k += TILE, ahead += 64) {
+            LANES_FETCH(ahead);
+            UNROLL for (int j = 0; j < 4; j++)
+            {
+                lanes x = lanes_load_byte(k, j);
+                UNROLL for (int r = 0; r < rows; r++) sum[r][j % 2] =
+                    lanes_fma(x, lanes_all(q[r][d + j]), sum[r][j % 2]);
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            lanes s = lanes_mul(lanes_add(sum[r][0], sum[r][1]), lanes_load(c->k_scale[t]));
+            lanes_store(c->scores + r * ATTENTION_CHUNK + t * 16, s);
+        }
+    }
+}
+
+LANES_INLINE void values_i8_wide(const struct chunk_call *c, const int rows, const int wide, int d)
+{
+    lanes sum[LANES_ROWS_MAX][4];
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        UNROLL for (int j = 0; j < wide; j++) sum[r][j] = lanes_zero();
+    }
+    for (int t = 0; t < c->n_tiles; t++) {
+        const uint32_t *v = (const uint32_t *)c->v[t] + d;
+        const uint8_t *ahead = c->v_ahead[t] + (size_t)d * 4;
+        const float *p = c->scores + t * TILE;
+        for (int i = 0; i < TILE; i += 4, v += c->width, ahead += c->width * 4)
+            UNROLL for (int j = 0; j < wide; j++)
+            {
+                LANES_FETCH(ahead + j * 64);
+                UNROLL for (int k = 0; k < 4; k++)
+                {
+                    lanes x = lanes_load_byte(v + j * 16, k);
+                    UNROLL for (int r = 0; r < rows; r++) sum[r][j] =
+                        lanes_fma(lanes_all(p[r * ATTENTION_CHUNK + i + k]), x, sum[r][j]);
+                }
+            }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        UNROLL for (int j = 0; j < wide; j++)
+            lanes_store(c->out + r * c->width + d + j * 16, sum[r][j]);
+    }
+}
+VALUES_BY_WIDTH(values_i8)
+
 SCORES(scores_f32, float, lanes_load)
 SCORES(scores_f16, uint16_t, lanes_load_f16)
-SCORES(scores_i8, int8_t, lanes_load_i8)
 VALUES(values_f32, float, lanes_load)
 VALUES(values_f16, uint16_t, lanes_load_f16)
-VALUES(values_i8, int8_t, lanes_load_i8)
 
 /* NAME_1, NAME_2, .. for each number of rows, and NAME that picks one of them. */
 #define CHUNK_HEIGHT(NAME, SCORES_OF, SOFTMAX, VALUES_OF, ROWS, ATTRIBUTES)                        \

@@ -6,8 +6,8 @@
  * an item of its own and a second job merges the spans. Both ways do the same operations in the
  * same order (see attention.h), so they give the same bits. */
 #include "kernels/cpu/attention.h"
-#include "kernels/half.h"
 #include "kernels/cpu/vector_math.h"
+#include "kernels/half.h"
 
 #include <math.h>
 #include <string.h>
@@ -23,8 +23,7 @@ struct tiles_job {
     const struct attention_kernels *kernels;
     const int32_t *unit_start; /* [n_seqs + 1] units of one KV head before each sequence */
     float *partial;            /* [units][spans][rows][width + 2] of the split form */
-    size_t tile_bytes;
-    int units_per_head, spans, rows, block_shift;
+    int units_per_head, span, spans, rows, block_shift; /* span: tokens of one */
 };
 
 /* Query rows [row0, row0 + n_rows) of one sequence and KV head, row = token * n_heads + head. */
@@ -99,14 +98,13 @@ static bool unit_find(const struct tiles_job *t, int index, struct unit *out)
 static void queries_load(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
 {
     int n = t->j.args->head_dim;
-    bool pairs = t->kernels->q_pairs[t->j.kv->args.dtype];
+    query_kernel *convert = t->kernels->query[t->j.kv->args.dtype];
     for (int r = 0; r < u->n_rows; r++) {
         int row = u->row0 + r, token = u->token0 + row / u->n_heads,
             head = u->head0 + row % u->n_heads;
         const float *q = (const float *)t->j.qkv.data + token * t->j.qkv.stride + (int64_t)head * n;
-        uint16_t *halves = (uint16_t *)(s->q + r * n);
-        if (pairs)
-            t->j.rows->to_bf16(halves, q, n);
+        if (convert)
+            convert(s->q + r * n, q, n);
         else
             memcpy(s->q + r * n, q, (size_t)n * sizeof *q);
         s->total[r] = (struct row_state){-INFINITY, 0};
@@ -120,7 +118,7 @@ static const uint8_t *tile_at(const struct tiles_job *t, const struct unit *u, i
     if (token >= u->high) token = u->high - 1;
     int32_t block = token >> t->block_shift, in_block = token & (kv->args.block_size - 1);
     const uint8_t *piece = kv_head(kv, t->j.args->layer, u->blocks[block], u->kv_head);
-    return piece + (size_t)(in_block / TILE) * t->tile_bytes;
+    return piece + (size_t)(in_block / TILE) * kv->tile_bytes;
 }
 
 /* Where tile i of a stream of n K tiles, n V tiles, then the next chunk's K tiles lies. */
@@ -135,23 +133,18 @@ static const uint8_t *stream_at(const struct tiles_job *t, const struct unit *u,
 static void tiles_find(const struct tiles_job *t, const struct unit *u, int32_t base, int n,
                        bool fetch, struct chunk_call *c)
 {
-    int ahead = AHEAD_BYTES / (int)t->tile_bytes;
+    int ahead = AHEAD_BYTES / (int)t->j.kv->tile_bytes;
     ahead = ahead < 1 ? 1 : ahead > CHUNK_TILES / 2 ? CHUNK_TILES / 2 : ahead;
     const struct kv_cache *kv = t->j.kv;
-    int size = kv->args.block_size;
+    bool scaled = kv->args.dtype == DTYPE_I8;
     c->n_tiles = n;
     for (int i = 0; i < n; i++) {
         c->k[i] = tile_at(t, u, base + i * TILE);
         c->v[i] = c->k[i] + kv->v_offset;
         c->k_ahead[i] = fetch ? stream_at(t, u, base, n, i + ahead) : c->k[i];
         c->v_ahead[i] = fetch ? stream_at(t, u, base, n, n + i + ahead) : c->v[i];
-        c->k_scale[i] = c->v_scale[i] = NULL;
-        if (kv->args.dtype != DTYPE_I8) continue;
-        int32_t token = base + i * TILE;
-        const uint8_t *piece =
-            kv_head(kv, t->j.args->layer, u->blocks[token >> t->block_shift], u->kv_head);
-        c->k_scale[i] = (const float *)(piece + kv->scale_offset) + token % size;
-        c->v_scale[i] = (const float *)(piece + kv->v_offset + kv->scale_offset) + token % size;
+        c->k_scale[i] = scaled ? (const float *)(const void *)(c->k[i] + kv->scale_offset) : NULL;
+        c->v_scale[i] = scaled ? (const float *)(const void *)(c->v[i] + kv->scale_offset) : NULL;
     }
 }
 
@@ -217,25 +210,37 @@ static void span_compute(const struct tiles_job *t, const struct unit *u, int sp
     int block = t->kernels->rows_max[t->j.kv->args.dtype];
     for (int r = 0; r < u->n_rows; r++)
         s->span[r] = (struct row_state){-INFINITY, 0};
-    for (int chunk = 0; chunk < SPAN_CHUNKS; chunk++) {
-        int32_t base = span * SPAN + chunk * ATTENTION_CHUNK;
+    for (int chunk = 0; chunk < t->span / ATTENTION_CHUNK; chunk++) {
+        int32_t base = span * t->span + chunk * ATTENTION_CHUNK;
         if (base + ATTENTION_CHUNK <= u->low || base >= u->high) continue;
         for (int r = 0; r < u->n_rows; r += block)
             rows_by_chunk(t, u, r, u->n_rows - r < block ? u->n_rows - r : block, base, s);
     }
 }
 
-static void unit_store(const struct tiles_job *t, const struct unit *u,
-                       const struct unit_scratch *s)
+static float *row_out(const struct tiles_job *t, const struct unit *u, int r)
+{
+    int row = u->row0 + r, token = u->token0 + row / u->n_heads, head = u->head0 + row % u->n_heads;
+    return (float *)t->j.out.data + token * t->j.out.stride + (int64_t)head * t->j.args->head_dim;
+}
+
+/* Asks for the lines that unit_store will write: stores that miss hold up all others. */
+static void unit_store_fetch(const struct tiles_job *t, const struct unit *u)
+{
+    for (int r = 0; r < u->n_rows; r++) {
+        const float *out = row_out(t, u, r);
+        for (int d = 0; d < t->j.args->head_dim; d += 16)
+            __asm__ volatile("prefetchw %0" ::"m"(out[d]));
+    }
+}
+
+static void unit_store(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
 {
     int n = t->j.args->head_dim;
     for (int r = 0; r < u->n_rows; r++) {
-        int row = u->row0 + r, token = u->token0 + row / u->n_heads,
-            head = u->head0 + row % u->n_heads;
-        float *out = (float *)t->j.out.data + token * t->j.out.stride + (int64_t)head * n;
-        float inverse = 1.0f / s->total[r].sum;
-        for (int d = 0; d < n; d++)
-            out[d] = s->total_out[r * n + d] * inverse;
+        float *from = s->total_out + r * n;
+        t->j.rows->scale(from, n, 1.0f / s->total[r].sum, 0);
+        memcpy(row_out(t, u, r), from, (size_t)n * sizeof *from);
     }
 }
 
@@ -249,7 +254,8 @@ static void unit_run(const void *args, int index, void *scratch)
     int n = t->j.args->head_dim;
     if (!unit_find(t, index, &u)) return;
     queries_load(t, &u, s);
-    for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
+    unit_store_fetch(t, &u);
+    for (int span = u.low / t->span; span * t->span < u.high; span++) {
         span_compute(t, &u, span, s);
         for (int r = 0; r < u.n_rows; r++)
             state_merge(t->j.rows, &s->total[r], s->total_out + r * n, s->span[r],
@@ -271,7 +277,8 @@ static void span_run(const void *args, int item, void *scratch)
     struct unit_scratch *s = scratch;
     struct unit u;
     int span = item % t->spans, n = t->j.args->head_dim;
-    if (!unit_find(t, item / t->spans, &u) || span * SPAN >= u.high || (span + 1) * SPAN <= u.low)
+    if (!unit_find(t, item / t->spans, &u) || span * t->span >= u.high ||
+        (span + 1) * t->span <= u.low)
         return;
     queries_load(t, &u, s);
     span_compute(t, &u, span, s);
@@ -292,7 +299,7 @@ static void spans_merge(const void *args, int index, void *scratch)
     if (!unit_find(t, index, &u)) return;
     for (int r = 0; r < u.n_rows; r++)
         s->total[r] = (struct row_state){-INFINITY, 0};
-    for (int span = u.low / SPAN; span * SPAN < u.high; span++) {
+    for (int span = u.low / t->span; span * t->span < u.high; span++) {
         const float *from = partial_at(t, index, span);
         for (int r = 0; r < u.n_rows; r++, from += n + 2)
             state_merge(t->j.rows, &s->total[r], s->total_out + r * n,
@@ -309,7 +316,7 @@ static int units_count(struct tiles_job *t, int32_t *unit_start)
     int total = 0;
     for (int s = 0; s < batch->n_seqs; s++) {
         int rows = (batch->seq_start[s + 1] - batch->seq_start[s]) * t->j.args->group;
-        int spans = (batch->context_len[s] + SPAN - 1) / SPAN;
+        int spans = (batch->context_len[s] + t->span - 1) / t->span;
         unit_start[s] = total;
         total += (rows + UNIT_ROWS - 1) / UNIT_ROWS;
         t->rows = rows > t->rows ? rows : t->rows;
@@ -328,7 +335,7 @@ void attend_tiles(struct cpu_backend *cpu, const struct attention_job *job)
     struct tiles_job t = {.j = *job,
                           .kernels = cpu->attention,
                           .partial = cpu->attention_partial,
-                          .tile_bytes = (size_t)(TILE * kv->width * kv->element_bytes),
+                          .span = cpu->attention_span,
                           .block_shift = __builtin_ctz((unsigned)kv->args.block_size)};
     ASSERT_CMP(job->batch->n_seqs, <=, cpu->n_seqs_max);
     int units = units_count(&t, cpu->unit_start);

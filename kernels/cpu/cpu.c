@@ -19,6 +19,7 @@ static const struct matmul_kernels *const isa_matmuls[CPU_ISA_COUNT] = {
 static const struct attention_kernels *const isa_attentions[CPU_ISA_COUNT] = {
     [CPU_ISA_AVX2] = &attention_avx2,
     [CPU_ISA_AVX512] = &attention_avx512,
+    [CPU_ISA_VNNI] = &attention_vnni,
     [CPU_ISA_BF16] = &attention_bf16};
 
 static const struct row_kernels *const isa_rows[CPU_ISA_COUNT] = {
@@ -97,13 +98,14 @@ static void matmul_choose(struct cpu_backend *cpu)
 
 static void attention_choose(struct cpu_backend *cpu)
 {
+    cpu->attention_span = SPAN;
     for (int dtype = 0; dtype < DTYPE_COUNT; dtype++)
         for (int isa = CPU_ISA_REFERENCE; isa <= (int)cpu->isa; isa++) {
             const struct attention_kernels *k = isa_attentions[isa];
             if (!k || !k->chunk[dtype]) continue;
             cpu->attention_kernels.chunk[dtype] = k->chunk[dtype];
             cpu->attention_kernels.rows_max[dtype] = k->rows_max[dtype];
-            cpu->attention_kernels.q_pairs[dtype] = k->q_pairs[dtype];
+            cpu->attention_kernels.query[dtype] = k->query[dtype];
         }
     cpu->attention = cpu->isa == CPU_ISA_REFERENCE ? NULL : &cpu->attention_kernels;
 }
@@ -127,6 +129,7 @@ static void cpu_close(struct backend *b)
 static size_t scratch_bytes(int vocab_size)
 {
     size_t bytes = SCRATCH_BYTES_MIN;
+    bytes = NORM_SCRATCH_BYTES > bytes ? NORM_SCRATCH_BYTES : bytes;
     bytes = sample_scratch_bytes(vocab_size) > bytes ? sample_scratch_bytes(vocab_size) : bytes;
     return attention_scratch_bytes() > bytes ? attention_scratch_bytes() : bytes;
 }
@@ -300,6 +303,9 @@ const struct backend_ops backend_cpu = {
     .sync = cpu_sync,
     .matmul_gated = cpu_matmul_gated,
     .matmul_argmax = cpu_matmul_argmax,
+    .norm_matmul = cpu_norm_matmul,
+    .norm_matmul_gated = cpu_norm_matmul_gated,
+    .norm_matmul_argmax = cpu_norm_matmul_argmax,
     .moe_create = cpu_moe_create,
     .moe_destroy = cpu_moe_destroy,
     .moe_forward = cpu_moe_forward,

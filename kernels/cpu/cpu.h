@@ -33,6 +33,7 @@ enum {
     WEIGHT_SIDE_MAX =
         1 << 20, /* inputs or outputs of one weight; int32 sums are exact far beyond */
     HEAD_DIM_MAX = 1024,
+    NORM_SCRATCH_BYTES = 512 << 10, /* rows of a row panel that were normed and are packed next */
     ATTENTION_PARTIAL_BYTES = 32 << 20, /* touched as far as long contexts need it */
     FORMATS = WEIGHT_FORMAT_COUNT,
 };
@@ -58,8 +59,8 @@ struct weight {
     struct matrix_view table; /* of table_create; then nothing above is set */
 };
 
-/* Rows of a format: how inputs become steps; with fewer than prefetch_rows rows the hardware fetches
- * better alone. */
+/* Rows of a format: how inputs become steps; with fewer than prefetch_rows rows the hardware
+ * fetches better alone. */
 struct format_info {
     int inputs_per_step, step_bytes, header_bytes, steps_multiple, prefetch_rows;
 };
@@ -121,12 +122,15 @@ extern const struct matmul_kernels matmul_reference, matmul_avx2, matmul_avx512,
 /* Kernels of attention: see attention.h. */
 struct chunk_call;
 typedef void chunk_kernel(const struct chunk_call *call);
+/* A query [n] as the chunk kernel reads it, in no more than 4 n bytes. */
+typedef void query_kernel(void *to, const float *q, int n);
 struct attention_kernels {
     chunk_kernel *chunk[DTYPE_COUNT]; /* by the cache's type; NULL: not in this ISA */
     int rows_max[DTYPE_COUNT];
-    bool q_pairs[DTYPE_COUNT]; /* queries as BF16 pairs */
+    query_kernel *query[DTYPE_COUNT]; /* NULL: queries are read as they are */
 };
-extern const struct attention_kernels attention_avx2, attention_avx512, attention_bf16;
+extern const struct attention_kernels attention_avx2, attention_avx512, attention_vnni,
+    attention_bf16;
 
 /* Loops over one row, of one ISA; all of them give the same bits. See rows_kernels.h. */
 struct row_kernels {
@@ -159,7 +163,9 @@ struct cpu_backend {
     const struct row_kernels *rows;
     const struct attention_kernels *attention; /* the above, or NULL: the reference */
     float *attention_partial; /* ATTENTION_PARTIAL_BYTES; matmul_argmax uses it too */
-    int32_t *unit_start;      /* [n_seqs_max + 1] */
+    int attention_span;  /* SPAN, see attention.h: results depend on it, so benchmarks alone set
+                            others */
+    int32_t *unit_start; /* [n_seqs_max + 1] */
     int n_seqs_max;
     int32_t *feedback; /* [n_slots_max] */
     void *moe_scratch; /* of the widest layer of experts */
@@ -173,15 +179,15 @@ static inline struct cpu_backend *cpu_of(struct backend *b)
 }
 
 /* Of each (layer, head): the K of all blocks, then the V of all blocks. The K or V of a block is
- * its tiles, then for I8 the scales of its tokens. A tile is `tile` tokens. K tile: [head_dim /
- * pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for BF16 (operands of
- * vdpbf16ps), else 1. */
+ * its tiles. A tile is `tile` tokens, for I8 followed by their scales, so that all is one stream. K
+ * tile: [head_dim / pair][tile][pair]. V tile: [tile / v_pair][head_dim][v_pair]. pair is 2 for
+ * BF16 and 4 for I8 (operands of vdpbf16ps and vpdpbusd), else 1. */
 struct kv_cache {
     struct kv_cache_args args;
     int tile, pair, v_pair, width, element_bytes; /* width: head_dim rounded up to pair */
     size_t half_bytes;                            /* K or V of one block and head */
     size_t v_offset;                              /* from a block's K to its V */
-    size_t scale_offset;                          /* from a block's K or V to its scales */
+    size_t tile_bytes, scale_offset;              /* of a tile, and from one to its scales */
     size_t layer_bytes;
     uint8_t *data;
     size_t bytes;
@@ -233,6 +239,12 @@ void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, con
 
 void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
                        int32_t *out_index, float *out_value);
+void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
+                     const struct weight *w);
+void cpu_norm_matmul_gated(struct backend *b, struct tensor out, const struct norm_input *in,
+                           const struct weight *w, enum activation kind);
+void cpu_norm_matmul_argmax(struct backend *b, const struct norm_input *in, const struct weight *w,
+                            int32_t *out_index, float *out_value);
 
 /* elementwise.c */
 void cpu_embed(struct backend *b, struct tensor out, const struct weight *table,

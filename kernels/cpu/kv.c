@@ -6,8 +6,8 @@
  * tokens are one tile each. See struct kv_cache. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/half.h"
 #include "kernels/cpu/quantize.h"
+#include "kernels/half.h"
 
 #include <string.h>
 
@@ -30,15 +30,15 @@ static enum err kv_shape(const struct kv_cache_args *args, struct kv_cache *kv)
     memset(kv, 0, sizeof *kv);
     kv->args = *args;
     kv->tile = args->block_size < TILE_TOKENS ? args->block_size : TILE_TOKENS;
-    kv->pair = args->dtype == DTYPE_BF16 ? 2 : 1;
+    kv->pair = args->dtype == DTYPE_BF16 ? 2 : args->dtype == DTYPE_I8 ? 4 : 1;
     kv->v_pair = kv->pair < kv->tile ? kv->pair : kv->tile;
     kv->width = (args->head_dim + kv->pair - 1) / kv->pair * kv->pair;
     kv->element_bytes = (int)dtype_bytes(args->dtype);
-    size_t tokens = (size_t)args->block_size,
-           half = tokens * (size_t)kv->width * (size_t)kv->element_bytes;
+    kv->tile_bytes = (size_t)(kv->tile * kv->width * kv->element_bytes);
+    kv->scale_offset = kv->tile_bytes;
+    if (args->dtype == DTYPE_I8) kv->tile_bytes += (size_t)kv->tile * sizeof(float);
+    size_t half = (size_t)(args->block_size / kv->tile) * kv->tile_bytes;
     half = (half + 63) & ~(size_t)63;
-    kv->scale_offset = half;
-    if (args->dtype == DTYPE_I8) half += (tokens * sizeof(float) + 63) & ~(size_t)63;
     kv->half_bytes = half;
     if (!size_mul(half, (size_t)args->n_blocks, &kv->v_offset) ||
         !size_mul(kv->v_offset, 2 * (size_t)args->n_kv_heads, &kv->layer_bytes) ||
@@ -82,16 +82,23 @@ void cpu_kv_destroy(struct backend *b, struct kv_cache *kv)
 /* Element index of dimension d of the token at offset in its block. */
 static size_t k_index(const struct kv_cache *kv, int offset, int d)
 {
-    size_t tile = (size_t)(offset / kv->tile) * (size_t)(kv->tile * kv->width);
+    size_t tile = (size_t)(offset / kv->tile) * (kv->tile_bytes / (size_t)kv->element_bytes);
     return tile + (size_t)((d / kv->pair * kv->tile + offset % kv->tile) * kv->pair + d % kv->pair);
 }
 
 static size_t v_index(const struct kv_cache *kv, int offset, int d)
 {
-    size_t tile = (size_t)(offset / kv->tile) * (size_t)(kv->tile * kv->width);
+    size_t tile = (size_t)(offset / kv->tile) * (kv->tile_bytes / (size_t)kv->element_bytes);
     int in_tile = offset % kv->tile;
     return tile +
            (size_t)((in_tile / kv->v_pair * kv->width + d) * kv->v_pair + in_tile % kv->v_pair);
+}
+
+/* I8: the scale of a token; `half` is a block's K or V. */
+static float *scale_at(const struct kv_cache *kv, const uint8_t *half, int offset)
+{
+    const uint8_t *tile = half + (size_t)(offset / kv->tile) * kv->tile_bytes;
+    return (float *)(uintptr_t)(tile + kv->scale_offset) + offset % kv->tile;
 }
 
 static void element_write(const struct kv_cache *kv, uint8_t *base, size_t index, float x,
@@ -132,8 +139,8 @@ static void tile_clear_after(const struct kv_cache *kv, uint8_t *piece, int offs
 {
     int in_tile = offset % kv->tile, after = kv->tile - 1 - in_tile;
     if (kv->args.dtype == DTYPE_I8) {
-        float *scales = (float *)(piece + kv->v_offset + kv->scale_offset);
-        memset(scales + offset + 1, 0, (size_t)after * sizeof *scales);
+        float *scale = scale_at(kv, piece + kv->v_offset, offset);
+        memset(scale + 1, 0, (size_t)after * sizeof *scale);
         return;
     }
     if (kv->v_pair == 2 && in_tile % 2 == 0) {
@@ -181,9 +188,8 @@ void kv_write(struct kv_cache *kv, int layer, int head, int32_t cache_slot, cons
         return;
     }
     if (kv->args.dtype == DTYPE_I8) {
-        ((float *)(piece + kv->scale_offset))[offset] = token_scale(k, n, &k_inverse);
-        ((float *)(piece + kv->v_offset + kv->scale_offset))[offset] =
-            token_scale(v, n, &v_inverse);
+        *scale_at(kv, piece, offset) = token_scale(k, n, &k_inverse);
+        *scale_at(kv, piece + kv->v_offset, offset) = token_scale(v, n, &v_inverse);
     }
     for (int d = 0; d < kv->width; d++) {
         element_write(kv, piece, k_index(kv, offset, d), d < n ? k[d] : 0, k_inverse);
@@ -202,14 +208,14 @@ static float element_read(const struct kv_cache *kv, const uint8_t *base, size_t
 float kv_read_k(const struct kv_cache *kv, const uint8_t *piece, int offset, int d)
 {
     float x = element_read(kv, piece, k_index(kv, offset, d));
-    return kv->args.dtype == DTYPE_I8 ? x * ((const float *)(piece + kv->scale_offset))[offset] : x;
+    return kv->args.dtype == DTYPE_I8 ? x * *scale_at(kv, piece, offset) : x;
 }
 
 float kv_read_v(const struct kv_cache *kv, const uint8_t *piece, int offset, int d)
 {
     float x = element_read(kv, piece + kv->v_offset, v_index(kv, offset, d));
     if (kv->args.dtype != DTYPE_I8) return x;
-    return x * ((const float *)(piece + kv->v_offset + kv->scale_offset))[offset];
+    return x * *scale_at(kv, piece + kv->v_offset, offset);
 }
 
 /* Copies a block of all layers and heads between the cache and a buffer [layers][heads][K, V]. */

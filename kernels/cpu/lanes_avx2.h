@@ -34,11 +34,15 @@ LANES_INLINE lanes lanes_load_f16(const uint16_t *p)
     return (lanes){_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
                    _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8)))};
 }
-LANES_INLINE lanes lanes_load_i8(const int8_t *p)
+LANES_INLINE __m256 lanes_byte(const uint32_t *p, const int j)
 {
-    return (lanes){
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))),
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8))))};
+    __m256i x = _mm256_slli_epi32(_mm256_loadu_si256((const void *)p), 24 - 8 * j);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(x, 24));
+}
+/* Byte j of 16 words. */
+LANES_INLINE lanes lanes_load_byte(const uint32_t *p, const int j)
+{
+    return (lanes){lanes_byte(p, j), lanes_byte(p + 8, j)};
 }
 LANES_INLINE lanes lanes_load_low(const uint32_t *p)
 {

@@ -30,9 +30,11 @@ LANES_INLINE lanes lanes_load_f16(const uint16_t *p)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
 }
-LANES_INLINE lanes lanes_load_i8(const int8_t *p)
+/* Byte j of 16 words. */
+LANES_INLINE lanes lanes_load_byte(const uint32_t *p, const unsigned j)
 {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+    __m512i x = _mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * j);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(x, 24));
 }
 /* The low and the high halves of 16 words, each a BF16. */
 LANES_INLINE lanes lanes_load_low(const uint32_t *p)
@@ -96,4 +98,20 @@ LANES_INLINE float lanes_max_of(lanes x)
 LANES_INLINE float lanes_sum_of(lanes x)
 {
     return _mm512_reduce_add_ps(x);
+}
+
+static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+/* 2^x for x <= 0: 2^f of f = x - floor(x) by a polynomial through six Chebyshev nodes (relative
+ * error 1e-7), then the exponent. */
+LANES_INLINE lanes lanes_exp2(lanes x)
+{
+    enum { TO_FLOOR = 1 };
+    lanes f = _mm512_reduce_ps(x, TO_FLOOR), p = lanes_all(1.89375406e-3f);
+    p = lanes_fma(p, f, lanes_all(8.94959042e-3f));
+    p = lanes_fma(p, f, lanes_all(5.58603371e-2f));
+    p = lanes_fma(p, f, lanes_all(0.240141818f));
+    p = lanes_fma(p, f, lanes_all(0.69315449f));
+    p = lanes_fma(p, f, lanes_all(0.999999898f));
+    return _mm512_scalef_ps(p, x);
 }

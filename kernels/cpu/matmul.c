@@ -1,9 +1,10 @@
 /* out = x w^T + bias: the driver that turns a matmul into chunks of microkernel calls.
  *
- * Rows are packed once (quantize.c), split evenly into row panels of at most rows_max rows. A chunk
- * is a few weight panels by a block of row panels; it walks K in blocks whose weights fit in L1,
- * with the accumulators parked in scratch between blocks. An element's sum runs over K in one order
- * whatever the batch: that is what keeps law 4. The driver knows formats only as rows of tables. */
+ * Rows are packed once (quantize.c), normed just before where that is asked for, and split evenly
+ * into row panels of at most rows_max rows. A chunk is a few weight panels by a block of
+ * row panels; it walks K in blocks whose weights fit in L1, with the accumulators parked in scratch
+ * between blocks. An element's sum runs over K in one order whatever the batch: that is what keeps
+ * law 4. The driver knows formats only as rows of tables. */
 #include "base/mem.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/quantize.h"
@@ -75,21 +76,45 @@ enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 struct pack_rows_args {
     const struct activations *a;
     quantize_kernel *pack;
-    const float *x;
-    int64_t stride;
+    const struct row_kernels *kernels;
+    struct norm_input in;
+    int64_t row; /* of in, the first that is packed */
 };
 
+static float *row_at(struct tensor t, int64_t row)
+{
+    return (float *)t.data + row * t.stride;
+}
+
+/* Rows from `row` on, normed: into scratch, where they stay in cache, or into h when scratch is
+ * NULL or too small for them. */
+static const float *rows_norm(const struct pack_rows_args *p, int64_t row, int rows, float *scratch,
+                              int64_t *out_stride)
+{
+    const struct norm_input *in = &p->in;
+    int64_t n = in->x.cols, stride = n + 16; /* rows of a power of two would share lines of L1 */
+    bool fits = scratch && rows * stride * (int64_t)sizeof(float) <= NORM_SCRATCH_BYTES;
+    float *to = fits ? scratch : row_at(in->h, row);
+    *out_stride = fits ? stride : in->h.stride;
+    for (int r = 0; r < rows; r++)
+        p->kernels->norm(row_at(in->x, row + r), in->delta.data ? row_at(in->delta, row + r) : NULL,
+                         in->norm, to + r * *out_stride, n);
+    return to;
+}
+
+/* No commit, so that it runs once: delta must not be added twice. */
 static void pack_rows_chunk(const void *args, int chunk, void *scratch)
 {
     const struct pack_rows_args *p = args;
     int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
-    (void)scratch;
-    p->pack(p->a, p->x + first * p->stride, p->stride, first, rows,
-            p->a->words + first * p->a->n_steps);
+    int64_t stride = p->in.x.stride;
+    const float *x = p->in.norm ? rows_norm(p, p->row + first, rows, scratch, &stride)
+                                : row_at(p->in.x, p->row + first);
+    p->pack(p->a, x, stride, first, rows, p->a->words + first * p->a->n_steps);
 }
 
-static void activations_pack(struct cpu_backend *cpu, const struct weight *w, const float *x,
-                             int64_t stride, int n_rows)
+static void activations_pack(struct cpu_backend *cpu, const struct weight *w,
+                             const struct norm_input *in, int64_t row, int n_rows)
 {
     struct activations *a = &cpu->activations;
     a->format = w->format;
@@ -106,7 +131,7 @@ static void activations_pack(struct cpu_backend *cpu, const struct weight *w, co
     a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
     a->order = w->order;
     struct pack_rows_args args = {
-        a, w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format], x, stride};
+        a, w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format], cpu->rows, *in, row};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);
@@ -253,8 +278,13 @@ static void gated_compute(const void *args, int chunk, void *scratch)
     float *parked = scratch, *gate = parked + CHUNK_ROWS * PANEL_OUTPUTS;
     float *up = gate + CHUNK_ROWS * PANEL_OUTPUTS;
     panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS, c.panel0 * PANEL_OUTPUTS);
+    if (!shift) { /* all rows are one: a loop of two vectors is as long as its beginning and end */
+        panel_by_rows(m, up0, c.i0, c.i1, parked, up, PANEL_OUTPUTS, -1);
+        m->rows->activate(gate, gate, up, (int64_t)c.n_rows * PANEL_OUTPUTS, m->activation);
+        return;
+    }
     panel_by_rows(m, up0, c.i0, c.i1, parked, up, 2 * PANEL_OUTPUTS, -1);
-    if (shift && up0 + 1 < m->w->n_panels)
+    if (up0 + 1 < m->w->n_panels)
         panel_by_rows(m, up0 + 1, c.i0, c.i1, parked, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS, -1);
     for (int r = 0; r < c.n_rows; r++) {
         float *row = gate + r * PANEL_OUTPUTS;
@@ -344,16 +374,25 @@ static int64_t slice_rows(int64_t n_columns)
     return rows < PANEL_ROWS_MAX ? PANEL_ROWS_MAX : rows < ACTIVATION_ROWS ? rows : ACTIVATION_ROWS;
 }
 
-static void matmul_run(struct backend *b, struct tensor out, struct tensor x,
+static void input_check(const struct norm_input *in, const struct weight *w)
+{
+    ASSERT_CMP(in->x.cols, ==, w->n_in);
+    if (!in->norm) return;
+    ASSERT_CMP(in->h.cols, ==, w->n_in);
+    ASSERT_CMP(in->h.rows, ==, in->x.rows);
+    if (in->delta.data) ASSERT_CMP(in->delta.rows, ==, in->x.rows);
+}
+
+static void matmul_run(struct backend *b, struct tensor out, const struct norm_input *in,
                        const struct weight *w, bool gated, enum activation kind)
 {
     struct cpu_backend *cpu = cpu_of(b);
-    ASSERT_CMP(x.cols, ==, w->n_in);
+    input_check(in, w);
     ASSERT_CMP(out.cols, ==, gated ? w->n_out / 2 : w->n_out);
-    ASSERT_CMP(out.rows, ==, x.rows);
+    ASSERT_CMP(out.rows, ==, in->x.rows);
     int64_t slice = slice_rows(out.cols);
-    for (int64_t row = 0; row < x.rows; row += slice) {
-        int n = (int)(x.rows - row < slice ? x.rows - row : slice);
+    for (int64_t row = 0; row < out.rows; row += slice) {
+        int n = (int)(out.rows - row < slice ? out.rows - row : slice);
         struct matmul_args m = {
             .w = w,
             .kernel = cpu->matmul.panel[w->format],
@@ -364,20 +403,32 @@ static void matmul_run(struct backend *b, struct tensor out, struct tensor x,
             .activation = kind,
             .rows = cpu->rows,
         };
-        activations_pack(cpu, w, (const float *)x.data + row * x.stride, x.stride, n);
+        activations_pack(cpu, w, in, row, n);
         matmul_slice(cpu, &m);
     }
 }
 
 void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w)
 {
-    matmul_run(b, out, x, w, false, ACTIVATION_SILU);
+    matmul_run(b, out, &(struct norm_input){.x = x}, w, false, ACTIVATION_SILU);
+}
+
+void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
+                     const struct weight *w)
+{
+    matmul_run(b, out, in, w, false, ACTIVATION_SILU);
 }
 
 void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
                       enum activation kind)
 {
-    matmul_run(b, out, x, w, true, kind);
+    matmul_run(b, out, &(struct norm_input){.x = x}, w, true, kind);
+}
+
+void cpu_norm_matmul_gated(struct backend *b, struct tensor out, const struct norm_input *in,
+                           const struct weight *w, enum activation kind)
+{
+    matmul_run(b, out, in, w, true, kind);
 }
 
 /* The chunks of a row in ascending order: an equal value later does not win. */
@@ -394,17 +445,17 @@ static void chunks_merge(const struct matmul_args *m, int32_t *out_index, float 
     }
 }
 
-void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
-                       int32_t *out_index, float *out_value)
+void cpu_norm_matmul_argmax(struct backend *b, const struct norm_input *in, const struct weight *w,
+                            int32_t *out_index, float *out_value)
 {
     struct cpu_backend *cpu = cpu_of(b);
-    ASSERT_CMP(x.cols, ==, w->n_in);
+    input_check(in, w);
     int64_t slice = slice_rows(w->n_out), chunks = w->n_panels;
     int64_t most = ATTENTION_PARTIAL_BYTES / (int64_t)sizeof(struct largest) / chunks;
     slice = slice < most ? slice : most;
     ASSERT_CMP(slice, >, 0);
-    for (int64_t row = 0; row < x.rows; row += slice) {
-        int n = (int)(x.rows - row < slice ? x.rows - row : slice);
+    for (int64_t row = 0; row < in->x.rows; row += slice) {
+        int n = (int)(in->x.rows - row < slice ? in->x.rows - row : slice);
         struct matmul_args m = {
             .w = w,
             .kernel = cpu->matmul.panel[w->format],
@@ -412,8 +463,14 @@ void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *
             .rows = cpu->rows,
             .best = (struct largest *)(void *)cpu->attention_partial,
         };
-        activations_pack(cpu, w, (const float *)x.data + row * x.stride, x.stride, n);
+        activations_pack(cpu, w, in, row, n);
         matmul_slice(cpu, &m);
         chunks_merge(&m, out_index + row, out_value + row);
     }
+}
+
+void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
+                       int32_t *out_index, float *out_value)
+{
+    cpu_norm_matmul_argmax(b, &(struct norm_input){.x = x}, w, out_index, out_value);
 }

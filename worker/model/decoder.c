@@ -1,7 +1,8 @@
 /* Attention block, feed-forward block, logits: sequences of backend operations.
  *
- * The residual stream x and the last block's output delta are kept apart; add_norm joins them where
- * the next block begins, so nothing is added twice and nothing is copied. */
+ * The residual stream x and the last block's output delta are kept apart; the norm joins them where
+ * the next block begins, within the product that alone reads it where the backend can (struct
+ * norm_input), so nothing is added twice and nothing is copied. */
 #include "worker/model/decoder.h"
 #include "base/clock.h"
 #include "base/mem.h"
@@ -121,6 +122,22 @@ static enum err ranks_sum(struct decoder *d, struct tensor *delta, struct tensor
     return OK;
 }
 
+static struct tensor normed(struct backend *b, const struct norm_input *in)
+{
+    if (!in->norm) return in->x;
+    b->ops->add_norm(b, in->x, in->delta, in->norm, in->h);
+    return in->h;
+}
+
+static void norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
+                        const struct weight *w)
+{
+    if (b->ops->norm_matmul)
+        b->ops->norm_matmul(b, out, in, w);
+    else
+        b->ops->matmul(b, out, normed(b, in), w);
+}
+
 /* delta = x w^T, summed. */
 static enum err linear_in(struct decoder *d, struct tensor x, const struct weight *w, bool last,
                           struct tensor *out_delta)
@@ -151,21 +168,23 @@ static enum err experts(struct decoder *d, const struct layer *layer, struct ten
     return OK;
 }
 
-static enum err feed_forward(struct decoder *d, const struct layer *layer, struct tensor in,
-                             bool last, struct tensor *out_delta)
+static enum err feed_forward(struct decoder *d, const struct layer *layer,
+                             const struct norm_input *in, bool last, struct tensor *out_delta)
 {
     struct backend *b = d->model->backend;
     const struct model_config *c = &d->model->config;
-    if (layer->moe) return experts(d, layer, in, last, out_delta);
-    int64_t ffn = shard_count(d->model->ffn);
-    struct tensor act = view(d, d->scratch, in.rows, ffn);
-    if (c->gated && b->ops->matmul_gated) {
-        b->ops->matmul_gated(b, act, in, layer->up, c->activation);
+    if (layer->moe) return experts(d, layer, normed(b, in), last, out_delta);
+    int64_t ffn = shard_count(d->model->ffn), rows = in->x.rows;
+    struct tensor act = view(d, d->scratch, rows, ffn);
+    if (c->gated && b->ops->norm_matmul_gated) {
+        b->ops->norm_matmul_gated(b, act, in, layer->up, c->activation);
+    } else if (c->gated && b->ops->matmul_gated) {
+        b->ops->matmul_gated(b, act, normed(b, in), layer->up, c->activation);
     } else {
         struct tensor before =
-            view(d, (char *)d->scratch + (size_t)(in.rows * ffn) * dtype_bytes(act.dtype), in.rows,
+            view(d, (char *)d->scratch + (size_t)(rows * ffn) * dtype_bytes(act.dtype), rows,
                  c->gated ? 2 * ffn : ffn);
-        b->ops->matmul(b, before, in, layer->up);
+        norm_matmul(b, before, in, layer->up);
         b->ops->activate(b, act, before, c->activation, c->gated);
     }
     return linear_in(d, act, layer->down, last, out_delta);
@@ -219,16 +238,19 @@ enum err decoder_forward(struct decoder *d, const struct batch *batch)
     d->collective_ns = 0;
     for (int i = 0; i < c->n_layers; i++) {
         const struct layer *layer = &m->layers[i];
-        if (pre) b->ops->add_norm(b, x, delta, &layer->attention_norm, h);
-        b->ops->matmul(b, qkv, pre ? h : x, layer->qkv);
+        struct norm_input in = {x, delta, h, pre ? &layer->attention_norm : NULL};
+        norm_matmul(b, qkv, &in, layer->qkv);
         b->ops->qkv_prepare(b, qkv, d->kv, &layer->attention, batch);
         if (i == c->n_layers - 1 && !batch->n_rows_out) return OK;
         b->ops->attend(b, att, qkv, d->kv, &layer->attention, batch);
         if (i == c->n_layers - 1) keep_rows_out(d, batch, &x, &h, &att);
         TRY(linear_in(d, att, layer->out, false, &delta));
-        b->ops->add_norm(b, x, delta, pre ? &layer->ffn_norm : &layer->attention_norm, h);
-        if (!pre) swap(&x, &h);
-        TRY(feed_forward(d, layer, pre ? h : x, i == c->n_layers - 1, &delta));
+        if (!pre) {
+            b->ops->add_norm(b, x, delta, &layer->attention_norm, h);
+            swap(&x, &h);
+        }
+        in = (struct norm_input){x, delta, h, pre ? &layer->ffn_norm : NULL};
+        TRY(feed_forward(d, layer, &in, i == c->n_layers - 1, &delta));
         if (!pre) {
             b->ops->add_norm(b, x, delta, &layer->ffn_norm, h);
             swap(&x, &h);
@@ -240,31 +262,28 @@ enum err decoder_forward(struct decoder *d, const struct batch *batch)
     return OK;
 }
 
-/* The final norm of some rows, into the part of d->h or d->x that holds no rows. */
-static struct tensor final_norm(struct decoder *d, int first, int n)
+/* The final norm of some rows. Its scratch is the part of d->h or d->x that holds no rows. */
+static struct norm_input final_norm(struct decoder *d, int first, int n)
 {
     struct model *m = d->model;
     struct backend *b = m->backend;
-    struct tensor x = rows_view(d->rows, first, n), delta = rows_view(d->rows_delta, first, n);
-    struct tensor out = view(d, d->rows.data == d->x ? d->h : d->x, n, m->config.hidden);
-    if (m->final_norm.weight) {
-        b->ops->add_norm(b, x, delta, &m->final_norm, out);
-        return out;
-    }
-    if (delta.data) b->ops->add(b, x, delta);
-    return x;
+    struct norm_input in = {rows_view(d->rows, first, n), rows_view(d->rows_delta, first, n),
+                            view(d, d->rows.data == d->x ? d->h : d->x, n, m->config.hidden),
+                            m->final_norm.weight ? &m->final_norm : NULL};
+    if (!in.norm && in.delta.data) b->ops->add(b, in.x, in.delta);
+    return in;
 }
 
 /* What the output projection multiplies: normed rows, as wide as the embedding. */
-static struct tensor head_input(struct decoder *d, int first, int n)
+static struct norm_input head_input(struct decoder *d, int first, int n)
 {
     struct model *m = d->model;
-    struct tensor in = final_norm(d, first, n);
+    struct norm_input in = final_norm(d, first, n);
     ASSERT_CMP(n, <=, d->logits_rows_max);
     if (!m->project_out) return in;
     struct tensor narrow = view(d, d->embedded, n, m->config.embed_dim);
-    m->backend->ops->matmul(m->backend, narrow, in, m->project_out);
-    return narrow;
+    norm_matmul(m->backend, narrow, &in, m->project_out);
+    return (struct norm_input){.x = narrow};
 }
 
 static enum err ranks_gather(struct decoder *d, struct tensor out, struct tensor part,
@@ -280,11 +299,11 @@ enum err decoder_logits(struct decoder *d, int first, int n, struct tensor *out_
 {
     struct model *m = d->model;
     int64_t vocab = m->config.vocab_size;
-    struct tensor in = head_input(d, first, n);
+    struct norm_input in = head_input(d, first, n);
     struct tensor logits = {d->logits, DTYPE_F32, n, vocab, vocab}, part = logits;
     part.data = d->logits + m->vocab.begin;
     part.cols = shard_count(m->vocab);
-    m->backend->ops->matmul(m->backend, part, in, m->lm_head);
+    norm_matmul(m->backend, part, &in, m->lm_head);
     if (m->group.size > 1) TRY(ranks_gather(d, logits, part, m->vocab_start));
     *out_logits = logits;
     return OK;
@@ -314,9 +333,13 @@ enum err decoder_argmax(struct decoder *d, int first, int n, int32_t *out_tokens
     struct model *m = d->model;
     int32_t start[COLLECTIVE_RANKS_MAX + 1];
     int size = m->group.size;
-    struct tensor in = head_input(d, first, n);
+    struct norm_input in = head_input(d, first, n);
+    struct backend *b = m->backend;
     float *value = d->logits, *mine = value + n, *all = mine + 2 * n; /* far less than the logits */
-    m->backend->ops->matmul_argmax(m->backend, in, m->lm_head, out_tokens, value);
+    if (b->ops->norm_matmul_argmax)
+        b->ops->norm_matmul_argmax(b, &in, m->lm_head, out_tokens, value);
+    else
+        b->ops->matmul_argmax(b, normed(b, &in), m->lm_head, out_tokens, value);
     if (size == 1) return OK;
     for (int i = 0; i < n; i++) {
         mine[2 * i] = value[i];
