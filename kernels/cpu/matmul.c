@@ -17,7 +17,7 @@ enum {
     BLOCK_STEPS = 512, /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
     CHUNK_PANELS = 2,  /* of a chunk that is short: one fetching runs on through both */
     CHUNK_WORK =
-        16384, /* rows times steps; a chunk of more has one panel, and threads end together */
+        3072, /* rows times steps; a chunk of more has one panel, and threads end together */
     PREFETCH_AHEAD = 8192,     /* bytes */
     WORDS_BYTES_MIN = 2 << 20, /* a huge page */
     PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
