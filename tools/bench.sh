@@ -138,6 +138,7 @@ serve_once() { # serve_once TAG API PORT COMMAND…: load on a server that is st
   "$@" >"$work/server.log" 2>&1 &
   server=$!
   wait_health "$port" || { kill "$server"; tail -n 5 "$work/server.log" >&2; return 1; }
+  sleep 3 # ours moves its weights from the file's pages meanwhile
   python3 bench/load.py --port "$port" --api "$api" --vocab "$vocab" --clients "${BENCH_CLIENTS:-1,16}" --tag "$tag" --requests-each "${BENCH_REQUESTS:-3}" |
     tail -n +2 | record cpu-serve.csv
   kill "$server"
