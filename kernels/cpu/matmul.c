@@ -13,9 +13,11 @@
 #include <string.h>
 
 enum {
-    CHUNK_ROWS = 144,  /* rows of a chunk at most: their words stay in L2 */
-    BLOCK_STEPS = 512, /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
-    CHUNK_PANELS = 2,  /* of a chunk that is short: one fetching runs on through both */
+    CHUNK_ROWS = 144, /* rows of a chunk at most */
+    CHUNK_ROWS_MIN = 48,
+    CHUNK_WORDS_BYTES = 640 << 10, /* and of their words, so that they stay in L2 */
+    BLOCK_STEPS = 512,             /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
+    CHUNK_PANELS = 2,              /* of a chunk that is short: one fetching runs on through both */
     CHUNK_WORK =
         3072, /* rows times steps; a chunk of more has one panel, and threads end together */
     PREFETCH_AHEAD = 8192,     /* bytes */
@@ -347,7 +349,9 @@ static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
 {
     const struct activations *a = &cpu->activations;
     int64_t panels = (m->n_columns + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
-    int per_block = CHUNK_ROWS / a->rows_max;
+    int64_t rows = CHUNK_WORDS_BYTES / (a->n_steps * 4);
+    rows = rows < CHUNK_ROWS_MIN ? CHUNK_ROWS_MIN : rows < CHUNK_ROWS ? rows : CHUNK_ROWS;
+    int per_block = (int)rows / a->rows_max;
     int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
     m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
@@ -370,7 +374,7 @@ static int64_t slice_rows(int64_t n_columns)
     int64_t panel_chunks = (n_columns / PANEL_OUTPUTS + 1) / CHUNK_PANELS + 1;
     int64_t row_chunks = POOL_CHUNKS_MAX / panel_chunks;
     ASSERT_CMP(row_chunks, >, 0);
-    int64_t rows = (row_chunks - 1) * (CHUNK_ROWS / 2);
+    int64_t rows = (row_chunks - 1) * (CHUNK_ROWS_MIN / 2);
     return rows < PANEL_ROWS_MAX ? PANEL_ROWS_MAX : rows < ACTIVATION_ROWS ? rows : ACTIVATION_ROWS;
 }
 
