@@ -13,7 +13,7 @@
 #include <string.h>
 
 enum {
-    CHUNK_ROWS = 144, /* rows of a chunk at most */
+    CHUNK_ROWS = 264, /* rows of a chunk at most */
     CHUNK_ROWS_MIN = 48,
     CHUNK_WORDS_BYTES = 640 << 10, /* and of their words, so that they stay in L2 */
     BLOCK_STEPS = 512,             /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
