@@ -1,6 +1,7 @@
 /* Whether two tokenizers were built alike, table by table: the yardstick of the test and of the
  * fuzz target that build one tokenizer in two ways. */
 #pragma once
+#include "coordinator/text/bpe.h"
 #include "coordinator/text/tokenizer_parts.h"
 
 #include <string.h>
@@ -25,14 +26,13 @@ static inline bool same_vocab(const struct vocab *a, const struct vocab *b)
 
 static inline size_t merges_found(const struct model *in, const struct model *m)
 {
-    size_t n = 0, mask = in->n_merge_slots - 1;
+    size_t n = 0;
     for (size_t i = 0; i < m->n_merge_slots; i++) {
-        const struct merge *want = &m->merges[i];
-        size_t at = (size_t)((want->pair * 0x9e3779b97f4a7c15u) >> 32 ^ want->pair) & mask;
+        const struct merge *want = &m->merges[i], *have;
         if (want->pair == MERGE_NONE) continue;
-        while (in->merges[at].pair != want->pair && in->merges[at].pair != MERGE_NONE)
-            at = (at + 1) & mask;
-        if (in->merges[at].rank != want->rank || in->merges[at].id != want->id) return SIZE_MAX;
+        have = &in->merges[bpe_merge_slot(in, want->pair)];
+        if (have->pair != want->pair || have->rank != want->rank || have->id != want->id)
+            return SIZE_MAX;
         n++;
     }
     return n;
