@@ -20,6 +20,8 @@
 #include "kernels/cpu/cpu.h"
 
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -468,6 +470,38 @@ static void attentions(void)
             }
 }
 
+/* --- how far apart the cores are --- */
+
+enum { ROUND_TRIPS = 20000 };
+static _Alignas(64) _Atomic int ball;
+
+static void *ball_return(void *arg)
+{
+    for (int i = 1; i < 2 * ROUND_TRIPS; i += 2) {
+        while (atomic_load_explicit(&ball, memory_order_acquire) != i)
+            ;
+        atomic_store_explicit(&ball, i + 1, memory_order_release);
+    }
+    return arg;
+}
+
+/* Nanoseconds in which a line goes to another core and back; 0 when there is no thread for it. */
+static double round_trip_ns(void)
+{
+    pthread_t thread;
+    atomic_store(&ball, 0);
+    if (bench.threads < 2 || pthread_create(&thread, NULL, ball_return, NULL)) return 0;
+    int64_t start = clock_monotonic_ns();
+    for (int i = 0; i < 2 * ROUND_TRIPS; i += 2) {
+        atomic_store_explicit(&ball, i + 1, memory_order_release);
+        while (atomic_load_explicit(&ball, memory_order_acquire) != i + 2)
+            ;
+    }
+    int64_t ns = clock_monotonic_ns() - start;
+    pthread_join(thread, NULL);
+    return (double)ns / ROUND_TRIPS;
+}
+
 static void arguments(int argc, char **argv)
 {
     for (int i = 1; i < argc; i++) {
@@ -520,9 +554,10 @@ int main(int argc, char **argv)
                 "kind,shape,m,threads,us,gb_s,read_gb_s,gop_s,peak_gop_s,share_of_bound\n");
     for (double start = now_s(); now_s() - start < 0.3;)
         peak_rate(peak_float, 32); /* clocks settle */
-    printf("threads %d: read %.1f GB/s, int8 %.0f, bf16 %.0f, float %.0f GOP/s\n", bench.threads,
-           read_rate() * 1e-9, peak_rate(peak_int8, 128) * 1e-9, peak_rate(peak_bf16, 64) * 1e-9,
-           peak_rate(peak_float, 32) * 1e-9);
+    printf("threads %d: read %.1f GB/s, int8 %.0f, bf16 %.0f, float %.0f GOP/s, a line there and "
+           "back %.0f ns\n",
+           bench.threads, read_rate() * 1e-9, peak_rate(peak_int8, 128) * 1e-9,
+           peak_rate(peak_bf16, 64) * 1e-9, peak_rate(peak_float, 32) * 1e-9, round_trip_ns());
     matmuls();
     if (bench.m <= 1) attentions(); /* their rows count as one */
     if (bench.out) fclose(bench.out);

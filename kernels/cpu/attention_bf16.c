@@ -5,7 +5,6 @@
  * so that they still add up to 1. */
 #define LANES_HEADER "kernels/cpu/lanes_avx512.h"
 #include "kernels/cpu/attention_lanes.h"
-#include "kernels/half.h"
 
 /* sum += a * the pair in memory, the same for all lanes */
 #define DOT_EACH(sum, a, pair)                                                                     \
@@ -124,9 +123,7 @@ LANES_INLINE void values_pairs(const struct chunk_call *c, const int rows)
 
 static void query_pairs(void *to, const float *q, int n)
 {
-    uint16_t *halves = to;
-    for (int d = 0; d < n; d++)
-        halves[d] = bf16_from_float(q[d]);
+    rows_avx512.to_bf16(to, q, n);
 }
 
 CHUNK_KERNEL_8(chunk_pairs, scores_pairs, softmax_pairs, values_pairs)

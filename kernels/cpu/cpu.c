@@ -9,7 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SCRATCH_BYTES_MIN = 1 << 18, ALLOC_HEADER = 64, ALLOC_HUGE = 1 << 20 };
+enum { ALLOC_HEADER = 64, ALLOC_HUGE = 1 << 20 };
 
 static const char *const isa_names[CPU_ISA_COUNT] = {"reference", "avx2", "avx512",
                                                      "vnni",      "bf16", "amx"};
@@ -128,7 +128,7 @@ static void cpu_close(struct backend *b)
 /* Every operation finds its scratch large enough. */
 static size_t scratch_bytes(int vocab_size)
 {
-    size_t bytes = SCRATCH_BYTES_MIN;
+    size_t bytes = MATMUL_SCRATCH_BYTES;
     bytes = NORM_SCRATCH_BYTES > bytes ? NORM_SCRATCH_BYTES : bytes;
     bytes = sample_scratch_bytes(vocab_size) > bytes ? sample_scratch_bytes(vocab_size) : bytes;
     return attention_scratch_bytes() > bytes ? attention_scratch_bytes() : bytes;

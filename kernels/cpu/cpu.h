@@ -33,7 +33,8 @@ enum {
     WEIGHT_SIDE_MAX =
         1 << 20, /* inputs or outputs of one weight; int32 sums are exact far beyond */
     HEAD_DIM_MAX = 1024,
-    NORM_SCRATCH_BYTES = 512 << 10, /* rows of a row panel that were normed and are packed next */
+    MATMUL_SCRATCH_BYTES = 256 << 10, /* of a chunk */
+    NORM_SCRATCH_BYTES = 512 << 10,   /* rows of a row panel that were normed and are packed next */
     ATTENTION_PARTIAL_BYTES = 32 << 20, /* touched as far as long contexts need it */
     FORMATS = WEIGHT_FORMAT_COUNT,
 };

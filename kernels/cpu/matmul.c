@@ -254,6 +254,9 @@ static float *direct_place(const struct matmul_args *m, const struct chunk_range
     return m->out + c->row0 * m->out_stride + column;
 }
 
+_Static_assert((2 + CHUNK_PANELS) * CHUNK_ROWS * PANEL_OUTPUTS * 4 <= MATMUL_SCRATCH_BYTES,
+               "a chunk's accumulators and results");
+
 /* Scratch of a chunk: accumulators [CHUNK_ROWS][32], results [panels][CHUNK_ROWS][32], and for the
  * gated form two panels of up beside the gate. */
 static void matmul_compute(const void *args, int chunk, void *scratch)
