@@ -121,7 +121,10 @@ static double read_rate(void)
     enum { CHUNKS = 96 };
     const float *from = bench.memory + (size_t)(turn++ % 8) * CHUNKS * READ_CHUNK / 4;
     double t = now_s();
-    pool_run(bench.pool, &(struct pool_job){read_chunk, NULL, &from, sizeof from, CHUNKS});
+    pool_run(bench.pool, &(struct pool_job){.compute = read_chunk,
+                                            .args = &from,
+                                            .args_bytes = sizeof from,
+                                            .n_chunks = CHUNKS});
     return (double)CHUNKS * READ_CHUNK / (now_s() - t);
 }
 
@@ -151,7 +154,9 @@ static double peak_rate(pool_fn *fn, int operations_per_instruction)
 {
     int chunks = 8 * bench.threads;
     double t = now_s();
-    pool_run(bench.pool, &(struct pool_job){fn, NULL, &t, sizeof t, chunks});
+    pool_run(
+        bench.pool,
+        &(struct pool_job){.compute = fn, .args = &t, .args_bytes = sizeof t, .n_chunks = chunks});
     return (double)chunks * PEAK_LOOPS * 12 * operations_per_instruction / (now_s() - t);
 }
 

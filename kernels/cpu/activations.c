@@ -6,7 +6,18 @@
 enum {
     WORDS_BYTES_MIN = 2 << 20, /* a huge page */
     PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
+    OWN_INPUTS = 1 << 15,      /* times threads: more are packed once for all */
+    OWN_ROWS = 16,
+    OWN_CORRECTIONS = 2048,
 };
+
+struct own_memory {
+    struct activations a;
+    float row_scale[OWN_ROWS];
+    int32_t correction[OWN_CORRECTIONS];
+    _Alignas(64) uint32_t words[];
+};
+enum { OWN_WORDS = (OWN_ROWS_BYTES - sizeof(struct own_memory)) / 4 };
 
 enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
 {
@@ -90,17 +101,46 @@ void activations_shape(const struct cpu_backend *cpu, struct activations *a, con
     a->order = w->order;
 }
 
-void activations_pack(struct cpu_backend *cpu, const struct weight *w, const struct norm_input *in,
-                      int64_t row, int n_rows)
+static bool own_fits(const struct cpu_backend *cpu, const struct activations *a)
+{
+    return a->n_rows <= OWN_ROWS && a->n_rows * a->n_groups <= OWN_CORRECTIONS &&
+           a->n_rows * a->n_steps <= OWN_WORDS &&
+           a->n_rows * a->n_inputs * pool_n_threads(cpu->pool) <= OWN_INPUTS;
+}
+
+struct own_rows activations_pack(struct cpu_backend *cpu, const struct weight *w,
+                                 const struct norm_input *in, int64_t row, int n_rows)
 {
     struct activations *a = &cpu->activations;
     activations_shape(cpu, a, w, n_rows);
     struct pack_rows_args args = {
         a, w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format], cpu->rows, *in, row};
+    if (!in->norm && own_fits(cpu, a))
+        return (struct own_rows){args.pack, row_at(in->x, row), in->x.stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);
     else
-        pool_run(cpu->pool,
-                 &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
+        pool_run(cpu->pool, &(struct pool_job){.compute = pack_rows_chunk,
+                                               .args = &args,
+                                               .args_bytes = sizeof args,
+                                               .n_chunks = a->n_row_panels});
+    return (struct own_rows){0};
+}
+
+void own_rows_pack(const struct own_rows *own, const struct activations *a, void *memory)
+{
+    struct own_memory *m = memory;
+    m->a = *a;
+    m->a.words = m->words, m->a.row_scale = m->row_scale, m->a.correction = m->correction;
+    for (int i = 0; i < a->n_row_panels; i++) {
+        int first = row_panel_first(a, i), rows = row_panel_first(a, i + 1) - first;
+        own->pack(&m->a, own->x + first * own->stride, own->stride, first, rows,
+                  m->words + first * a->n_steps);
+    }
+}
+
+const struct activations *own_rows_packed(const void *memory)
+{
+    return &((const struct own_memory *)memory)->a;
 }

@@ -15,6 +15,19 @@ static inline int row_panel_first(const struct activations *a, int i)
 /* The shape of n_rows rows for a weight; the memory stays. */
 void activations_shape(const struct cpu_backend *cpu, struct activations *a, const struct weight *w,
                        int n_rows);
-/* Rows [row, row + n_rows) of in, normed and packed into cpu->activations. */
-void activations_pack(struct cpu_backend *cpu, const struct weight *w, const struct norm_input *in,
-                      int64_t row, int n_rows);
+/* Rows that each thread packs for itself; pack is NULL when they are packed already. */
+struct own_rows {
+    quantize_kernel *pack;
+    const float *x;
+    int64_t stride;
+};
+
+/* Rows [row, row + n_rows) of in, normed and packed into cpu->activations. Few rows without a norm
+ * are left to the threads: what one core packs is another's only line by line, and with the cores
+ * far apart that takes longer than packing. */
+struct own_rows activations_pack(struct cpu_backend *cpu, const struct weight *w,
+                                 const struct norm_input *in, int64_t row, int n_rows);
+/* Packs rows of shape a into memory of the thread's own, OWN_ROWS_BYTES, 64-byte aligned. */
+void own_rows_pack(const struct own_rows *own, const struct activations *a, void *memory);
+/* What was packed there. */
+const struct activations *own_rows_packed(const void *memory);

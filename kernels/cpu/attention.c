@@ -78,8 +78,10 @@ void cpu_qkv_prepare(struct backend *b, struct tensor qkv, struct kv_cache *kv,
         .args = args, .batch = batch, .kv = kv, .qkv = qkv, .rows = cpu_of(b)->rows};
     ASSERT_CMP(qkv.cols, ==, (args->n_heads + 2 * args->n_kv_heads) * args->head_dim);
     ASSERT_CMP(args->head_dim, ==, kv->args.head_dim);
-    pool_run(cpu_of(b)->pool,
-             &(struct pool_job){prepare_token, NULL, &j, sizeof j, batch->n_tokens});
+    pool_run(cpu_of(b)->pool, &(struct pool_job){.compute = prepare_token,
+                                                 .args = &j,
+                                                 .args_bytes = sizeof j,
+                                                 .n_chunks = batch->n_tokens});
 }
 
 static double score(const struct attention_job *j, const float *q, const uint8_t *piece, int offset)
@@ -136,6 +138,8 @@ void cpu_attend(struct backend *b, struct tensor out, struct tensor qkv, struct 
         attend_tiles(cpu_of(b), &j);
         return;
     }
-    pool_run(cpu_of(b)->pool,
-             &(struct pool_job){attend_token, NULL, &j, sizeof j, batch->n_tokens});
+    pool_run(cpu_of(b)->pool, &(struct pool_job){.compute = attend_token,
+                                                 .args = &j,
+                                                 .args_bytes = sizeof j,
+                                                 .n_chunks = batch->n_tokens});
 }

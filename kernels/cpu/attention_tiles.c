@@ -344,9 +344,11 @@ void attend_tiles(struct cpu_backend *cpu, const struct attention_job *job)
     bool split = units < UNITS_PER_THREAD * pool_n_threads(cpu->pool) &&
                  pool_n_threads(cpu->pool) > 1 && t.spans > 1 && bytes <= ATTENTION_PARTIAL_BYTES;
     /* No commit, so no rescue: a late thread would read the next step's batch. */
-    struct pool_job run = {unit_run, NULL, &t, sizeof t, units};
+    struct pool_job run = {
+        .compute = unit_run, .args = &t, .args_bytes = sizeof t, .n_chunks = units};
     if (split) {
-        struct pool_job spans = {span_run, NULL, &t, sizeof t, units * t.spans};
+        struct pool_job spans = {
+            .compute = span_run, .args = &t, .args_bytes = sizeof t, .n_chunks = units * t.spans};
         pool_run(cpu->pool, &spans);
         run.compute = spans_merge;
     }

@@ -128,7 +128,7 @@ static void cpu_close(struct backend *b)
 /* Every operation finds its scratch large enough. */
 static size_t scratch_bytes(int vocab_size)
 {
-    size_t bytes = MATMUL_SCRATCH_BYTES;
+    size_t bytes = MATMUL_SCRATCH_BYTES + OWN_ROWS_BYTES;
     bytes = NORM_SCRATCH_BYTES > bytes ? NORM_SCRATCH_BYTES : bytes;
     bytes = sample_scratch_bytes(vocab_size) > bytes ? sample_scratch_bytes(vocab_size) : bytes;
     return attention_scratch_bytes() > bytes ? attention_scratch_bytes() : bytes;

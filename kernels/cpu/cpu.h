@@ -34,6 +34,7 @@ enum {
         1 << 20, /* inputs or outputs of one weight; int32 sums are exact far beyond */
     HEAD_DIM_MAX = 1024,
     MATMUL_SCRATCH_BYTES = 256 << 10, /* of a chunk */
+    OWN_ROWS_BYTES = 192 << 10,       /* behind it: activations that a thread packed for itself */
     NORM_SCRATCH_BYTES = 512 << 10,   /* rows of a row panel that were normed and are packed next */
     ATTENTION_PARTIAL_BYTES = 32 << 20, /* touched as far as long contexts need it */
     FORMATS = WEIGHT_FORMAT_COUNT,

@@ -46,7 +46,9 @@ static void rows_run(struct backend *b, struct row_args *a)
     int64_t n = (a->out.rows + a->rows_per_chunk - 1) / a->rows_per_chunk;
     ASSERT_CMP(a->out.dtype, ==, DTYPE_F32);
     a->kernels = cpu_of(b)->rows;
-    pool_run(cpu_of(b)->pool, &(struct pool_job){rows_chunk, NULL, a, sizeof *a, (int)n});
+    pool_run(cpu_of(b)->pool,
+             &(struct pool_job){
+                 .compute = rows_chunk, .args = a, .args_bytes = sizeof *a, .n_chunks = (int)n});
 }
 
 /* out[i] (+)= table[index][i] */

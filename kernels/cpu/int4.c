@@ -98,8 +98,10 @@ enum err cpu_weight_create_int4(struct backend *b, const struct int4_matrix *m, 
     TRY_OUT(activations_reserve(cpu, w));
     if (bias) memcpy(w->bias, bias, (size_t)w->n_out * 4);
     struct place_args args = {w, m};
-    pool_run(cpu->pool,
-             &(struct pool_job){panel_place, NULL, &args, sizeof args, (int)w->n_panels});
+    pool_run(cpu->pool, &(struct pool_job){.compute = panel_place,
+                                           .args = &args,
+                                           .args_bytes = sizeof args,
+                                           .n_chunks = (int)w->n_panels});
     *out = w;
     w = NULL;
 out:

@@ -56,7 +56,10 @@ void kv_pages_begin(struct backend *b, struct kv_cache *kv)
     kv->gathers = !madvise(NULL, 0, MADV_COLLAPSE); /* of nothing: whether it is known */
     for (int i = 0; i < n && kv->gathers; i++)
         advise(kv, i, MADV_NOHUGEPAGE);
-    pool_run(cpu_of(b)->pool, &(struct pool_job){stretch_touch, NULL, &args, sizeof args, n});
+    pool_run(cpu_of(b)->pool, &(struct pool_job){.compute = stretch_touch,
+                                                 .args = &args,
+                                                 .args_bytes = sizeof args,
+                                                 .n_chunks = n});
 }
 
 bool cpu_kv_settle(struct backend *b, struct kv_cache *kv, int part)

@@ -48,6 +48,7 @@ struct matmul_args {
     const struct row_kernels *rows;
     struct largest *best;  /* of matmul_argmax: [n_panel_chunks][n_rows] */
     struct words_out next; /* of the gated form */
+    struct own_rows own;
 };
 _Static_assert(sizeof(struct matmul_args) <= POOL_ARGS_BYTES, "copied by each thread");
 
@@ -93,13 +94,27 @@ static void destination_fetch(const struct matmul_args *m, int first, int rows, 
     }
 }
 
-/* One weight panel by row panels [i0, i1): out is [rows][out_stride]. The results will be copied to
- * the column `to` of the matmul's output, unless it is negative. */
+/* A thread's own rows lie behind what a chunk uses of its scratch. */
+static void *own_memory(const void *scratch)
+{
+    return (char *)scratch + MATMUL_SCRATCH_BYTES;
+}
+
+static void matmul_prepare(const void *args, int chunk, void *scratch)
+{
+    const struct matmul_args *m = args;
+    (void)chunk;
+    own_rows_pack(&m->own, &m->a, own_memory(scratch));
+}
+
+/* One weight panel by row panels [i0, i1), parked at the thread's scratch: out is
+ * [rows][out_stride]. The results will be copied to the column `to` of the matmul's output, unless
+ * it is negative. */
 static void panel_by_rows(const struct matmul_args *m, int64_t panel, int i0, int i1, float *parked,
                           float *out, int64_t out_stride, int64_t to)
 {
     const struct weight *w = m->w;
-    const struct activations *a = &m->a;
+    const struct activations *a = m->own.pack ? own_rows_packed(own_memory(parked)) : &m->a;
     const struct format_info *f = &format_infos[w->format];
     int row0 = row_panel_first(a, i0), n_row_panels = i1 - i0;
     int64_t block = block_steps(a, n_row_panels);
@@ -296,11 +311,14 @@ static void matmul_slice(struct cpu_backend *cpu, const struct activations *a,
     m->panels_per_chunk = m->gated || one ? 1 : CHUNK_PANELS;
     m->direct = !m->best && pool_n_threads(cpu->pool) == 1;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
-    struct pool_job job = {m->best    ? argmax_compute
-                           : m->gated ? gated_compute
-                                      : matmul_compute,
-                           m->best ? argmax_commit : matmul_commit, m, sizeof *m, 0};
-    job.n_chunks = m->n_panel_chunks * n_row_chunks;
+    struct pool_job job = {.compute = m->best    ? argmax_compute
+                                      : m->gated ? gated_compute
+                                                 : matmul_compute,
+                           .commit = m->best ? argmax_commit : matmul_commit,
+                           .prepare = m->own.pack ? matmul_prepare : NULL,
+                           .args = m,
+                           .args_bytes = sizeof *m,
+                           .n_chunks = m->n_panel_chunks * n_row_chunks};
     pool_run(cpu->pool, &job);
 }
 
@@ -348,7 +366,7 @@ void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_inp
     for (int64_t row = 0; row < out.rows; row += slice) {
         int n = (int)(out.rows - row < slice ? out.rows - row : slice);
         struct matmul_args m = matmul_begin(cpu, out, row, w);
-        activations_pack(cpu, w, in, row, n);
+        m.own = activations_pack(cpu, w, in, row, n);
         matmul_slice(cpu, &cpu->activations, &m);
     }
 }
@@ -391,10 +409,10 @@ void cpu_feed_forward(struct backend *b, struct tensor out, const struct norm_in
         if (fit)
             m.next = (struct words_out){cpu->matmul.pack_rows[down->format], between.words,
                                         down->n_steps, format_infos[down->format].inputs_per_step};
-        activations_pack(cpu, up, in, row, n);
+        m.own = activations_pack(cpu, up, in, row, n);
         matmul_slice(cpu, &cpu->activations, &m);
         m = matmul_begin(cpu, out, row, down);
-        if (!fit) activations_pack(cpu, down, &(struct norm_input){.x = act}, row, n);
+        if (!fit) m.own = activations_pack(cpu, down, &(struct norm_input){.x = act}, row, n);
         matmul_slice(cpu, fit ? &between : &cpu->activations, &m);
     }
 }
@@ -426,7 +444,7 @@ void cpu_norm_matmul_argmax(struct backend *b, const struct norm_input *in, cons
         int n = (int)(in->x.rows - row < slice ? in->x.rows - row : slice);
         struct matmul_args m = matmul_begin(cpu, (struct tensor){.cols = w->n_out}, 0, w);
         m.best = (struct largest *)(void *)cpu->attention_partial;
-        activations_pack(cpu, w, in, row, n);
+        m.own = activations_pack(cpu, w, in, row, n);
         matmul_slice(cpu, &cpu->activations, &m);
         chunks_merge(&m, out_index + row, out_value + row);
     }

@@ -323,7 +323,10 @@ enum err cpu_weight_create(struct backend *b, const struct matrix_view *parts, i
     TRY_OUT(MEM_NEW_ARRAY(w->n_in * n_chunks, &inputs));
     if (bias) memcpy(w->bias, bias, (size_t)w->n_out * 4);
     struct pack_args args = {w, parts, inputs, n_chunks};
-    pool_run(cpu_of(b)->pool, &(struct pool_job){pack_chunk, NULL, &args, sizeof args, n_chunks});
+    pool_run(cpu_of(b)->pool, &(struct pool_job){.compute = pack_chunk,
+                                                 .args = &args,
+                                                 .args_bytes = sizeof args,
+                                                 .n_chunks = n_chunks});
     *out = w;
     w = NULL;
 out:

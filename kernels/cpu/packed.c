@@ -133,7 +133,10 @@ static enum err panels_copy(struct backend *b, struct weight *w, struct pool *po
     enum err e = slab_take(&cpu_of(b)->slabs, w->packed_bytes, &to, &slab);
     struct import_args args = {&from, to, pieces};
     if (!e && pool)
-        pool_run(pool, &(struct pool_job){import_piece, NULL, &args, sizeof args, n_pieces(&from)});
+        pool_run(pool, &(struct pool_job){.compute = import_piece,
+                                          .args = &args,
+                                          .args_bytes = sizeof args,
+                                          .n_chunks = n_pieces(&from)});
     for (int i = 0; !e && !pool && i < n_pieces(&from); i++)
         import_piece(&args, i, NULL);
     if (!e) {

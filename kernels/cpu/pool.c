@@ -54,9 +54,11 @@ struct job_slot {
 struct pool_thread {
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic uint64_t finished; /* serial:44 | chunks of it that it finished:20 */
+    _Atomic uint64_t preparing;             /* serial of the job whose prepare it is in, or 0 */
     _Atomic int busy;
     uint32_t generation; /* of the copy */
     uint64_t serial;
+    uint64_t prepared; /* serial of the last job whose prepare it ran */
     struct job_copy copy;
     struct pool *pool;
     int index;
@@ -90,24 +92,47 @@ static bool job_copied(struct pool_thread *t, uint32_t generation)
     return t->generation != 0;
 }
 
-/* True for the one thread that may publish the chunk. */
-static bool chunk_claim(struct pool_thread *t, struct job_slot *slot, int chunk)
+static _Atomic uint64_t *claim_of(struct pool_thread *t, struct job_slot *slot, int chunk)
 {
     int64_t n_threads = t->pool->n_threads;
     int64_t range = ((chunk + 1) * n_threads - 1) / t->copy.job.n_chunks;
-    _Atomic uint64_t *claim = &slot->claim[chunk + CLAIMS_APART * range];
+    return &slot->claim[chunk + CLAIMS_APART * range];
+}
+
+/* True for the one thread that may publish the chunk. */
+static bool chunk_claim(struct pool_thread *t, struct job_slot *slot, int chunk)
+{
+    _Atomic uint64_t *claim = claim_of(t, slot, chunk);
     uint64_t last = atomic_load_explicit(claim, memory_order_relaxed);
     return last < t->serial && atomic_compare_exchange_strong(claim, &last, t->serial);
+}
+
+/* Once a job: what prepare reads may be gone when the job is done. It is not while this thread's
+ * chunk is unpublished, and pool_run, which looks after the last chunk was, waits for those that
+ * say that they prepare. False when the chunk has been published by another thread. */
+static bool chunk_prepare(struct pool_thread *t, struct job_slot *slot, int chunk)
+{
+    const struct pool_job *job = &t->copy.job;
+    if (!job->prepare || t->prepared == t->serial) return true;
+    atomic_store(&t->preparing, t->serial);
+    bool open = !job->commit || atomic_load(claim_of(t, slot, chunk)) < t->serial;
+    if (open) {
+        job->prepare(t->copy.args, chunk, t->scratch);
+        t->prepared = t->serial;
+    }
+    atomic_store_explicit(&t->preparing, 0, memory_order_release);
+    return open;
 }
 
 /* Runs one chunk of the job `generation`, or drops it when someone else has published it. */
 static void chunk_run(struct pool_thread *t, uint32_t generation, int chunk)
 {
     const struct pool_job *job = &t->copy.job;
-    if (!job_copied(t, generation)) return;
+    struct job_slot *slot = &t->pool->ring[generation % RING];
+    if (!job_copied(t, generation) || !chunk_prepare(t, slot, chunk)) return;
     job->compute(t->copy.args, chunk, t->scratch);
     if (job->commit) {
-        if (!chunk_claim(t, &t->pool->ring[generation % RING], chunk)) return;
+        if (!chunk_claim(t, slot, chunk)) return;
         job->commit(t->copy.args, chunk, t->scratch);
     }
     uint64_t finished = atomic_load_explicit(&t->finished, memory_order_relaxed);
@@ -225,6 +250,15 @@ static void chunks_wait(struct pool *p, uint32_t generation, const struct pool_j
     }
 }
 
+static void preparations_wait(struct pool *p)
+{
+    for (int i = 1; i < p->n_threads; i++)
+        for (int n = 1; atomic_load(&p->threads[i].preparing) == p->serial; n++) {
+            _mm_pause();
+            if (n % 256 == 0) sched_yield();
+        }
+}
+
 static void job_publish(struct pool *p, uint32_t generation, const struct pool_job *job)
 {
     struct job_slot *slot = &p->ring[generation % RING];
@@ -247,14 +281,15 @@ void pool_run(struct pool *p, const struct pool_job *job)
 {
     ASSERT_CMP(job->args_bytes, <=, POOL_ARGS_BYTES);
     ASSERT_CMP(job->n_chunks, <, CHUNK_MASK - POOL_THREADS_MAX);
+    if (job->n_chunks <= 0) return;
     if (p->n_threads == 1 || job->n_chunks == 1) {
+        if (job->prepare) job->prepare(job->args, 0, p->threads[0].scratch);
         for (int i = 0; i < job->n_chunks; i++) {
             job->compute(job->args, i, p->threads[0].scratch);
             if (job->commit) job->commit(job->args, i, p->threads[0].scratch);
         }
         return;
     }
-    if (job->n_chunks <= 0) return;
     if (job->commit) ASSERT_CMP(job->n_chunks, <=, POOL_CHUNKS_MAX);
     int64_t start_ns = clock_monotonic_ns();
     uint32_t generation = (atomic_load(&p->generation) + 1) & 0xffffff;
@@ -263,6 +298,7 @@ void pool_run(struct pool *p, const struct pool_job *job)
     generation_bump(p, generation);
     chunks_take(&p->threads[0]);
     chunks_wait(p, generation, job, start_ns);
+    if (job->prepare) preparations_wait(p);
 }
 
 void pool_quiesce(struct pool *p)

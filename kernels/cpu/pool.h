@@ -18,7 +18,10 @@ struct pool;
 typedef void pool_fn(const void *args, int chunk, void *scratch);
 struct pool_job {
     pool_fn *compute, *commit; /* commit: NULL, or publishes what compute left in scratch */
-    const void *args;          /* copied: at most POOL_ARGS_BYTES */
+    /* NULL, or makes in scratch what a thread needs for all its chunks: runs once before the first
+     * of them, which it is told, and never after pool_run has returned. */
+    pool_fn *prepare;
+    const void *args; /* copied: at most POOL_ARGS_BYTES */
     size_t args_bytes;
     int n_chunks; /* with a commit, at most POOL_CHUNKS_MAX */
 };

@@ -7,8 +7,8 @@
  * an order that the batch could change. Rows are independent; the pool takes them one by one. */
 #include "base/rand.h"
 #include "kernels/cpu/cpu.h"
-#include "kernels/half.h"
 #include "kernels/cpu/vector_math.h"
+#include "kernels/half.h"
 
 #include <float.h>
 #include <math.h>
@@ -286,5 +286,7 @@ void cpu_sample(struct backend *b, struct tensor logits, const struct sample_row
     struct sample_job j = {logits, rows, results, cpu->feedback, cpu->options.n_slots_max};
     ASSERT_CMP(logits.cols, <=, cpu->options.vocab_size);
     ASSERT_CMP(logits.rows, >=, n_rows);
-    pool_run(cpu->pool, &(struct pool_job){sample_chunk, NULL, &j, sizeof j, n_rows});
+    pool_run(cpu->pool,
+             &(struct pool_job){
+                 .compute = sample_chunk, .args = &j, .args_bytes = sizeof j, .n_chunks = n_rows});
 }

@@ -1,7 +1,8 @@
 /* Goal: every chunk of every job takes effect exactly once, with any number of threads, also when a
  * thread is held up in the middle of a chunk; jobs of one chunk and of none work; scratch is
- * private. Method: chunks add into counters; a stalled thread is one that sleeps in its first
- * chunk, which another thread must then compute again. */
+ * private; a thread prepares once a job, before its chunks, and not when the job is over. Method:
+ * chunks add into counters; a stalled thread is one that sleeps in its first chunk, which another
+ * thread must then compute again. */
 #include "base/clock.h"
 #include "kernels/cpu/pool.h"
 #include "unit/kernels/cpu_test.h"
@@ -51,8 +52,11 @@ static void every_chunk_once(void **state)
             for (int round = 0; round < 20; round++) {
                 struct sums s = {times, NULL, round + 1};
                 memset((void *)times, 0, sizeof times);
-                struct pool_job job = {round % 2 ? prepare : count, round % 2 ? publish : NULL, &s,
-                                       sizeof s, n};
+                struct pool_job job = {.compute = round % 2 ? prepare : count,
+                                       .commit = round % 2 ? publish : NULL,
+                                       .args = &s,
+                                       .args_bytes = sizeof s,
+                                       .n_chunks = n};
                 pool_run(p, &job);
                 for (int i = 0; i < CHUNKS; i++)
                     assert_int_equal(times[i], i < n ? (round % 2 ? i * 3 : 0) + round + 1 : 0);
@@ -92,7 +96,11 @@ static void stalled_chunks_are_rescued(void **state)
         atomic_store(&computed, 0);
         atomic_store(&stalls_left, 1);
         int64_t start = clock_monotonic_us();
-        struct pool_job job = {stall_once, publish, &s, sizeof s, 8};
+        struct pool_job job = {.compute = stall_once,
+                               .commit = publish,
+                               .args = &s,
+                               .args_bytes = sizeof s,
+                               .n_chunks = 8};
         pool_run(p, &job);
         fast += clock_monotonic_us() - start < 200000;
         for (int i = 0; i < 8; i++)
@@ -115,6 +123,70 @@ static void stalled_chunks_are_rescued(void **state)
 #endif
 }
 
+struct prepared {
+    _Atomic int *open, *late; /* open: while what prepare reads is there */
+    _Atomic int *preparations, *wrong;
+    int stamp;
+};
+
+/* Slow, but for the caller: it can take all chunks meanwhile. */
+static void prepare_slowly(const void *args, int chunk, void *scratch)
+{
+    const struct prepared *p = args;
+    (void)chunk;
+    if (!pthread_equal(pthread_self(), caller)) clock_sleep_us(p->stamp % 3 * 100);
+    if (!atomic_load(p->open)) atomic_fetch_add(p->late, 1);
+    atomic_fetch_add(p->preparations, 1);
+    *(int *)scratch = p->stamp;
+}
+
+static void use_prepared(const void *args, int chunk, void *scratch)
+{
+    const struct prepared *p = args;
+    (void)chunk;
+    if (*(int *)scratch != p->stamp) atomic_fetch_add(p->wrong, 1);
+    if (pthread_equal(pthread_self(), caller)) clock_sleep_us(20);
+}
+
+static void nothing(const void *args, int chunk, void *scratch)
+{
+    (void)args, (void)chunk, (void)scratch;
+}
+
+static void preparations_end_with_their_job(void **state)
+{
+    static _Atomic int open, late, preparations, wrong;
+    int all = 0;
+    (void)state;
+    caller = pthread_self();
+    for (int threads = 1; threads <= 3; threads++) {
+        struct pool *p;
+        CHECK(pool_create(threads, 64, &p));
+        for (int round = 1; round <= 200; round++) {
+            struct prepared args = {&open, &late, &preparations, &wrong, round};
+            struct pool_job job = {.compute = use_prepared,
+                                   .commit = round % 2 ? nothing : NULL,
+                                   .prepare = prepare_slowly,
+                                   .args = &args,
+                                   .args_bytes = sizeof args,
+                                   .n_chunks = round % 9};
+            atomic_store(&open, 1);
+            atomic_store(&preparations, 0);
+            pool_run(p, &job);
+            atomic_store(&open, 0);
+            /* with a commit the caller may rescue a chunk of each of the others */
+            int most = job.commit || job.n_chunks > threads ? threads : job.n_chunks;
+            assert_in_range(atomic_load(&preparations), job.n_chunks > 0, most);
+            all += preparations;
+        }
+        pool_quiesce(p);
+        pool_destroy(p);
+    }
+    assert_int_equal(late, 0);
+    assert_int_equal(wrong, 0);
+    assert_in_range(all, 600 - 66 + 1, 1800); /* other threads than the caller have prepared too */
+}
+
 static void cores_are_counted(void **state)
 {
     struct pool *p;
@@ -128,6 +200,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_chunk_once),
         cmocka_unit_test(stalled_chunks_are_rescued),
+        cmocka_unit_test(preparations_end_with_their_job),
         cmocka_unit_test(cores_are_counted),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
