@@ -164,6 +164,17 @@ static void blend(float *restrict x, const float *restrict y, float keep, float 
         x[i] = x[i] * keep + y[i] * more;
 }
 
+/* What e^a and e^b become beside e^(the larger of both). */
+static void shares(float *restrict keep, float *restrict add, const float *restrict a,
+                   const float *restrict b, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float most = b[i] > a[i] ? b[i] : a[i];
+        keep[i] = exp_approx(a[i] - most);
+        add[i] = exp_approx(b[i] - most);
+    }
+}
+
 static void to_bf16(uint16_t *restrict out, const float *restrict x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
@@ -201,5 +212,5 @@ static void rotate_halves(float *restrict x, const float *restrict c, const floa
 }
 
 #define ROW_KERNELS(NAME)                                                                          \
-    const struct row_kernels NAME = {add,   norm,    scale,         activate,                      \
-                                     blend, to_bf16, rotate_halves, largest};
+    const struct row_kernels NAME = {add,     norm,          scale,   activate, blend,             \
+                                     to_bf16, rotate_halves, largest, shares};
