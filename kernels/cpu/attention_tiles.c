@@ -278,6 +278,7 @@ static void rows_by_chunk(const struct tiles_job *t, int r0, int rows, struct ro
     for (int r = 0; r < rows; r++)
         c->low[r] -= first * TILE, c->high[r] -= first * TILE;
     c->rows = rows;
+    c->odd = (tiles->from / TILE + first) % 2;
     c->n_tiles = (to - first * TILE + TILE - 1) / TILE;
     c->k = tiles->k + first, c->v = tiles->v + first;
     c->k_ahead = r0 == 0 ? tiles->k_ahead + first : c->k;
