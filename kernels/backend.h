@@ -15,7 +15,7 @@
 #include "kernels/tensor.h"
 #include <stdbool.h>
 
-enum { BACKEND_ABI = 5 };
+enum { BACKEND_ABI = 6 };
 
 /* How weights are stored on the device. AUTO keeps the checkpoint's own type where it can. */
 enum weight_format {
@@ -233,17 +233,17 @@ struct backend_ops {
     enum err (*sync)(struct backend *b); /* everything queued has run; the device's error, if any */
 
     /* --- optional: NULL means the caller composes it from the above --- */
-    /* matmul with w = gate|up, then activate gated, in one pass. */
-    void (*matmul_gated)(struct backend *b, struct tensor out, struct tensor x, const struct weight *w, enum activation kind);
     /* For each row of x w^T + bias its largest element and the lowest index that has it, by the rules
      * of greedy sampling, without writing the row. out_index, out_value: host [rows]; they may be read
      * when the operation returns, so this is for backends that run in place. */
     void (*matmul_argmax)(struct backend *b, struct tensor x, const struct weight *w, int32_t *out_index, float *out_value);
-    /* add_norm into rows that nothing else reads, then matmul, matmul_gated, matmul_argmax of them: the
-     * same bits, without the rows being written. All three or none. */
+    /* add_norm into rows that nothing else reads, then matmul, matmul_argmax of them: the same bits,
+     * without the rows being written. */
     void (*norm_matmul)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *w);
-    void (*norm_matmul_gated)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *w, enum activation kind);
     void (*norm_matmul_argmax)(struct backend *b, const struct norm_input *in, const struct weight *w, int32_t *out_index, float *out_value);
+    /* norm_matmul by up = gate|up, activate gated, matmul by down: the same bits. act [rows][F], whose
+     * rows follow each other without gaps, is scratch. With norm_matmul or not at all. */
+    void (*feed_forward)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *up, const struct weight *down, struct tensor act, enum activation kind);
     /* Records the operations between begin and end as one graph, replayable with the same shapes. */
     enum err (*capture_begin)(struct backend *b);
     enum err (*capture_end)(struct backend *b, void **out_graph);

@@ -234,18 +234,18 @@ enum err cpu_weight_import(struct backend *b, const struct packed_weight *p,
 struct hash128 cpu_packed_digest(const struct packed_weight *p);
 void cpu_packed_row(const struct packed_weight *p, int64_t row, float *out);
 
-/* matmul.c: the driver; quantize.c: rows of activations into words */
+/* activations.c: memory for the activations of such a weight */
 enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w);
-void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w);
-void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
-                      enum activation kind);
 
+/* matmul.c: the driver */
+void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w);
 void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *w,
                        int32_t *out_index, float *out_value);
 void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
                      const struct weight *w);
-void cpu_norm_matmul_gated(struct backend *b, struct tensor out, const struct norm_input *in,
-                           const struct weight *w, enum activation kind);
+void cpu_feed_forward(struct backend *b, struct tensor out, const struct norm_input *in,
+                      const struct weight *up, const struct weight *down, struct tensor act,
+                      enum activation kind);
 void cpu_norm_matmul_argmax(struct backend *b, const struct norm_input *in, const struct weight *w,
                             int32_t *out_index, float *out_value);
 

@@ -1,13 +1,11 @@
 /* out = x w^T + bias: the driver that turns a matmul into chunks of microkernel calls.
  *
- * Rows are packed once (quantize.c), normed just before where that is asked for, and split evenly
- * into row panels of at most rows_max rows. A chunk is a few weight panels by a block of
- * row panels; it walks K in blocks whose weights fit in L1, with the accumulators parked in scratch
- * between blocks. An element's sum runs over K in one order whatever the batch: that is what keeps
- * law 4. The driver knows formats only as rows of tables. */
+ * Rows are packed once (activations.c). A chunk is a few weight panels by a block of row panels; it
+ * walks K in blocks whose weights fit in L1, with the accumulators parked in scratch between
+ * blocks. An element's sum runs over K in one order whatever the batch: that is what keeps law 4.
+ * The driver knows formats only as rows of tables. */
 #include "base/mem.h"
-#include "kernels/cpu/cpu.h"
-#include "kernels/cpu/quantize.h"
+#include "kernels/cpu/activations.h"
 
 #include <math.h>
 #include <string.h>
@@ -20,13 +18,24 @@ enum {
     CHUNK_PANELS = 2,              /* of a chunk that is short: one fetching runs on through both */
     CHUNK_WORK =
         3072, /* rows times steps; a chunk of more has one panel, and threads end together */
-    PREFETCH_AHEAD = 8192,     /* bytes */
-    WORDS_BYTES_MIN = 2 << 20, /* a huge page */
-    PARALLEL_PACK_ROWS = 8,    /* fewer rows are packed by the caller alone */
+    PREFETCH_AHEAD = 8192, /* bytes */
 };
 
 /* All by value but the operands themselves: a thread that comes back late from an old matmul still
  * reads within them, whatever the backend does next. */
+struct largest {
+    float value;
+    int32_t index;
+};
+
+/* Where results become the packed inputs of a next product, in row panels of the same rows. */
+struct words_out {
+    quantize_kernel *pack;
+    uint32_t *words; /* NULL: results stay floats */
+    int64_t n_steps;
+    int inputs_per_step;
+};
+
 struct matmul_args {
     const struct weight *w;
     struct activations a;
@@ -37,110 +46,10 @@ struct matmul_args {
     bool gated, direct; /* direct: one thread, which leaves whole panels where they belong */
     enum activation activation;
     const struct row_kernels *rows;
-    struct largest *best; /* of matmul_argmax: [n_panel_chunks][n_rows] */
+    struct largest *best;  /* of matmul_argmax: [n_panel_chunks][n_rows] */
+    struct words_out next; /* of the gated form */
 };
-
-struct largest {
-    float value;
-    int32_t index;
-};
-
-/* Row panels are equal but for one row that the first n_taller have more. */
-static int row_panel_first(const struct activations *a, int i)
-{
-    return i * a->panel_rows + (i < a->n_taller ? i : a->n_taller);
-}
-
-enum err activations_reserve(struct cpu_backend *cpu, const struct weight *w)
-{
-    struct activations *a = &cpu->activations;
-    size_t words = (size_t)w->n_steps * ACTIVATION_ROWS * 4;
-    int64_t group_steps = w->group_steps ? w->group_steps : w->n_steps;
-    size_t corrections = (size_t)(w->n_steps / group_steps + 1) * ACTIVATION_ROWS * 4;
-    void *bigger;
-    if (words < WORDS_BYTES_MIN) words = WORDS_BYTES_MIN;
-    if (words > cpu->words_bytes) {
-        TRY(mem_alloc_huge(words, &bigger));
-        pool_quiesce(cpu->pool);
-        mem_free_huge(a->words, cpu->words_bytes);
-        a->words = bigger, cpu->words_bytes = words;
-    }
-    if (corrections > cpu->correction_bytes) {
-        TRY(mem_alloc_aligned(64, corrections, &bigger));
-        pool_quiesce(cpu->pool);
-        mem_free(a->correction);
-        a->correction = bigger, cpu->correction_bytes = corrections;
-    }
-    if (!a->row_scale) TRY(mem_alloc_aligned(64, ACTIVATION_ROWS * 4, (void **)&a->row_scale));
-    return OK;
-}
-
-struct pack_rows_args {
-    const struct activations *a;
-    quantize_kernel *pack;
-    const struct row_kernels *kernels;
-    struct norm_input in;
-    int64_t row; /* of in, the first that is packed */
-};
-
-static float *row_at(struct tensor t, int64_t row)
-{
-    return (float *)t.data + row * t.stride;
-}
-
-/* Rows from `row` on, normed: into scratch, where they stay in cache, or into h when scratch is
- * NULL or too small for them. */
-static const float *rows_norm(const struct pack_rows_args *p, int64_t row, int rows, float *scratch,
-                              int64_t *out_stride)
-{
-    const struct norm_input *in = &p->in;
-    int64_t n = in->x.cols, stride = n + 16; /* rows of a power of two would share lines of L1 */
-    bool fits = scratch && rows * stride * (int64_t)sizeof(float) <= NORM_SCRATCH_BYTES;
-    float *to = fits ? scratch : row_at(in->h, row);
-    *out_stride = fits ? stride : in->h.stride;
-    for (int r = 0; r < rows; r++)
-        p->kernels->norm(row_at(in->x, row + r), in->delta.data ? row_at(in->delta, row + r) : NULL,
-                         in->norm, to + r * *out_stride, n);
-    return to;
-}
-
-/* No commit, so that it runs once: delta must not be added twice. */
-static void pack_rows_chunk(const void *args, int chunk, void *scratch)
-{
-    const struct pack_rows_args *p = args;
-    int first = row_panel_first(p->a, chunk), rows = row_panel_first(p->a, chunk + 1) - first;
-    int64_t stride = p->in.x.stride;
-    const float *x = p->in.norm ? rows_norm(p, p->row + first, rows, scratch, &stride)
-                                : row_at(p->in.x, p->row + first);
-    p->pack(p->a, x, stride, first, rows, p->a->words + first * p->a->n_steps);
-}
-
-static void activations_pack(struct cpu_backend *cpu, const struct weight *w,
-                             const struct norm_input *in, int64_t row, int n_rows)
-{
-    struct activations *a = &cpu->activations;
-    a->format = w->format;
-    a->n_rows = n_rows;
-    a->rows_max = cpu->matmul.rows_max[w->format];
-    a->row_major = cpu->matmul.row_major[w->format];
-    a->n_row_panels = (n_rows + a->rows_max - 1) / a->rows_max;
-    a->panel_rows = n_rows / a->n_row_panels;
-    a->n_taller = n_rows % a->n_row_panels;
-    a->n_inputs = w->n_in;
-    a->n_steps = w->n_steps;
-    a->group_steps = w->group_steps ? w->group_steps : w->n_steps;
-    a->n_groups = w->n_steps / a->group_steps;
-    a->offset = w->format == WEIGHT_INT4 ? 8 : w->format == WEIGHT_INT4_GROUPS ? 1 : 128;
-    a->order = w->order;
-    struct pack_rows_args args = {
-        a, w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format], cpu->rows, *in, row};
-    if (n_rows <= PARALLEL_PACK_ROWS)
-        for (int i = 0; i < a->n_row_panels; i++)
-            pack_rows_chunk(&args, i, NULL);
-    else
-        pool_run(cpu->pool,
-                 &(struct pool_job){pack_rows_chunk, NULL, &args, sizeof args, a->n_row_panels});
-}
+_Static_assert(sizeof(struct matmul_args) <= POOL_ARGS_BYTES, "copied by each thread");
 
 /* Which weights are fetched meanwhile. One row panel streams through the weights once: with few
  * rows the hardware keeps up by itself and is only disturbed; with more it falls behind, and a
@@ -282,7 +191,8 @@ static void gated_compute(const void *args, int chunk, void *scratch)
     int64_t shift = (m->n_columns + c.panel0 * PANEL_OUTPUTS) % PANEL_OUTPUTS;
     float *parked = scratch, *gate = parked + CHUNK_ROWS * PANEL_OUTPUTS;
     float *up = gate + CHUNK_ROWS * PANEL_OUTPUTS;
-    panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS, c.panel0 * PANEL_OUTPUTS);
+    panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS,
+                  m->next.words ? -1 : c.panel0 * PANEL_OUTPUTS);
     if (!shift) { /* all rows are one: a loop of two vectors is as long as its beginning and end */
         panel_by_rows(m, up0, c.i0, c.i1, parked, up, PANEL_OUTPUTS, -1);
         m->rows->activate(gate, gate, up, (int64_t)c.n_rows * PANEL_OUTPUTS, m->activation);
@@ -298,11 +208,34 @@ static void gated_compute(const void *args, int chunk, void *scratch)
     }
 }
 
+/* One panel's results into the steps of the next product that are theirs; its last panel writes the
+ * zeros behind them too. */
+static void words_commit(const struct matmul_args *m, const struct chunk_range *c,
+                         const float *result)
+{
+    const struct words_out *next = &m->next;
+    int64_t column = c->panel0 * PANEL_OUTPUTS, step = column / next->inputs_per_step;
+    int64_t left = m->n_columns - column;
+    struct activations part = {.n_inputs = left < PANEL_OUTPUTS ? left : PANEL_OUTPUTS};
+    part.n_steps =
+        left > PANEL_OUTPUTS ? PANEL_OUTPUTS / next->inputs_per_step : next->n_steps - step;
+    for (int i = c->i0; i < c->i1; i++) {
+        int first = row_panel_first(&m->a, i), rows = row_panel_first(&m->a, i + 1) - first;
+        next->pack(&part, result, PANEL_OUTPUTS, 0, rows,
+                   next->words + first * next->n_steps + step * rows);
+        result += rows * PANEL_OUTPUTS;
+    }
+}
+
 static void matmul_commit(const void *args, int chunk, void *scratch)
 {
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
     const float *result = (const float *)scratch + CHUNK_ROWS * PANEL_OUTPUTS;
+    if (m->next.words) {
+        words_commit(m, &c, result);
+        return;
+    }
     for (int64_t p = 0; p < c.n_panels; p++) {
         int64_t column = (c.panel0 + p) * PANEL_OUTPUTS;
         int64_t n = m->n_columns - column;
@@ -348,9 +281,9 @@ static void argmax_commit(const void *args, int chunk, void *scratch)
            (size_t)c.n_rows * sizeof *m->best);
 }
 
-static void matmul_slice(struct cpu_backend *cpu, struct matmul_args *m)
+static void matmul_slice(struct cpu_backend *cpu, const struct activations *a,
+                         struct matmul_args *m)
 {
-    const struct activations *a = &cpu->activations;
     int64_t panels = (m->n_columns + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
     int64_t rows = CHUNK_WORDS_BYTES / (a->n_steps * 4);
     rows = rows < CHUNK_ROWS_MIN ? CHUNK_ROWS_MIN : rows < CHUNK_ROWS ? rows : CHUNK_ROWS;
@@ -390,52 +323,80 @@ static void input_check(const struct norm_input *in, const struct weight *w)
     if (in->delta.data) ASSERT_CMP(in->delta.rows, ==, in->x.rows);
 }
 
-static void matmul_run(struct backend *b, struct tensor out, const struct norm_input *in,
-                       const struct weight *w, bool gated, enum activation kind)
+/* The product of rows [row, row + a->n_rows). */
+static struct matmul_args matmul_begin(const struct cpu_backend *cpu, struct tensor out,
+                                       int64_t row, const struct weight *w)
 {
-    struct cpu_backend *cpu = cpu_of(b);
-    input_check(in, w);
-    ASSERT_CMP(out.cols, ==, gated ? w->n_out / 2 : w->n_out);
-    ASSERT_CMP(out.rows, ==, in->x.rows);
-    int64_t slice = slice_rows(out.cols);
-    for (int64_t row = 0; row < out.rows; row += slice) {
-        int n = (int)(out.rows - row < slice ? out.rows - row : slice);
-        struct matmul_args m = {
-            .w = w,
-            .kernel = cpu->matmul.panel[w->format],
-            .out = (float *)out.data + row * out.stride,
-            .out_stride = out.stride,
-            .n_columns = out.cols,
-            .gated = gated,
-            .activation = kind,
-            .rows = cpu->rows,
-        };
-        activations_pack(cpu, w, in, row, n);
-        matmul_slice(cpu, &m);
-    }
-}
-
-void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w)
-{
-    matmul_run(b, out, &(struct norm_input){.x = x}, w, false, ACTIVATION_SILU);
+    return (struct matmul_args){
+        .w = w,
+        .kernel = cpu->matmul.panel[w->format],
+        .out = (float *)out.data + row * out.stride,
+        .out_stride = out.stride,
+        .n_columns = out.cols,
+        .rows = cpu->rows,
+    };
 }
 
 void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
                      const struct weight *w)
 {
-    matmul_run(b, out, in, w, false, ACTIVATION_SILU);
+    struct cpu_backend *cpu = cpu_of(b);
+    input_check(in, w);
+    ASSERT_CMP(out.cols, ==, w->n_out);
+    ASSERT_CMP(out.rows, ==, in->x.rows);
+    int64_t slice = slice_rows(out.cols);
+    for (int64_t row = 0; row < out.rows; row += slice) {
+        int n = (int)(out.rows - row < slice ? out.rows - row : slice);
+        struct matmul_args m = matmul_begin(cpu, out, row, w);
+        activations_pack(cpu, w, in, row, n);
+        matmul_slice(cpu, &cpu->activations, &m);
+    }
 }
 
-void cpu_matmul_gated(struct backend *b, struct tensor out, struct tensor x, const struct weight *w,
+void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const struct weight *w)
+{
+    cpu_norm_matmul(b, out, &(struct norm_input){.x = x}, w);
+}
+
+/* Whether up's results can be left as down's words in act: formats whose rows have no scale, which
+ * nobody knows before the row is whole, and row panels alike. */
+static bool words_fit(const struct cpu_backend *cpu, const struct weight *up,
+                      const struct weight *down, struct tensor act)
+{
+    const struct matmul_kernels *k = &cpu->matmul;
+    return format_infos[down->format].inputs_per_step < 4 && !k->row_major[down->format] &&
+           k->rows_max[up->format] == k->rows_max[down->format] && act.stride == act.cols &&
+           down->n_steps <= act.cols;
+}
+
+void cpu_feed_forward(struct backend *b, struct tensor out, const struct norm_input *in,
+                      const struct weight *up, const struct weight *down, struct tensor act,
                       enum activation kind)
 {
-    matmul_run(b, out, &(struct norm_input){.x = x}, w, true, kind);
-}
-
-void cpu_norm_matmul_gated(struct backend *b, struct tensor out, const struct norm_input *in,
-                           const struct weight *w, enum activation kind)
-{
-    matmul_run(b, out, in, w, true, kind);
+    struct cpu_backend *cpu = cpu_of(b);
+    bool fit = words_fit(cpu, up, down, act);
+    input_check(in, up);
+    ASSERT_CMP(up->n_out, ==, 2 * act.cols);
+    ASSERT_CMP(down->n_in, ==, act.cols);
+    ASSERT_CMP(down->n_out, ==, out.cols);
+    ASSERT(out.rows == in->x.rows && act.rows == in->x.rows);
+    int64_t slice = slice_rows(act.cols > out.cols ? act.cols : out.cols);
+    for (int64_t row = 0; row < out.rows; row += slice) {
+        int n = (int)(out.rows - row < slice ? out.rows - row : slice);
+        struct matmul_args m = matmul_begin(cpu, act, row, up);
+        m.gated = true, m.activation = kind;
+        struct activations between = cpu->activations;
+        activations_shape(cpu, &between, down, n);
+        between.words = (uint32_t *)act.data;
+        if (fit)
+            m.next = (struct words_out){cpu->matmul.pack_rows[down->format], between.words,
+                                        down->n_steps, format_infos[down->format].inputs_per_step};
+        activations_pack(cpu, up, in, row, n);
+        matmul_slice(cpu, &cpu->activations, &m);
+        m = matmul_begin(cpu, out, row, down);
+        if (!fit) activations_pack(cpu, down, &(struct norm_input){.x = act}, row, n);
+        matmul_slice(cpu, fit ? &between : &cpu->activations, &m);
+    }
 }
 
 /* The chunks of a row in ascending order: an equal value later does not win. */
@@ -463,15 +424,10 @@ void cpu_norm_matmul_argmax(struct backend *b, const struct norm_input *in, cons
     ASSERT_CMP(slice, >, 0);
     for (int64_t row = 0; row < in->x.rows; row += slice) {
         int n = (int)(in->x.rows - row < slice ? in->x.rows - row : slice);
-        struct matmul_args m = {
-            .w = w,
-            .kernel = cpu->matmul.panel[w->format],
-            .n_columns = w->n_out,
-            .rows = cpu->rows,
-            .best = (struct largest *)(void *)cpu->attention_partial,
-        };
+        struct matmul_args m = matmul_begin(cpu, (struct tensor){.cols = w->n_out}, 0, w);
+        m.best = (struct largest *)(void *)cpu->attention_partial;
         activations_pack(cpu, w, in, row, n);
-        matmul_slice(cpu, &m);
+        matmul_slice(cpu, &cpu->activations, &m);
         chunks_merge(&m, out_index + row, out_value + row);
     }
 }

@@ -123,8 +123,8 @@ static void slice_run(struct backend *b, const struct moe *m, const struct moe_s
         memcpy(s->x + i * m->hidden,
                (const float *)x.data + s->entry_of[i] / m->args.top_k * x.stride,
                (size_t)m->hidden * sizeof(float));
-    cpu_matmul_gated(b, act, in, m->args.up[expert], m->args.kind);
-    cpu_matmul(b, y, act, m->args.down[expert]);
+    cpu_feed_forward(b, y, &(struct norm_input){.x = in}, m->args.up[expert], m->args.down[expert],
+                     act, m->args.kind);
     for (int i = 0; i < n; i++) {
         float *to = (float *)out.data + s->entry_of[i] / m->args.top_k * out.stride;
         float weight = s->weight[s->entry_of[i]];

@@ -208,7 +208,6 @@ const struct backend_ops heddle_backend_cuda = {
     .ticket_wait = cuda_ticket_wait,
     .ticket_ready = cuda_ticket_ready,
     .sync = cuda_sync,
-    .matmul_gated = NULL,
     .capture_begin = cuda_capture_begin,
     .capture_end = cuda_capture_end,
     .replay = cuda_replay,

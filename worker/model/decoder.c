@@ -9,14 +9,14 @@
 
 struct widths {
     int64_t qkv, att, ffn, scratch; /* elements a token */
-    bool fused;                     /* the backend does gate|up and the activation in one pass */
+    bool fused;                     /* the backend does a gated feed-forward in one pass */
 };
 
 static struct widths widths_of(const struct model_config *c, struct group g,
                                const struct backend *b)
 {
     struct shard_heads heads = shard_heads(c->n_heads, c->n_kv_heads, g.rank, g.size);
-    struct widths w = {.fused = b->ops->matmul_gated != NULL};
+    struct widths w = {.fused = b->ops->feed_forward != NULL};
     w.att = shard_count(heads.q) * c->head_dim;
     w.qkv = w.att + 2 * shard_count(heads.kv) * c->head_dim;
     w.ffn = shard_count(shard_rounded(c->ffn, 128, g.rank, g.size));
@@ -176,17 +176,18 @@ static enum err feed_forward(struct decoder *d, const struct layer *layer,
     if (layer->moe) return experts(d, layer, normed(b, in), last, out_delta);
     int64_t ffn = shard_count(d->model->ffn), rows = in->x.rows;
     struct tensor act = view(d, d->scratch, rows, ffn);
-    if (c->gated && b->ops->norm_matmul_gated) {
-        b->ops->norm_matmul_gated(b, act, in, layer->up, c->activation);
-    } else if (c->gated && b->ops->matmul_gated) {
-        b->ops->matmul_gated(b, act, normed(b, in), layer->up, c->activation);
-    } else {
-        struct tensor before =
-            view(d, (char *)d->scratch + (size_t)(rows * ffn) * dtype_bytes(act.dtype), rows,
-                 c->gated ? 2 * ffn : ffn);
-        norm_matmul(b, before, in, layer->up);
-        b->ops->activate(b, act, before, c->activation, c->gated);
+    if (c->gated && b->ops->feed_forward) {
+        struct tensor delta = view(d, d->delta, rows, c->hidden), partial = partial_of(d, delta);
+        b->ops->feed_forward(b, partial, in, layer->up, layer->down, act, c->activation);
+        TRY(ranks_sum(d, &delta, partial, last));
+        *out_delta = delta;
+        return OK;
     }
+    struct tensor before =
+        view(d, (char *)d->scratch + (size_t)(rows * ffn) * dtype_bytes(act.dtype), rows,
+             c->gated ? 2 * ffn : ffn);
+    norm_matmul(b, before, in, layer->up);
+    b->ops->activate(b, act, before, c->activation, c->gated);
     return linear_in(d, act, layer->down, last, out_delta);
 }
 

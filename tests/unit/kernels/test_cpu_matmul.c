@@ -239,34 +239,6 @@ static void parts_are_stacked(void **state)
     mem_free(a), mem_free(c), mem_free(bias), mem_free(x), mem_free(y);
 }
 
-/* matmul_gated is matmul and then activate, bit for bit, also where halves are not whole panels. */
-static void gated_equals_two_steps(void **state)
-{
-    static const int widths[] = {1, 32, 45, 96, 100, 127};
-    enum { K = 40, M = 27 };
-    (void)state;
-    for (int c = 0; c < TEST_ISAS * 6; c++) {
-        struct backend *b = test_open(test_isas[c / 6]);
-        if (!b) continue;
-        int f = widths[c % 6];
-        struct rand r = rand_seeded((uint64_t)f);
-        float *weights = test_floats(&r, 2 * f * K, 0.3f), *x = test_floats(&r, M * K, 1);
-        float *both = test_floats(NULL, M * 2 * f, 0), *want = test_floats(NULL, M * f, 0),
-              *got = test_floats(NULL, M * f, 0);
-        struct matrix_view view = test_view(weights, 2 * f, K);
-        struct weight *w;
-        CHECK(b->ops->weight_create(b, &view, 1, NULL, WEIGHT_INT8, &w));
-        b->ops->matmul(b, test_tensor(both, M, 2 * f), test_tensor(x, M, K), w);
-        b->ops->activate(b, test_tensor(want, M, f), test_tensor(both, M, 2 * f), ACTIVATION_SILU,
-                         true);
-        b->ops->matmul_gated(b, test_tensor(got, M, f), test_tensor(x, M, K), w, ACTIVATION_SILU);
-        test_same_bits("gated", got, want, (int64_t)M * f);
-        b->ops->weight_destroy(b, w);
-        b->ops->close(b);
-        mem_free(weights), mem_free(x), mem_free(both), mem_free(want), mem_free(got);
-    }
-}
-
 /* More rows than are packed at once, and any number of threads: the same bits. */
 static void threads_and_slices(void **state)
 {
@@ -458,12 +430,17 @@ static void amx_in_emulation(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(argmax_is_greedy),       cmocka_unit_test(amx_in_emulation),
-        cmocka_unit_test(equals_double_sums),     cmocka_unit_test(rows_do_not_see_each_other),
-        cmocka_unit_test(isas_agree_on_integers), cmocka_unit_test(extremes),
-        cmocka_unit_test(parts_are_stacked),      cmocka_unit_test(gated_equals_two_steps),
-        cmocka_unit_test(threads_and_slices),     cmocka_unit_test(refusals),
-        cmocka_unit_test(adopted_weights_settle), cmocka_unit_test(allocations_fail),
+        cmocka_unit_test(argmax_is_greedy),
+        cmocka_unit_test(amx_in_emulation),
+        cmocka_unit_test(equals_double_sums),
+        cmocka_unit_test(rows_do_not_see_each_other),
+        cmocka_unit_test(isas_agree_on_integers),
+        cmocka_unit_test(extremes),
+        cmocka_unit_test(parts_are_stacked),
+        cmocka_unit_test(threads_and_slices),
+        cmocka_unit_test(refusals),
+        cmocka_unit_test(adopted_weights_settle),
+        cmocka_unit_test(allocations_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
