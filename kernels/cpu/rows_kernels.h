@@ -85,13 +85,14 @@ static void scale(float *restrict x, int64_t n, float by, float softcap)
 
 enum { STEP_LANES = 64 }; /* elements that go through a long chain of operations side by side */
 
-/* SiLU: x / (1 + e^-x) of STEP_LANES elements, one operation after the other for all of them: a
+/* SiLU: x / (1 + e^-x) of some elements, one operation after the other for all of them: a
  * vector alone waits for most of its 100 cycles. e^-x is exp_approx's, but where that does not
  * show: beside 1, below e^-87. From x = -88.3 down, where 2^n has no float, all is about -4e-37. */
-static inline void silu_step(float *out, const float *gate, const float *up)
+static inline __attribute__((always_inline)) void silu_step(float *out, const float *gate,
+                                                            const float *up, const int lanes)
 {
     float x[STEP_LANES], n[STEP_LANES], r[STEP_LANES], p[STEP_LANES];
-#define EACH for (int j = 0; j < STEP_LANES; j++)
+#define EACH for (int j = 0; j < lanes; j++)
     EACH x[j] = gate[j] < -88.3f ? -88.3f : gate[j];
     EACH r[j] = x[j] > 87.0f ? 87.0f : x[j];
     EACH n[j] = 12582912.0f - r[j] * 1.44269504f;
@@ -113,17 +114,20 @@ static inline void silu_step(float *out, const float *gate, const float *up)
 /* out = silu(gate) * up, or silu(gate) when up is NULL. */
 static void silu(float *out, const float *gate, const float *up, int64_t n)
 {
-    float ones[STEP_LANES], last_gate[STEP_LANES] = {0}, last_up[STEP_LANES] = {0};
-    int64_t i = 0, step = up ? STEP_LANES : 0;
-    for (int j = 0; j < STEP_LANES; j++)
+    enum { HALF = STEP_LANES / 2 };
+    float ones[STEP_LANES], last_gate[HALF] = {0}, last_up[HALF] = {0};
+    int64_t i = 0, on = up != NULL; /* whether up moves with the others */
+    for (int j = 0; !up && j < STEP_LANES; j++)
         ones[j] = 1.0f;
     if (!up) up = ones;
-    for (; i + STEP_LANES <= n; i += STEP_LANES, up += step)
-        silu_step(out + i, gate + i, up);
+    for (; i + STEP_LANES <= n; i += STEP_LANES)
+        silu_step(out + i, gate + i, up + i * on, STEP_LANES);
+    for (; i + HALF <= n; i += HALF)
+        silu_step(out + i, gate + i, up + i * on, HALF);
     if (i == n) return;
     memcpy(last_gate, gate + i, (size_t)(n - i) * sizeof *gate);
-    memcpy(last_up, up, (size_t)(n - i) * sizeof *up);
-    silu_step(last_gate, last_gate, last_up);
+    memcpy(last_up, up + i * on, (size_t)(n - i) * sizeof *up);
+    silu_step(last_gate, last_gate, last_up, HALF);
     memcpy(out + i, last_gate, (size_t)(n - i) * sizeof *out);
 }
 
