@@ -121,9 +121,8 @@ LANES_INLINE void softmax_pairs(const struct chunk_call *c, int r)
     c->sum[r] = lanes_sum_of(sum);
 }
 
-/* `wide` vectors of dimensions from d on, of rows [r0, r0 + rows). */
-LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const int rows,
-                              const int wide, int d)
+/* `wide` vectors of dimensions from d on. */
+LANES_INLINE void values_wide(const struct chunk_call *c, const int rows, const int wide, int d)
 {
     lanes sum[LANES_ROWS_MAX][4];
     UNROLL for (int r = 0; r < rows; r++)
@@ -133,12 +132,12 @@ LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const in
     for (int t = 0; t < c->n_tiles; t++) {
         const uint32_t *v = (const uint32_t *)c->v[t] + d;
         const uint8_t *ahead = c->v_ahead[t] + (size_t)d * 4;
-        const uint32_t *pairs = (const uint32_t *)(c->scores + r0 * ATTENTION_CHUNK) + t * 8;
+        const uint32_t *pairs = (const uint32_t *)c->scores + t * 8;
         for (int i = 0; i < 8; i++, v += c->width, ahead += c->width * 4) {
             UNROLL for (int j = 0; j < wide; j++)
             {
                 __m512i x = _mm512_loadu_si512(v + j * 16);
-                if (r0 == 0) LANES_FETCH(ahead + j * 64);
+                LANES_FETCH(ahead + j * 64);
                 UNROLL for (int r = 0; r < rows; r++)
                 {
                     DOT_EACH(sum[r][j], x, pairs[r * ATTENTION_CHUNK + i]);
@@ -149,23 +148,21 @@ LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const in
     UNROLL for (int r = 0; r < rows; r++)
     {
         UNROLL for (int j = 0; j < wide; j++)
-            lanes_store(c->out + (r0 + r) * c->width + d + j * 16, sum[r][j]);
+            lanes_store(c->out + r * c->width + d + j * 16, sum[r][j]);
     }
 }
 
-/* 28 sums at most, so that V is read in order: eight rows go in two halves. */
+/* 28 sums at most, so that V is read in order. */
 LANES_INLINE void values_pairs(const struct chunk_call *c, const int rows)
 {
-    const int first = rows > 7 ? 4 : rows;
     int d = 0;
-    for (; d + 64 <= c->width; d += 64) {
-        values_wide(c, 0, first, 4, d);
-        if (rows > first) values_wide(c, first, rows - first, 4, d);
-    }
-    for (; d < c->width; d += 16) {
-        values_wide(c, 0, first, 1, d);
-        if (rows > first) values_wide(c, first, rows - first, 1, d);
-    }
+    if (rows <= 7)
+        for (; d + 64 <= c->width; d += 64)
+            values_wide(c, rows, 4, d);
+    for (; d + 32 <= c->width; d += 32)
+        values_wide(c, rows, 2, d);
+    for (; d < c->width; d += 16)
+        values_wide(c, rows, 1, d);
 }
 
 /* Subnormals become 0 here, as they would in the product. */

@@ -66,6 +66,8 @@ struct unit_scratch {
     struct row_states span, total;
     struct chunk_tiles tiles;
     struct chunk_call call;
+    const uint8_t *far[2 * UNIT_ROWS], *far_k[CHUNK_TILES], *far_v[CHUNK_TILES];
+    int n_far, far_next;
 };
 
 size_t attention_scratch_bytes(void)
@@ -133,6 +135,32 @@ static void rows_find(const struct tiles_job *t, const struct unit *u, struct un
     }
 }
 
+/* What is far away and soon needed, in pieces as long as a tile: the lines that unit_store will
+ * write, since stores that miss hold up all others, and the queries of the next unit. */
+static void far_find(const struct unit *u, int width, size_t tile_bytes, struct unit_scratch *s)
+{
+    const uint8_t *last = NULL;
+    s->n_far = s->far_next = 0;
+    for (int r = 0; r < u->n_rows; r++) {
+        const uint8_t *out = (const uint8_t *)s->rows[r].out;
+        if (last && out > last && out + (size_t)width * sizeof(float) <= last + tile_bytes)
+            continue;
+        last = out;
+        s->far[s->n_far++] = out;
+        s->far[s->n_far++] = (const uint8_t *)s->rows[r].q_next;
+    }
+}
+
+/* Gives n of them, near ones when there are no more. */
+static const uint8_t *const *far_take(struct unit_scratch *s, int n, const uint8_t *const *near,
+                                      const uint8_t **out)
+{
+    if (s->far_next == s->n_far) return near;
+    for (int i = 0; i < n; i++)
+        out[i] = s->far_next < s->n_far ? s->far[s->far_next++] : near[i];
+    return out;
+}
+
 /* Everything of a unit that its chunks share. */
 static void unit_begin(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
 {
@@ -140,6 +168,7 @@ static void unit_begin(const struct tiles_job *t, const struct unit *u, struct u
     int n = a->head_dim;
     query_kernel *convert = t->kernels->query[t->j.kv->args.dtype];
     rows_find(t, u, s->rows);
+    far_find(u, n, t->j.kv->tile_bytes, s);
     for (int r = 0; r < u->n_rows; r++) {
         if (convert)
             convert(s->q + r * n, s->rows[r].q, n);
@@ -153,17 +182,6 @@ static void unit_begin(const struct tiles_job *t, const struct unit *u, struct u
                                   .scores = s->scores,
                                   .max = s->chunk_max,
                                   .sum = s->chunk_sum};
-}
-
-/* Asks for what is far away and soon needed: the lines that unit_store will write, since stores
- * that miss hold up all others, and the queries of the next unit. */
-static void rows_fetch(const struct unit_row *rows, int n_rows, int width)
-{
-    for (int r = 0; r < n_rows; r++)
-        for (int d = 0; d < width; d += 16) {
-            __asm__ volatile("prefetchw %0" ::"m"(rows[r].out[d]));
-            __builtin_prefetch(rows[r].q_next + d, 0, 2);
-        }
 }
 
 static void states_clear(struct row_states *states, int n_rows)
@@ -281,8 +299,13 @@ static void rows_by_chunk(const struct tiles_job *t, int r0, int rows, struct ro
     c->odd = (tiles->from / TILE + first) % 2;
     c->n_tiles = (to - first * TILE + TILE - 1) / TILE;
     c->k = tiles->k + first, c->v = tiles->v + first;
-    c->k_ahead = r0 == 0 ? tiles->k_ahead + first : c->k;
-    c->v_ahead = r0 == 0 ? tiles->v_ahead + first : c->v;
+    if (r0 == 0) { /* the tiles of the others are near by now */
+        c->k_ahead = tiles->k_ahead + first;
+        c->v_ahead = tiles->v_ahead + first;
+    } else {
+        c->k_ahead = far_take(s, c->n_tiles, c->k, s->far_k);
+        c->v_ahead = far_take(s, c->n_tiles, c->v, s->far_v);
+    }
     if (t->j.kv->args.dtype == DTYPE_I8)
         c->k_scale = tiles->k_scale + first, c->v_scale = tiles->v_scale + first;
     c->q = s->q + r0 * c->width;
@@ -308,7 +331,6 @@ static void span_compute(const struct tiles_job *t, const struct unit *u, int sp
         tiles_find(t, u, base, &s->tiles);
         for (int r = 0; r < u->n_rows; r += block) {
             int rows = u->n_rows - r < block ? u->n_rows - r : block;
-            if (base + ATTENTION_CHUNK >= u->high) rows_fetch(s->rows + r, rows, s->call.width);
             rows_by_chunk(t, r, rows, out, s);
         }
     }
