@@ -18,9 +18,10 @@ enum {
 /* One chunk by at most LANES_ROWS_MAX rows. */
 struct chunk_call {
     int rows, width, n_tiles;
-    const uint8_t *k[CHUNK_TILES], *v[CHUNK_TILES];             /* tiles */
-    const uint8_t *k_ahead[CHUNK_TILES], *v_ahead[CHUNK_TILES]; /* tiles worth fetching meanwhile */
-    const float *k_scale[CHUNK_TILES], *v_scale[CHUNK_TILES];   /* I8: [16] each */
+    bool odd;                           /* the first tile has an odd number in the chunk */
+    const uint8_t *const *k, *const *v; /* [n_tiles] tiles */
+    const uint8_t *const *k_ahead, *const *v_ahead; /* [n_tiles] tiles worth fetching meanwhile */
+    const float *const *k_scale, *const *v_scale;   /* I8: [n_tiles][16], else NULL */
     const void *q;    /* [rows][width] floats, or what the ISA's query_kernel makes of them */
     int64_t q_stride; /* bytes between rows */
     float scale, softcap;

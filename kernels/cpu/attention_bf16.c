@@ -6,14 +6,50 @@
 #define LANES_HEADER "kernels/cpu/lanes_avx512.h"
 #include "kernels/cpu/attention_lanes.h"
 
+#include <math.h>
+
 /* sum += a * the pair in memory, the same for all lanes */
 #define DOT_EACH(sum, a, pair)                                                                     \
     __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(pair))
 
-/* Scores times log2 e. Even and odd pairs of dimensions have sums of their own. */
+enum { PAIR = 2 }; /* tiles whose weights are converted together */
+
+/* x of the tokens that row r sees in tile t, -inf elsewhere: e^-inf is an exact 0. */
+LANES_INLINE lanes lanes_seen(const struct chunk_call *c, int r, int t, lanes x)
+{
+    return lanes_between(x, c->low[r] - t * TILE, c->high[r] - t * TILE, lanes_all(-INFINITY));
+}
+
+/* The scores of one row again, capped, and their maximum. */
+static __attribute__((noinline)) lanes cap_row(const struct chunk_call *c, int r)
+{
+    float *s = c->scores + r * ATTENTION_CHUNK;
+    lanes max = lanes_all(-INFINITY);
+    for (int t = 0; t < c->n_tiles; t++) {
+        lanes x = lanes_mul(lanes_load(s + t * TILE), lanes_all(LN_2));
+        x = lanes_mul(lanes_softcap(x, c->softcap), lanes_all(LOG2_E));
+        x = lanes_seen(c, r, t, x);
+        lanes_store(s + t * TILE, x);
+        max = lanes_max(max, x);
+    }
+    return max;
+}
+
+/* Scores times log2 e, -inf where a row sees nothing, and their maximum. Even and odd pairs of
+ * dimensions have sums of their own. */
 LANES_INLINE void scores_pairs(const struct chunk_call *c, const int rows)
 {
     const uint8_t *q = c->q;
+    const lanes scale = lanes_all(c->scale * LOG2_E);
+    lanes max[LANES_ROWS_MAX];
+    int inner = 0, inner_end = c->n_tiles; /* tiles that all rows see wholly */
+    UNROLL for (int r = 0; r < rows; r++)
+    {
+        int low = (c->low[r] + TILE - 1) / TILE, high = c->high[r] / TILE;
+        inner = low > inner ? low : inner;
+        inner_end = high < inner_end ? high : inner_end;
+        max[r] = lanes_all(-INFINITY);
+    }
     for (int t = 0; t < c->n_tiles; t++) {
         const uint32_t *k = (const uint32_t *)c->k[t];
         const uint8_t *ahead = c->k_ahead[t];
@@ -35,48 +71,58 @@ LANES_INLINE void scores_pairs(const struct chunk_call *c, const int rows)
         }
         UNROLL for (int r = 0; r < rows; r++)
         {
-            lanes s = lanes_add(sum[r][0], sum[r][1]);
-            s = lanes_mul(s, lanes_all(c->softcap > 0 ? c->scale : c->scale * LOG2_E));
-            if (c->softcap > 0) s = lanes_mul(lanes_softcap(s, c->softcap), lanes_all(LOG2_E));
-            lanes_store(c->scores + r * ATTENTION_CHUNK + t * TILE, s);
+            sum[r][0] = lanes_mul(lanes_add(sum[r][0], sum[r][1]), scale);
+        }
+        if (t < inner || t >= inner_end)
+            UNROLL for (int r = 0; r < rows; r++) sum[r][0] = lanes_seen(c, r, t, sum[r][0]);
+        UNROLL for (int r = 0; r < rows; r++)
+        {
+            lanes_store(c->scores + r * ATTENTION_CHUNK + t * TILE, sum[r][0]);
+            max[r] = lanes_max(max[r], sum[r][0]);
         }
     }
+    UNROLL for (int r = 0; r < rows; r++) c->max[r] = lanes_max_of(max[r]);
+    if (c->softcap > 0)
+        for (int r = 0; r < rows; r++)
+            c->max[r] = lanes_max_of(cap_row(c, r));
 }
 
-/* As softmax_row, of scores times log2 e; pairs of weights overwrite the first half of the row. */
+/* Weights e^(s - max) as pairs, over the first half of the row's scores, and their sum. Tiles of an
+ * even number of the chunk go to one half of the sums, odd ones to the other. */
 LANES_INLINE void softmax_pairs(const struct chunk_call *c, int r)
 {
-    const lanes nothing = lanes_all(-3.0e38f);
-    const __m256bh ones = (__m256bh)_mm256_set1_epi16(0x3f80);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     float *s = c->scores + r * ATTENTION_CHUNK;
     uint16_t *pairs = (uint16_t *)s;
-    lanes max = nothing;
-    /* tiles [inner, inner_end) are seen wholly */
-    int inner = (c->low[r] + TILE - 1) / TILE, inner_end = c->high[r] / TILE;
-    for (int t = 0; t < c->n_tiles; t++) {
-        lanes x = lanes_load(s + t * TILE);
-        if (t < inner || t >= inner_end)
-            x = lanes_between(x, c->low[r] - t * TILE, c->high[r] - t * TILE, nothing);
-        max = lanes_max(max, x);
+    const lanes max = lanes_all(c->max[r]);
+    lanes sum = lanes_zero();
+    int t = 0;
+    if (c->odd) {
+        lanes p = lanes_exp2(lanes_sub(lanes_load(s), max));
+        __m512bh half = _mm512_cvtne2ps_pbh(p, lanes_zero());
+        _mm256_storeu_si256((void *)pairs, _mm512_extracti64x4_epi64((__m512i)half, 1));
+        sum = _mm512_dpbf16_ps(sum, half, ones);
+        t = 1;
     }
-    float most = lanes_max_of(max);
-    max = lanes_all(most);
-    __m256 sum = _mm256_setzero_ps();
-    for (int t = 0; t < c->n_tiles; t++) {
+    for (; t + PAIR <= c->n_tiles; t += PAIR) {
+        lanes p0 = lanes_exp2(lanes_sub(lanes_load(s + t * TILE), max)),
+              p1 = lanes_exp2(lanes_sub(lanes_load(s + t * TILE + TILE), max));
+        __m512bh both = _mm512_cvtne2ps_pbh(p1, p0);
+        _mm512_storeu_si512(pairs + t * TILE, (__m512i)both);
+        sum = _mm512_dpbf16_ps(sum, both, ones);
+    }
+    if (t < c->n_tiles) {
         lanes p = lanes_exp2(lanes_sub(lanes_load(s + t * TILE), max));
-        if (t < inner || t >= inner_end)
-            p = lanes_between(p, c->low[r] - t * TILE, c->high[r] - t * TILE, lanes_zero());
-        __m256bh half = _mm512_cvtneps_pbh(p);
-        _mm256_storeu_si256((void *)(pairs + t * TILE), (__m256i)half);
-        sum = _mm256_dpbf16_ps(sum, half, ones);
+        __m512bh half = _mm512_cvtne2ps_pbh(lanes_zero(), p);
+        _mm256_storeu_si256((void *)(pairs + t * TILE), _mm512_castsi512_si256((__m512i)half));
+        sum = _mm512_dpbf16_ps(sum, half, ones);
     }
-    c->max[r] = most * LN_2;
-    c->sum[r] = lanes_sum_of(_mm512_zextps256_ps512(sum));
+    c->max[r] *= LN_2;
+    c->sum[r] = lanes_sum_of(sum);
 }
 
-/* `wide` vectors of dimensions from d on, of rows [r0, r0 + rows). */
-LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const int rows,
-                              const int wide, int d)
+/* `wide` vectors of dimensions from d on. */
+LANES_INLINE void values_wide(const struct chunk_call *c, const int rows, const int wide, int d)
 {
     lanes sum[LANES_ROWS_MAX][4];
     UNROLL for (int r = 0; r < rows; r++)
@@ -86,12 +132,12 @@ LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const in
     for (int t = 0; t < c->n_tiles; t++) {
         const uint32_t *v = (const uint32_t *)c->v[t] + d;
         const uint8_t *ahead = c->v_ahead[t] + (size_t)d * 4;
-        const uint32_t *pairs = (const uint32_t *)(c->scores + r0 * ATTENTION_CHUNK) + t * 8;
+        const uint32_t *pairs = (const uint32_t *)c->scores + t * 8;
         for (int i = 0; i < 8; i++, v += c->width, ahead += c->width * 4) {
             UNROLL for (int j = 0; j < wide; j++)
             {
                 __m512i x = _mm512_loadu_si512(v + j * 16);
-                if (r0 == 0) LANES_FETCH(ahead + j * 64);
+                LANES_FETCH(ahead + j * 64);
                 UNROLL for (int r = 0; r < rows; r++)
                 {
                     DOT_EACH(sum[r][j], x, pairs[r * ATTENTION_CHUNK + i]);
@@ -102,28 +148,29 @@ LANES_INLINE void values_wide(const struct chunk_call *c, const int r0, const in
     UNROLL for (int r = 0; r < rows; r++)
     {
         UNROLL for (int j = 0; j < wide; j++)
-            lanes_store(c->out + (r0 + r) * c->width + d + j * 16, sum[r][j]);
+            lanes_store(c->out + r * c->width + d + j * 16, sum[r][j]);
     }
 }
 
-/* 28 sums at most, so that V is read in order: eight rows go in two halves. */
+/* 28 sums at most, so that V is read in order. */
 LANES_INLINE void values_pairs(const struct chunk_call *c, const int rows)
 {
-    const int first = rows > 7 ? 4 : rows;
     int d = 0;
-    for (; d + 64 <= c->width; d += 64) {
-        values_wide(c, 0, first, 4, d);
-        if (rows > first) values_wide(c, first, rows - first, 4, d);
-    }
-    for (; d < c->width; d += 16) {
-        values_wide(c, 0, first, 1, d);
-        if (rows > first) values_wide(c, first, rows - first, 1, d);
-    }
+    if (rows <= 7)
+        for (; d + 64 <= c->width; d += 64)
+            values_wide(c, rows, 4, d);
+    for (; d + 32 <= c->width; d += 32)
+        values_wide(c, rows, 2, d);
+    for (; d < c->width; d += 16)
+        values_wide(c, rows, 1, d);
 }
 
+/* Subnormals become 0 here, as they would in the product. */
 static void query_pairs(void *to, const float *q, int n)
 {
-    rows_avx512.to_bf16(to, q, n);
+    for (int d = 0; d < n; d += 16)
+        _mm256_storeu_si256((void *)((uint16_t *)to + d),
+                            (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(q + d)));
 }
 
 CHUNK_KERNEL_8(chunk_pairs, scores_pairs, softmax_pairs, values_pairs)

@@ -149,7 +149,7 @@ LANES_INLINE void softmax_row(const struct chunk_call *c, int r)
         lanes p = lanes_exp(lanes_sub(lanes_load(s + t * 16), max));
         p = lanes_between(p, c->low[r] - t * 16, c->high[r] - t * 16, lanes_zero());
         sum = lanes_add(sum, p);
-        if (c->v_scale[t]) p = lanes_mul(p, lanes_load(c->v_scale[t]));
+        if (c->v_scale) p = lanes_mul(p, lanes_load(c->v_scale[t]));
         lanes_store(s + t * 16, p);
     }
     c->sum[r] = lanes_sum_of(sum);

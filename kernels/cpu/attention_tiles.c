@@ -6,7 +6,6 @@
  * an item of its own and a second job merges the spans. Both ways do the same operations in the
  * same order (see attention.h), so they give the same bits. */
 #include "kernels/cpu/attention.h"
-#include "kernels/cpu/vector_math.h"
 #include "kernels/half.h"
 
 #include <math.h>
@@ -14,6 +13,7 @@
 
 enum {
     UNIT_ROWS = 32,
+    ROWS_MAX = 8,       /* of one call */
     AHEAD_BYTES = 8192, /* what is fetched into L2 lies so far ahead: measured, flat from here on */
     UNITS_PER_THREAD = 4, /* with fewer units than this a thread, spans are dealt out */
 };
@@ -29,21 +29,45 @@ struct tiles_job {
 /* Query rows [row0, row0 + n_rows) of one sequence and KV head, row = token * n_heads + head. */
 struct unit {
     int seq, kv_head, head0, n_heads, row0, n_rows, token0;
+    int n_after;       /* rows of the sequence and head that follow */
     int32_t low, high; /* tokens that any of its rows sees */
     const int32_t *blocks;
 };
 
-/* Sums of one row block: scratch of a thread. */
+/* One of them. */
+struct unit_row {
+    const float *q, *q_next; /* the query, and that of the row a unit further on or its own */
+    float *out;
+    int32_t low, high; /* tokens that it sees */
+};
+
+/* What a row knows of the context so far, beside its weighted values. */
 struct row_state {
     float max, sum;
 };
+struct row_states {
+    struct row_state row[UNIT_ROWS];
+    float out[UNIT_ROWS * HEAD_DIM_MAX];
+};
+/* Tiles of a chunk, which all row blocks of a unit share. */
+struct chunk_tiles {
+    int32_t from; /* the token that they begin with */
+    int n;
+    const uint8_t *k[CHUNK_TILES], *v[CHUNK_TILES];
+    const uint8_t *k_ahead[CHUNK_TILES], *v_ahead[CHUNK_TILES];
+    const float *k_scale[CHUNK_TILES], *v_scale[CHUNK_TILES];
+};
+/* Scratch of a thread. */
 struct unit_scratch {
-    float scores[8 * ATTENTION_CHUNK], chunk_out[8 * HEAD_DIM_MAX];
-    float chunk_max[8], chunk_sum[8];
+    float scores[ROWS_MAX * ATTENTION_CHUNK], chunk_out[ROWS_MAX * HEAD_DIM_MAX];
+    float chunk_max[ROWS_MAX], chunk_sum[ROWS_MAX];
     float q[UNIT_ROWS * HEAD_DIM_MAX];
-    float span_out[UNIT_ROWS * HEAD_DIM_MAX], total_out[UNIT_ROWS * HEAD_DIM_MAX];
-    struct row_state span[UNIT_ROWS], total[UNIT_ROWS];
+    struct unit_row rows[UNIT_ROWS];
+    struct row_states span, total;
+    struct chunk_tiles tiles;
     struct chunk_call call;
+    const uint8_t *far[2 * UNIT_ROWS], *far_k[CHUNK_TILES], *far_v[CHUNK_TILES];
+    int n_far, far_next;
 };
 
 size_t attention_scratch_bytes(void)
@@ -51,16 +75,11 @@ size_t attention_scratch_bytes(void)
     return sizeof(struct unit_scratch);
 }
 
-static int32_t row_position(const struct tiles_job *t, const struct unit *u, int row)
+/* Tokens that those at a position see: [low, high). */
+static void range_find(const struct tiles_job *t, int32_t position, int32_t *out_low,
+                       int32_t *out_high)
 {
-    return t->j.batch->positions[u->token0 + row / u->n_heads];
-}
-
-/* Tokens that a row sees: [low, high). */
-static void row_range(const struct tiles_job *t, const struct unit *u, int row, int32_t *out_low,
-                      int32_t *out_high)
-{
-    int32_t position = row_position(t, u, row), window = t->j.args->window;
+    int32_t window = t->j.args->window;
     *out_high = position + 1;
     *out_low = window > 0 && position >= window ? position - window + 1 : 0;
 }
@@ -88,27 +107,87 @@ static bool unit_find(const struct tiles_job *t, int index, struct unit *out)
     int rows = u.n_heads > 0 ? (batch->seq_start[u.seq + 1] - u.token0) * u.n_heads - u.row0 : 0;
     if (rows <= 0) return false;
     u.n_rows = rows < UNIT_ROWS ? rows : UNIT_ROWS;
+    u.n_after = rows - u.n_rows;
+    const int32_t *positions = batch->positions + u.token0;
     int32_t ignored;
-    row_range(t, &u, u.row0, &u.low, &ignored);
-    row_range(t, &u, u.row0 + u.n_rows - 1, &ignored, &u.high);
+    range_find(t, positions[u.row0 / u.n_heads], &u.low, &ignored);
+    range_find(t, positions[(u.row0 + u.n_rows - 1) / u.n_heads], &ignored, &u.high);
     *out = u;
     return true;
 }
 
-static void queries_load(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
+static void rows_find(const struct tiles_job *t, const struct unit *u, struct unit_row *rows)
 {
     int n = t->j.args->head_dim;
-    query_kernel *convert = t->kernels->query[t->j.kv->args.dtype];
+    int token = u->token0 + u->row0 / u->n_heads, head = u->row0 % u->n_heads;
+    int tokens_on = UNIT_ROWS / u->n_heads, heads_on = UNIT_ROWS % u->n_heads;
     for (int r = 0; r < u->n_rows; r++) {
-        int row = u->row0 + r, token = u->token0 + row / u->n_heads,
-            head = u->head0 + row % u->n_heads;
-        const float *q = (const float *)t->j.qkv.data + token * t->j.qkv.stride + (int64_t)head * n;
-        if (convert)
-            convert(s->q + r * n, q, n);
-        else
-            memcpy(s->q + r * n, q, (size_t)n * sizeof *q);
-        s->total[r] = (struct row_state){-INFINITY, 0};
+        int next = token + tokens_on, next_head = head + heads_on;
+        if (next_head >= u->n_heads) next++, next_head -= u->n_heads;
+        const float *qkv = (const float *)t->j.qkv.data + (int64_t)u->head0 * n;
+        rows[r].q = qkv + token * t->j.qkv.stride + (int64_t)head * n;
+        rows[r].q_next =
+            r < u->n_after ? qkv + next * t->j.qkv.stride + (int64_t)next_head * n : rows[r].q;
+        rows[r].out =
+            (float *)t->j.out.data + token * t->j.out.stride + (int64_t)(u->head0 + head) * n;
+        range_find(t, t->j.batch->positions[token], &rows[r].low, &rows[r].high);
+        if (++head == u->n_heads) head = 0, token++;
     }
+}
+
+/* What is far away and soon needed, in pieces as long as a tile: the lines that unit_store will
+ * write, since stores that miss hold up all others, and the queries of the next unit. */
+static void far_find(const struct unit *u, int width, size_t tile_bytes, struct unit_scratch *s)
+{
+    const uint8_t *last = NULL;
+    s->n_far = s->far_next = 0;
+    for (int r = 0; r < u->n_rows; r++) {
+        const uint8_t *out = (const uint8_t *)s->rows[r].out;
+        if (last && out > last && out + (size_t)width * sizeof(float) <= last + tile_bytes)
+            continue;
+        last = out;
+        s->far[s->n_far++] = out;
+        s->far[s->n_far++] = (const uint8_t *)s->rows[r].q_next;
+    }
+}
+
+/* Gives n of them, near ones when there are no more. */
+static const uint8_t *const *far_take(struct unit_scratch *s, int n, const uint8_t *const *near,
+                                      const uint8_t **out)
+{
+    if (s->far_next == s->n_far) return near;
+    for (int i = 0; i < n; i++)
+        out[i] = s->far_next < s->n_far ? s->far[s->far_next++] : near[i];
+    return out;
+}
+
+/* Everything of a unit that its chunks share. */
+static void unit_begin(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
+{
+    const struct attention_args *a = t->j.args;
+    int n = a->head_dim;
+    query_kernel *convert = t->kernels->query[t->j.kv->args.dtype];
+    rows_find(t, u, s->rows);
+    far_find(u, n, t->j.kv->tile_bytes, s);
+    for (int r = 0; r < u->n_rows; r++) {
+        if (convert)
+            convert(s->q + r * n, s->rows[r].q, n);
+        else
+            memcpy(s->q + r * n, s->rows[r].q, (size_t)n * sizeof(float));
+    }
+    s->call = (struct chunk_call){.width = n,
+                                  .q_stride = n * (int64_t)sizeof(float),
+                                  .scale = a->scale,
+                                  .softcap = a->softcap,
+                                  .scores = s->scores,
+                                  .max = s->chunk_max,
+                                  .sum = s->chunk_sum};
+}
+
+static void states_clear(struct row_states *states, int n_rows)
+{
+    for (int r = 0; r < n_rows; r++)
+        states->row[r] = (struct row_state){-INFINITY, 0};
 }
 
 /* K tile (V at + v_offset) of the tile that holds a token; beyond the unit's context, its last. */
@@ -130,27 +209,35 @@ static const uint8_t *stream_at(const struct tiles_job *t, const struct unit *u,
     return tile_at(t, u, base + (i - n) * TILE);
 }
 
-static void tiles_find(const struct tiles_job *t, const struct unit *u, int32_t base, int n,
-                       bool fetch, struct chunk_call *c)
+/* The tiles that the unit sees of the chunk at base. */
+static void tiles_find(const struct tiles_job *t, const struct unit *u, int32_t base,
+                       struct chunk_tiles *out)
 {
-    int ahead = AHEAD_BYTES / (int)t->j.kv->tile_bytes;
-    ahead = ahead < 1 ? 1 : ahead > CHUNK_TILES / 2 ? CHUNK_TILES / 2 : ahead;
     const struct kv_cache *kv = t->j.kv;
+    int ahead = AHEAD_BYTES / (int)kv->tile_bytes;
+    ahead = ahead < 1 ? 1 : ahead > CHUNK_TILES / 2 ? CHUNK_TILES / 2 : ahead;
     bool scaled = kv->args.dtype == DTYPE_I8;
-    c->n_tiles = n;
+    int32_t from = u->low > base ? u->low / TILE * TILE : base,
+            end = u->high < base + ATTENTION_CHUNK ? u->high : base + ATTENTION_CHUNK;
+    int n = (end - from + TILE - 1) / TILE;
+    out->from = from;
+    out->n = n;
     for (int i = 0; i < n; i++) {
-        c->k[i] = tile_at(t, u, base + i * TILE);
-        c->v[i] = c->k[i] + kv->v_offset;
-        c->k_ahead[i] = fetch ? stream_at(t, u, base, n, i + ahead) : c->k[i];
-        c->v_ahead[i] = fetch ? stream_at(t, u, base, n, n + i + ahead) : c->v[i];
-        c->k_scale[i] = scaled ? (const float *)(const void *)(c->k[i] + kv->scale_offset) : NULL;
-        c->v_scale[i] = scaled ? (const float *)(const void *)(c->v[i] + kv->scale_offset) : NULL;
+        out->k[i] = tile_at(t, u, from + i * TILE);
+        out->v[i] = out->k[i] + kv->v_offset;
+        out->k_ahead[i] = stream_at(t, u, from, n, i + ahead);
+        out->v_ahead[i] = stream_at(t, u, from, n, n + i + ahead);
+        if (!scaled) continue;
+        out->k_scale[i] = (const float *)(const void *)(out->k[i] + kv->scale_offset);
+        out->v_scale[i] = (const float *)(const void *)(out->v[i] + kv->scale_offset);
     }
 }
 
-/* Adds (max, sum, out) of a later piece of context to the state so far. */
-static void state_merge(const struct row_kernels *rows, struct row_state *state, float *out,
-                        struct row_state piece, const float *piece_out, int n)
+/* Adds (max, sum, out) of a later piece of context to the state so far. keep and add: what the
+ * exponentials of either are by the larger of both maxima. */
+static void state_blend(const struct row_kernels *rows, struct row_state *state, float *out,
+                        struct row_state piece, const float *piece_out, float keep, float add,
+                        int n)
 {
     if (piece.sum == 0.0f && piece.max == -INFINITY) return;
     if (state->max == -INFINITY) {
@@ -158,89 +245,105 @@ static void state_merge(const struct row_kernels *rows, struct row_state *state,
         memcpy(out, piece_out, (size_t)n * sizeof *out);
         return;
     }
-    float max = piece.max > state->max ? piece.max : state->max;
-    float keep = exp_approx(state->max - max), add = exp_approx(piece.max - max);
     rows->blend(out, piece_out, keep, add, n);
     state->sum = state->sum * keep + piece.sum * add;
-    state->max = max;
+    state->max = piece.max > state->max ? piece.max : state->max;
 }
 
-/* Rows [r0, r0 + rows) of the unit by the chunk that begins at token base. */
-static void rows_by_chunk(const struct tiles_job *t, const struct unit *u, int r0, int rows,
-                          int32_t base, struct unit_scratch *s)
+static void state_merge(const struct row_kernels *rows, struct row_state *state, float *out,
+                        struct row_state piece, const float *piece_out, int n)
 {
+    float keep, add;
+    rows->shares(&keep, &add, &state->max, &piece.max, 1);
+    state_blend(rows, state, out, piece, piece_out, keep, add, n);
+}
+
+/* The same for the rows of a call. */
+static void call_merge(const struct row_kernels *rows, const struct chunk_call *c,
+                       struct row_state *row, float *out)
+{
+    float so_far[ROWS_MAX] = {0}, keep[ROWS_MAX], add[ROWS_MAX];
+    for (int r = 0; r < c->rows; r++)
+        so_far[r] = row[r].max;
+    rows->shares(keep, add, so_far, c->max, ROWS_MAX);
+    for (int r = 0; r < c->rows; r++)
+        if (c->low[r] < c->high[r]) /* else this row sees nothing of the chunk */
+            state_blend(rows, &row[r], out + r * c->width, (struct row_state){c->max[r], c->sum[r]},
+                        c->out + r * c->width, keep[r], add[r], c->width);
+}
+
+/* Rows [r0, r0 + rows) of the unit by the tiles of one chunk. */
+static void rows_by_chunk(const struct tiles_job *t, int r0, int rows, struct row_states *states,
+                          struct unit_scratch *s)
+{
+    const struct chunk_tiles *tiles = &s->tiles;
     struct chunk_call *c = &s->call;
-    int32_t low[8], high[8], from = ATTENTION_CHUNK, to = 0;
-    int n = t->j.args->head_dim;
+    int32_t from = ATTENTION_CHUNK, to = 0, size = tiles->n * TILE;
+    struct row_state *row = states->row + r0;
+    float *out = states->out + r0 * c->width;
+    bool begun = false;
     for (int r = 0; r < rows; r++) {
-        row_range(t, u, u->row0 + r0 + r, &low[r], &high[r]);
-        low[r] = low[r] > base ? low[r] - base : 0;
-        high[r] = high[r] < base + ATTENTION_CHUNK ? high[r] - base : ATTENTION_CHUNK;
-        if (low[r] >= high[r]) continue;
-        from = low[r] < from ? low[r] : from;
-        to = high[r] > to ? high[r] : to;
+        int32_t low = s->rows[r0 + r].low - tiles->from, high = s->rows[r0 + r].high - tiles->from;
+        c->low[r] = low > 0 ? low : 0;
+        c->high[r] = high < size ? high : size;
+        begun |= row[r].max != -INFINITY;
+        if (c->low[r] >= c->high[r]) continue;
+        from = c->low[r] < from ? c->low[r] : from;
+        to = c->high[r] > to ? c->high[r] : to;
     }
     if (from >= to) return;
-    from = from / TILE * TILE;
-    *c = (struct chunk_call){.rows = rows,
-                             .width = n,
-                             .q = s->q + r0 * n,
-                             .q_stride = n * (int64_t)sizeof(float),
-                             .scale = t->j.args->scale,
-                             .softcap = t->j.args->softcap,
-                             .scores = s->scores,
-                             .max = s->chunk_max,
-                             .sum = s->chunk_sum,
-                             .out = s->chunk_out};
-    tiles_find(t, u, base + from, (to - from + TILE - 1) / TILE, r0 == 0, c);
+    int first = from / TILE;
     for (int r = 0; r < rows; r++)
-        c->low[r] = low[r] - from, c->high[r] = high[r] - from;
-    t->kernels->chunk[t->j.kv->args.dtype](c);
-    for (int r = 0; r < rows; r++) {
-        if (low[r] >= high[r]) continue; /* this row sees nothing of the chunk */
-        state_merge(t->j.rows, &s->span[r0 + r], s->span_out + (r0 + r) * n,
-                    (struct row_state){s->chunk_max[r], s->chunk_sum[r]}, s->chunk_out + r * n, n);
+        c->low[r] -= first * TILE, c->high[r] -= first * TILE;
+    c->rows = rows;
+    c->odd = (tiles->from / TILE + first) % 2;
+    c->n_tiles = (to - first * TILE + TILE - 1) / TILE;
+    c->k = tiles->k + first, c->v = tiles->v + first;
+    if (r0 == 0) { /* the tiles of the others are near by now */
+        c->k_ahead = tiles->k_ahead + first;
+        c->v_ahead = tiles->v_ahead + first;
+    } else {
+        c->k_ahead = far_take(s, c->n_tiles, c->k, s->far_k);
+        c->v_ahead = far_take(s, c->n_tiles, c->v, s->far_v);
     }
+    if (t->j.kv->args.dtype == DTYPE_I8)
+        c->k_scale = tiles->k_scale + first, c->v_scale = tiles->v_scale + first;
+    c->q = s->q + r0 * c->width;
+    c->out = begun ? s->chunk_out : out; /* the first piece is merged by being there */
+    t->kernels->chunk[t->j.kv->args.dtype](c);
+    if (begun) {
+        call_merge(t->j.rows, c, row, out);
+        return;
+    }
+    for (int r = 0; r < rows; r++)
+        if (c->low[r] < c->high[r]) row[r] = (struct row_state){c->max[r], c->sum[r]};
 }
 
-/* All chunks of one span into span and span_out. */
+/* All chunks of one span. */
 static void span_compute(const struct tiles_job *t, const struct unit *u, int span,
-                         struct unit_scratch *s)
+                         struct row_states *out, struct unit_scratch *s)
 {
     int block = t->kernels->rows_max[t->j.kv->args.dtype];
-    for (int r = 0; r < u->n_rows; r++)
-        s->span[r] = (struct row_state){-INFINITY, 0};
+    states_clear(out, u->n_rows);
     for (int chunk = 0; chunk < t->span / ATTENTION_CHUNK; chunk++) {
         int32_t base = span * t->span + chunk * ATTENTION_CHUNK;
         if (base + ATTENTION_CHUNK <= u->low || base >= u->high) continue;
-        for (int r = 0; r < u->n_rows; r += block)
-            rows_by_chunk(t, u, r, u->n_rows - r < block ? u->n_rows - r : block, base, s);
+        tiles_find(t, u, base, &s->tiles);
+        for (int r = 0; r < u->n_rows; r += block) {
+            int rows = u->n_rows - r < block ? u->n_rows - r : block;
+            rows_by_chunk(t, r, rows, out, s);
+        }
     }
 }
 
-static float *row_out(const struct tiles_job *t, const struct unit *u, int r)
+static void unit_store(const struct unit_row *rows, int n_rows, const struct row_states *states,
+                       int width)
 {
-    int row = u->row0 + r, token = u->token0 + row / u->n_heads, head = u->head0 + row % u->n_heads;
-    return (float *)t->j.out.data + token * t->j.out.stride + (int64_t)head * t->j.args->head_dim;
-}
-
-/* Asks for the lines that unit_store will write: stores that miss hold up all others. */
-static void unit_store_fetch(const struct tiles_job *t, const struct unit *u)
-{
-    for (int r = 0; r < u->n_rows; r++) {
-        const float *out = row_out(t, u, r);
-        for (int d = 0; d < t->j.args->head_dim; d += 16)
-            __asm__ volatile("prefetchw %0" ::"m"(out[d]));
-    }
-}
-
-static void unit_store(const struct tiles_job *t, const struct unit *u, struct unit_scratch *s)
-{
-    int n = t->j.args->head_dim;
-    for (int r = 0; r < u->n_rows; r++) {
-        float *from = s->total_out + r * n;
-        t->j.rows->scale(from, n, 1.0f / s->total[r].sum, 0);
-        memcpy(row_out(t, u, r), from, (size_t)n * sizeof *from);
+    const float *from = states->out;
+    for (int r = 0; r < n_rows; r++, from += width) {
+        float *restrict to = rows[r].out, by = 1.0f / states->row[r].sum;
+        for (int d = 0; d < width; d++)
+            to[d] = from[d] * by;
     }
 }
 
@@ -253,15 +356,16 @@ static void unit_run(const void *args, int index, void *scratch)
     struct unit u;
     int n = t->j.args->head_dim;
     if (!unit_find(t, index, &u)) return;
-    queries_load(t, &u, s);
-    unit_store_fetch(t, &u);
-    for (int span = u.low / t->span; span * t->span < u.high; span++) {
-        span_compute(t, &u, span, s);
+    unit_begin(t, &u, s);
+    int first = u.low / t->span;
+    span_compute(t, &u, first, &s->total, s);
+    for (int span = first + 1; span * t->span < u.high; span++) {
+        span_compute(t, &u, span, &s->span, s);
         for (int r = 0; r < u.n_rows; r++)
-            state_merge(t->j.rows, &s->total[r], s->total_out + r * n, s->span[r],
-                        s->span_out + r * n, n);
+            state_merge(t->j.rows, &s->total.row[r], s->total.out + r * n, s->span.row[r],
+                        s->span.out + r * n, n);
     }
-    unit_store(t, &u, s);
+    unit_store(s->rows, u.n_rows, &s->total, n);
 }
 
 /* --- units cut into spans --- */
@@ -280,13 +384,13 @@ static void span_run(const void *args, int item, void *scratch)
     if (!unit_find(t, item / t->spans, &u) || span * t->span >= u.high ||
         (span + 1) * t->span <= u.low)
         return;
-    queries_load(t, &u, s);
-    span_compute(t, &u, span, s);
+    unit_begin(t, &u, s);
+    span_compute(t, &u, span, &s->span, s);
     float *to = partial_at(t, item / t->spans, span);
     for (int r = 0; r < u.n_rows; r++, to += n + 2) {
-        memcpy(to, s->span_out + r * n, (size_t)n * sizeof *to);
-        to[n] = s->span[r].max;
-        to[n + 1] = s->span[r].sum;
+        memcpy(to, s->span.out + r * n, (size_t)n * sizeof *to);
+        to[n] = s->span.row[r].max;
+        to[n + 1] = s->span.row[r].sum;
     }
 }
 
@@ -297,15 +401,15 @@ static void spans_merge(const void *args, int index, void *scratch)
     struct unit u;
     int n = t->j.args->head_dim;
     if (!unit_find(t, index, &u)) return;
-    for (int r = 0; r < u.n_rows; r++)
-        s->total[r] = (struct row_state){-INFINITY, 0};
+    rows_find(t, &u, s->rows);
+    states_clear(&s->total, u.n_rows);
     for (int span = u.low / t->span; span * t->span < u.high; span++) {
         const float *from = partial_at(t, index, span);
         for (int r = 0; r < u.n_rows; r++, from += n + 2)
-            state_merge(t->j.rows, &s->total[r], s->total_out + r * n,
+            state_merge(t->j.rows, &s->total.row[r], s->total.out + r * n,
                         (struct row_state){from[n], from[n + 1]}, from, n);
     }
-    unit_store(t, &u, s);
+    unit_store(s->rows, u.n_rows, &s->total, n);
 }
 
 /* --- the choice between them --- */

@@ -149,6 +149,8 @@ struct row_kernels {
     /* rotates the pairs (x[i], x[i + half]) by the angles of cosines c and sines s */
     void (*rotate_halves)(float *x, const float *c, const float *s, int64_t half);
     float (*largest)(const float *x, int64_t n); /* NaN counts as -inf, +inf as FLT_MAX */
+    /* keep[i] = e^(a[i] - m), add[i] = e^(b[i] - m) with m the larger of a[i] and b[i] */
+    void (*shares)(float *keep, float *add, const float *a, const float *b, int64_t n);
 };
 extern const struct row_kernels rows_plain, rows_avx2, rows_avx512;
 

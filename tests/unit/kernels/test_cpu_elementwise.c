@@ -163,6 +163,25 @@ static void functions_over_their_range(void **state)
     assert_true(tanh_approx(1e9f) == 1 && tanh_approx(-1e9f) == -1 && tanh_approx(0) == 0);
 }
 
+static float silu(float x)
+{
+    float y;
+    rows_plain.activate(&y, &x, NULL, 1, ACTIVATION_SILU);
+    return y;
+}
+
+static void silu_over_its_range(void **state)
+{
+    (void)state;
+    for (double x = -88.3; x < 100; x += 0.00731) {
+        float f = (float)x;
+        double want = f / (1 + exp(-(double)f));
+        if (fabs(silu(f) - want) > 3e-7 * fabs(want)) fail_msg("silu(%g) = %g", f, silu(f));
+    }
+    assert_true(silu(-INFINITY) > -1e-36f && silu(-3e38f) > -1e-36f && silu(-88.7f) > -1e-36f);
+    assert_true(silu(3e38f) == 3e38f && isinf(silu(INFINITY)) && isnan(silu(NAN)));
+}
+
 static void halves_round_to_nearest(void **state)
 {
     (void)state;
@@ -231,6 +250,7 @@ int main(void)
         cmocka_unit_test(tables),
         cmocka_unit_test(sums_scales_and_gathers),
         cmocka_unit_test(functions_over_their_range),
+        cmocka_unit_test(silu_over_its_range),
         cmocka_unit_test(isas_give_the_same_bits),
         cmocka_unit_test(halves_round_to_nearest),
     };
