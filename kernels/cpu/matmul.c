@@ -15,7 +15,9 @@ enum {
     CHUNK_ROWS_MIN = 48,
     CHUNK_WORDS_BYTES = 640 << 10, /* and of their words, so that they stay in L2 */
     BLOCK_STEPS = 512,             /* of K: 64 KiB of weights; a multiple of GROUP_STEPS */
-    CHUNK_PANELS = 2,              /* of a chunk that is short: one fetching runs on through both */
+    CHUNK_PANELS = 8,              /* of a chunk at most: its weights are one stream */
+    CHUNK_BYTES = 128 << 10,       /* of weights, as far as panels of short chunks make them up */
+    CHUNKS_PER_THREAD = 8,         /* fewer panels a chunk if there would be less */
     CHUNK_WORK =
         3072, /* rows times steps; a chunk of more has one panel, and threads end together */
     PREFETCH_AHEAD = 8192, /* bytes */
@@ -178,44 +180,49 @@ static float *direct_place(const struct matmul_args *m, const struct chunk_range
     return m->out + c->row0 * m->out_stride + column;
 }
 
-_Static_assert((2 + CHUNK_PANELS) * CHUNK_ROWS * PANEL_OUTPUTS * 4 <= MATMUL_SCRATCH_BYTES,
+/* Scratch of a chunk: accumulators [CHUNK_ROWS][32], then results [panels][rows][32]; the gated
+ * form has those of up behind those of the gate, up to one panel more. */
+static float *panel_result(const void *scratch, const struct chunk_range *c, int64_t p)
+{
+    return (float *)scratch + (CHUNK_ROWS + p * c->n_rows) * PANEL_OUTPUTS;
+}
+_Static_assert((1 + 4) * CHUNK_ROWS * PANEL_OUTPUTS * 4 <= MATMUL_SCRATCH_BYTES,
                "a chunk's accumulators and results");
 
-/* Scratch of a chunk: accumulators [CHUNK_ROWS][32], results [panels][CHUNK_ROWS][32], and for the
- * gated form two panels of up beside the gate. */
 static void matmul_compute(const void *args, int chunk, void *scratch)
 {
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
-    float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
     for (int64_t p = 0; p < c.n_panels; p++) {
         float *to = direct_place(m, &c, p);
-        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, parked,
-                      to ? to : result + p * CHUNK_ROWS * PANEL_OUTPUTS,
+        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, scratch, to ? to : panel_result(scratch, &c, p),
                       to ? m->out_stride : PANEL_OUTPUTS, (c.panel0 + p) * PANEL_OUTPUTS);
     }
 }
 
-/* The gate's panel, then the panel or two that hold the same columns of up. When the number of
- * columns is no multiple of 32, a panel of up is computed for two chunks: rare and right. */
+/* The gate's panels, then those that hold the same columns of up. When the number of columns is no
+ * multiple of 32 a chunk has one panel, whose columns of up lie in two, and a panel of up is
+ * computed for two chunks: rare and right. */
 static void gated_compute(const void *args, int chunk, void *scratch)
 {
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
     int64_t up0 = (m->n_columns + c.panel0 * PANEL_OUTPUTS) / PANEL_OUTPUTS;
-    int64_t shift = (m->n_columns + c.panel0 * PANEL_OUTPUTS) % PANEL_OUTPUTS;
-    float *parked = scratch, *gate = parked + CHUNK_ROWS * PANEL_OUTPUTS;
-    float *up = gate + CHUNK_ROWS * PANEL_OUTPUTS;
-    panel_by_rows(m, c.panel0, c.i0, c.i1, parked, gate, PANEL_OUTPUTS,
-                  m->next.words ? -1 : c.panel0 * PANEL_OUTPUTS);
-    if (!shift) { /* all rows are one: a loop of two vectors is as long as its beginning and end */
-        panel_by_rows(m, up0, c.i0, c.i1, parked, up, PANEL_OUTPUTS, -1);
-        m->rows->activate(gate, gate, up, (int64_t)c.n_rows * PANEL_OUTPUTS, m->activation);
+    int64_t shift = m->n_columns % PANEL_OUTPUTS;
+    float *gate = panel_result(scratch, &c, 0), *up = panel_result(scratch, &c, c.n_panels);
+    for (int64_t p = 0; p < c.n_panels; p++)
+        panel_by_rows(m, c.panel0 + p, c.i0, c.i1, scratch, panel_result(scratch, &c, p),
+                      PANEL_OUTPUTS, m->next.words ? -1 : (c.panel0 + p) * PANEL_OUTPUTS);
+    if (!shift) { /* all is one row: a loop of two vectors is as long as its beginning and end */
+        for (int64_t p = 0; p < c.n_panels; p++)
+            panel_by_rows(m, up0 + p, c.i0, c.i1, scratch,
+                          panel_result(scratch, &c, c.n_panels + p), PANEL_OUTPUTS, -1);
+        m->rows->activate(gate, gate, up, c.n_panels * c.n_rows * PANEL_OUTPUTS, m->activation);
         return;
     }
-    panel_by_rows(m, up0, c.i0, c.i1, parked, up, 2 * PANEL_OUTPUTS, -1);
+    panel_by_rows(m, up0, c.i0, c.i1, scratch, up, 2 * PANEL_OUTPUTS, -1);
     if (up0 + 1 < m->w->n_panels)
-        panel_by_rows(m, up0 + 1, c.i0, c.i1, parked, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS, -1);
+        panel_by_rows(m, up0 + 1, c.i0, c.i1, scratch, up + PANEL_OUTPUTS, 2 * PANEL_OUTPUTS, -1);
     for (int r = 0; r < c.n_rows; r++) {
         float *row = gate + r * PANEL_OUTPUTS;
         m->rows->activate(row, row, up + r * 2 * PANEL_OUTPUTS + shift, PANEL_OUTPUTS,
@@ -225,11 +232,11 @@ static void gated_compute(const void *args, int chunk, void *scratch)
 
 /* One panel's results into the steps of the next product that are theirs; its last panel writes the
  * zeros behind them too. */
-static void words_commit(const struct matmul_args *m, const struct chunk_range *c,
+static void words_commit(const struct matmul_args *m, const struct chunk_range *c, int64_t p,
                          const float *result)
 {
     const struct words_out *next = &m->next;
-    int64_t column = c->panel0 * PANEL_OUTPUTS, step = column / next->inputs_per_step;
+    int64_t column = (c->panel0 + p) * PANEL_OUTPUTS, step = column / next->inputs_per_step;
     int64_t left = m->n_columns - column;
     struct activations part = {.n_inputs = left < PANEL_OUTPUTS ? left : PANEL_OUTPUTS};
     part.n_steps =
@@ -246,17 +253,16 @@ static void matmul_commit(const void *args, int chunk, void *scratch)
 {
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
-    const float *result = (const float *)scratch + CHUNK_ROWS * PANEL_OUTPUTS;
-    if (m->next.words) {
-        words_commit(m, &c, result);
-        return;
-    }
     for (int64_t p = 0; p < c.n_panels; p++) {
         int64_t column = (c.panel0 + p) * PANEL_OUTPUTS;
         int64_t n = m->n_columns - column;
-        const float *from = result + p * CHUNK_ROWS * PANEL_OUTPUTS;
+        const float *from = panel_result(scratch, &c, p);
         float *to = m->out + c.row0 * m->out_stride + column;
         if (!m->gated && direct_place(m, &c, p)) continue;
+        if (m->next.words) {
+            words_commit(m, &c, p, from);
+            continue;
+        }
         for (int r = 0; r < c.n_rows; r++, from += PANEL_OUTPUTS, to += m->out_stride)
             if (n < PANEL_OUTPUTS)
                 memcpy(to, from, (size_t)n * sizeof(float));
@@ -270,7 +276,7 @@ static void argmax_compute(const void *args, int chunk, void *scratch)
 {
     const struct matmul_args *m = args;
     struct chunk_range c = chunk_range(m, chunk);
-    float *parked = scratch, *result = parked + CHUNK_ROWS * PANEL_OUTPUTS;
+    float *parked = scratch, *result = panel_result(scratch, &c, 0);
     int64_t stride = c.n_panels * PANEL_OUTPUTS, column = c.panel0 * PANEL_OUTPUTS;
     int64_t n = m->n_columns - column < stride ? m->n_columns - column : stride;
     for (int64_t p = 0; p < c.n_panels; p++)
@@ -296,6 +302,27 @@ static void argmax_commit(const void *args, int chunk, void *scratch)
            (size_t)c.n_rows * sizeof *m->best);
 }
 
+/* Panels of a chunk. One where rows make it long enough, so that threads end together; else as many
+ * as make up CHUNK_BYTES: each chunk costs a few locked operations, at which reading ahead stops.
+ */
+static int chunk_panels(const struct matmul_args *m, int64_t panels, int n_row_chunks,
+                        int n_threads)
+{
+    int64_t work = (int64_t)(m->a.n_rows / n_row_chunks) * m->a.n_steps, n = 1;
+    bool too_many = panels * n_row_chunks > POOL_CHUNKS_MAX;
+    if (m->gated && m->n_columns % PANEL_OUTPUTS) return 1;
+    if (work < CHUNK_WORK || too_many) {
+        n = CHUNK_BYTES / (int64_t)m->w->panel_bytes;
+        int64_t rows = (int64_t)m->row_panels_per_chunk * m->a.rows_max;
+        int64_t by_threads = panels / (CHUNKS_PER_THREAD * n_threads), by_rows = CHUNK_ROWS / rows;
+        n = n < CHUNK_PANELS ? n : CHUNK_PANELS;
+        n = n < by_threads ? n : by_threads;
+        n = n < by_rows ? n : by_rows;
+    }
+    int64_t least = too_many ? 2 : 1;
+    return (int)(n > least ? n : least);
+}
+
 static void matmul_slice(struct cpu_backend *cpu, const struct activations *a,
                          struct matmul_args *m)
 {
@@ -306,9 +333,7 @@ static void matmul_slice(struct cpu_backend *cpu, const struct activations *a,
     int n_row_chunks = (a->n_row_panels + per_block - 1) / per_block;
     m->a = *a;
     m->row_panels_per_chunk = (a->n_row_panels + n_row_chunks - 1) / n_row_chunks;
-    int64_t work = (int64_t)(a->n_rows / n_row_chunks) * a->n_steps;
-    bool one = work >= CHUNK_WORK && panels * n_row_chunks <= POOL_CHUNKS_MAX;
-    m->panels_per_chunk = m->gated || one ? 1 : CHUNK_PANELS;
+    m->panels_per_chunk = chunk_panels(m, panels, n_row_chunks, pool_n_threads(cpu->pool));
     m->direct = !m->best && pool_n_threads(cpu->pool) == 1;
     m->n_panel_chunks = (int)((panels + m->panels_per_chunk - 1) / m->panels_per_chunk);
     struct pool_job job = {.compute = m->best    ? argmax_compute
@@ -325,7 +350,7 @@ static void matmul_slice(struct cpu_backend *cpu, const struct activations *a,
 /* Rows of one slice: what the packed activations hold, and what the pool has chunk states for. */
 static int64_t slice_rows(int64_t n_columns)
 {
-    int64_t panel_chunks = (n_columns / PANEL_OUTPUTS + 1) / CHUNK_PANELS + 1;
+    int64_t panel_chunks = (n_columns / PANEL_OUTPUTS + 1) / 2 + 1;
     int64_t row_chunks = POOL_CHUNKS_MAX / panel_chunks;
     ASSERT_CMP(row_chunks, >, 0);
     int64_t rows = (row_chunks - 1) * (CHUNK_ROWS_MIN / 2);

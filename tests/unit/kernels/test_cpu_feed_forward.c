@@ -15,7 +15,8 @@ static const struct feed_case cases[] = {
     {1, 40, 96, 2, true, ACTIVATION_SILU},        {27, 40, 45, 1, false, ACTIVATION_SILU},
     {13, 131, 100, 3, true, ACTIVATION_GELU_ERF}, {300, 64, 127, 2, false, ACTIVATION_SILU},
     {5, 33, 1, 1, true, ACTIVATION_SILU},         {12, 96, 32, 2, true, ACTIVATION_GELU_TANH},
-    {2, 64, 2, 1, false, ACTIVATION_SILU},
+    {2, 64, 2, 1, false, ACTIVATION_SILU},        {3, 40, 544, 1, true, ACTIVATION_SILU},
+    {2, 33, 1056, 2, false, ACTIVATION_SILU}, /* chunks of panels */
 };
 static const enum weight_format formats[][2] = {
     {WEIGHT_F32, WEIGHT_F32},   {WEIGHT_F16, WEIGHT_F16},   {WEIGHT_BF16, WEIGHT_BF16},

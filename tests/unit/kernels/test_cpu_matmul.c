@@ -23,8 +23,9 @@ enum { FORMAT_CASES = 5 };
 struct shape {
     int64_t n, k;
 };
-static const struct shape shapes[] = {{1, 1}, {31, 7}, {33, 130}, {96, 64}, {70, 301}, {65, 650}};
-enum { SHAPES = 6, ROWS = 29 };
+static const struct shape shapes[] = {{1, 1},    {31, 7},   {33, 130}, {96, 64},
+                                      {70, 301}, {65, 650}, {603, 20}};
+enum { SHAPES = 7, ROWS = 29 };
 
 /* The weights as the format keeps them, learnt from the backend itself: rows of the identity. INT8
  * and INT4 activations of the identity are exact (127 / 127), so column k of the product is exact
@@ -350,11 +351,11 @@ static void allocations_fail(void **state)
  * far apart, rows of NaN, infinities, several chunks of rows and of outputs. */
 static void argmax_is_greedy(void **state)
 {
-    enum { N = 1000, K = 40, M = 160 };
+    enum { N = 1000, K = 40, M = 160, FEW = 3 };
     struct rand r = rand_seeded(8);
     float *w = test_floats(&r, N * K, 1), *x = test_floats(&r, M * K, 1);
     float *y = test_floats(NULL, M * N, 0), *bias = test_floats(&r, N, 1), value[M];
-    int32_t index[M];
+    int32_t index[M], few[FEW];
     (void)state;
     memcpy(w + 900 * K, w + 70 * K, K * sizeof *w); /* equal outputs, both large for row 3 */
     memcpy(x + 3 * K, w + 70 * K, K * sizeof *w);
@@ -373,6 +374,9 @@ static void argmax_is_greedy(void **state)
                                             &packed));
             backend_cpu.matmul(b, test_tensor(y, M, N), test_tensor(x, M, K), packed);
             backend_cpu.matmul_argmax(b, test_tensor(x, M, K), packed, index, value);
+            /* few rows go by several panels a chunk */
+            backend_cpu.matmul_argmax(b, test_tensor(x, FEW, K), packed, few, value);
+            assert_memory_equal(few, index, sizeof few);
             for (int m = 0; m < M; m++) {
                 struct sample_row greedy = {.slot = -1, .n_logprobs = -1, .forced_token = -1};
                 struct sample_result result;
