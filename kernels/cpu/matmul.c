@@ -18,13 +18,10 @@ enum {
     CHUNK_PANELS = 8,              /* of a chunk at most: its weights are one stream */
     CHUNK_BYTES = 128 << 10,       /* of weights, as far as panels of short chunks make them up */
     CHUNKS_PER_THREAD = 8,         /* fewer panels a chunk if there would be less */
-    CHUNK_WORK =
-        3072, /* rows times steps; a chunk of more has one panel, and threads end together */
-    PREFETCH_AHEAD = 8192, /* bytes */
+    CHUNK_WORK = 3072,             /* rows times steps: a chunk of more has one panel */
+    PREFETCH_AHEAD = 8192,         /* bytes */
 };
 
-/* All by value but the operands themselves: a thread that comes back late from an old matmul still
- * reads within them, whatever the backend does next. */
 struct largest {
     float value;
     int32_t index;
@@ -38,6 +35,8 @@ struct words_out {
     int inputs_per_step;
 };
 
+/* All by value but the operands themselves: a thread that comes back late from an old matmul still
+ * reads within them, whatever the backend does next. */
 struct matmul_args {
     const struct weight *w;
     struct activations a;
