@@ -3,8 +3,8 @@
  * INT8 and INT4 accumulate exactly and must be met bit for bit; the floating formats within the
  * tolerances of tests. */
 #include "kernels/cpu/cpu.h"
-#include "kernels/half.h"
 #include "kernels/cpu/quantize.h"
+#include "kernels/half.h"
 
 #include <math.h>
 
