@@ -242,7 +242,7 @@ struct backend_ops {
     void (*norm_matmul)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *w);
     void (*norm_matmul_argmax)(struct backend *b, const struct norm_input *in, const struct weight *w, int32_t *out_index, float *out_value);
     /* norm_matmul by up = gate|up, activate gated, matmul by down: the same bits. act [rows][F], whose
-     * rows follow each other without gaps, is scratch. With norm_matmul or not at all. */
+     * rows follow each other without gaps, is scratch. */
     void (*feed_forward)(struct backend *b, struct tensor out, const struct norm_input *in, const struct weight *up, const struct weight *down, struct tensor act, enum activation kind);
     /* Records the operations between begin and end as one graph, replayable with the same shapes. */
     enum err (*capture_begin)(struct backend *b);

@@ -302,8 +302,7 @@ static void argmax_commit(const void *args, int chunk, void *scratch)
 }
 
 /* Panels of a chunk. One where rows make it long enough, so that threads end together; else as many
- * as make up CHUNK_BYTES: each chunk costs a few locked operations, at which reading ahead stops.
- */
+ * as make up CHUNK_BYTES: memory gives long streams faster. */
 static int chunk_panels(const struct matmul_args *m, int64_t panels, int n_row_chunks,
                         int n_threads)
 {
@@ -428,11 +427,12 @@ void cpu_feed_forward(struct backend *b, struct tensor out, const struct norm_in
         struct matmul_args m = matmul_begin(cpu, act, row, up);
         m.gated = true, m.activation = kind;
         struct activations between = cpu->activations;
-        activations_shape(cpu, &between, down, n);
-        between.words = (uint32_t *)act.data;
-        if (fit)
+        if (fit) {
+            activations_shape(cpu, &between, down, n);
+            between.words = act.data;
             m.next = (struct words_out){cpu->matmul.pack_rows[down->format], between.words,
                                         down->n_steps, format_infos[down->format].inputs_per_step};
+        }
         m.own = activations_pack(cpu, up, in, row, n);
         matmul_slice(cpu, &cpu->activations, &m);
         m = matmul_begin(cpu, out, row, down);

@@ -109,16 +109,21 @@ static struct tensor partial_of(struct decoder *d, struct tensor delta)
 
 /* delta = partial summed over the ranks: the one place with an all-reduce in it. The sum may stay
  * in the collective's memory unless it has to outlive the collective that follows (last). */
-static enum err ranks_sum(struct decoder *d, struct tensor *delta, struct tensor partial, bool last)
+static enum err ranks_sum(struct decoder *d, struct tensor delta, struct tensor partial, bool last,
+                          struct tensor *out_delta)
 {
     struct collective *c = d->collective;
-    if (d->model->group.size == 1) return OK;
     int64_t begin = clock_monotonic_ns();
+    if (d->model->group.size == 1) {
+        *out_delta = delta; /* which the partial is */
+        return OK;
+    }
     if (c->ops->all_reduce_near && !last)
-        TRY(c->ops->all_reduce_near(c, delta, partial));
+        TRY(c->ops->all_reduce_near(c, &delta, partial));
     else
-        TRY(c->ops->all_reduce_sum(c, *delta, partial));
+        TRY(c->ops->all_reduce_sum(c, delta, partial));
     d->collective_ns += clock_monotonic_ns() - begin;
+    *out_delta = delta;
     return OK;
 }
 
@@ -146,9 +151,7 @@ static enum err linear_in(struct decoder *d, struct tensor x, const struct weigh
     struct tensor delta = view(d, d->delta, x.rows, d->model->config.hidden);
     struct tensor partial = partial_of(d, delta);
     b->ops->matmul(b, partial, x, w);
-    TRY(ranks_sum(d, &delta, partial, last));
-    *out_delta = delta;
-    return OK;
+    return ranks_sum(d, delta, partial, last, out_delta);
 }
 
 /* Each rank holds a slice of every expert and routes alike, so the sums of slices are summed as
@@ -163,9 +166,7 @@ static enum err experts(struct decoder *d, const struct layer *layer, struct ten
     struct tensor partial = partial_of(d, delta);
     b->ops->matmul(b, scores, in, layer->router);
     b->ops->moe_forward(b, partial, in, scores, layer->moe);
-    TRY(ranks_sum(d, &delta, partial, last));
-    *out_delta = delta;
-    return OK;
+    return ranks_sum(d, delta, partial, last, out_delta);
 }
 
 static enum err feed_forward(struct decoder *d, const struct layer *layer,
@@ -179,9 +180,7 @@ static enum err feed_forward(struct decoder *d, const struct layer *layer,
     if (c->gated && b->ops->feed_forward) {
         struct tensor delta = view(d, d->delta, rows, c->hidden), partial = partial_of(d, delta);
         b->ops->feed_forward(b, partial, in, layer->up, layer->down, act, c->activation);
-        TRY(ranks_sum(d, &delta, partial, last));
-        *out_delta = delta;
-        return OK;
+        return ranks_sum(d, delta, partial, last, out_delta);
     }
     struct tensor before =
         view(d, (char *)d->scratch + (size_t)(rows * ffn) * dtype_bytes(act.dtype), rows,
