@@ -2,7 +2,7 @@
  * the same minute.
  *
  *     bench_kernels [threads=N] [ms=N] [csv=FILE] [only=TEXT] [m=ROWS] [isa=NAME] [clock=cpu]
- *                   [best=1]
+ *                   [best=1] [packed=1]
  *
  * Every case alternates with short measurements of its limits (read bandwidth through the same
  * threads; multiply-adds from registers), so that a busy or throttled machine slows both alike. The
@@ -11,13 +11,14 @@
  * operations / peak). (Medians of times and of limits apart are not of the same moments: virtual
  * processors that share a core now and then have two speeds.) best=1 takes the best tenth instead
  * of medians, for experiments on a machine that others use; such figures are not kept. Weights and
- * caches rotate through more memory than the last level of cache holds. only=invariance: attention
- * with its fixed spans against one span a sequence. */
+ * caches rotate through more memory than the last level of cache holds. A product's time has the
+ * packing of its inputs in it; packed=1: of kernels alone, over inputs packed before.
+ * only=invariance: attention with its fixed spans against one span a sequence. */
 #include "base/clock.h"
 #include "base/mem.h"
 #include "base/rand.h"
 #include "kernels/backend.h"
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/activations.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -37,7 +38,7 @@ enum {
 
 static struct {
     int threads, ms, m;
-    bool cpu_clock, best;
+    bool cpu_clock, best, packed;
     const char *csv, *only, *isa;
     struct pool *pool;
     struct backend *backend;
@@ -190,7 +191,7 @@ static double share_of_bound(const struct bench_case *c, struct limits l, double
 
 static void report(const struct bench_case *c, double time, struct limits l, double share)
 {
-    printf("%-9s %-30s M=%-4d %9.1f us  %6.1f GB/s of %5.1f = %3.0f%%   %7.0f GOP/s of %5.0f = "
+    printf("%-11s %-28s M=%-4d %9.1f us  %6.1f GB/s of %5.1f = %3.0f%%   %7.0f GOP/s of %5.0f = "
            "%3.0f%%   bound %3.0f%%\n",
            c->kind, c->name, c->m, time * 1e6, c->bytes / time * 1e-9, l.rate * 1e-9,
            100 * c->bytes / l.rate / time, c->operations / time * 1e-9, l.peak * 1e-9,
@@ -276,7 +277,10 @@ static void matmul_run(void *arg, int turn)
     struct matmul_case *c = arg;
     struct tensor out = {c->y, DTYPE_F32, c->m, c->n, c->n},
                   x = {c->x, DTYPE_F32, c->m, c->k, c->k};
-    backend_cpu.matmul(bench.backend, out, x, c->weights[turn % c->n_copies]);
+    if (bench.packed)
+        cpu_packed_matmul(cpu_of(bench.backend), out, c->weights[turn % c->n_copies]);
+    else
+        backend_cpu.matmul(bench.backend, out, x, c->weights[turn % c->n_copies]);
 }
 
 /* Packing takes far longer than copying what was packed. */
@@ -320,10 +324,11 @@ static enum err codes_create(const struct format_row *f, int n, int k, const flo
 static void matmul_shape(const struct format_row *f, int n, int k, float *source, float *x,
                          float *y)
 {
-    char name[32];
+    char name[32], kind[32];
     struct matmul_case c = {.n = n, .k = k, .x = x, .y = y};
     struct matrix_view view = {source, DTYPE_F32, n, k, k, 1};
     snprintf(name, sizeof name, "%dx%d", n, k);
+    snprintf(kind, sizeof kind, "%s%s", f->name, bench.packed ? "/packed" : "");
     if (!wanted(f->name, name)) return;
     size_t total = 0;
     for (; total < ROTATE_BYTES && c.n_copies < COPIES_MAX; c.n_copies++) {
@@ -337,8 +342,11 @@ static void matmul_shape(const struct format_row *f, int n, int k, float *source
     for (size_t i = 0; i < sizeof heights / sizeof *heights; i++) {
         c.m = heights[i];
         if (bench.m && bench.m != c.m) continue;
+        struct norm_input in = {.x = {x, DTYPE_F32, c.m, k, k}};
+        if (bench.packed)
+            activations_pack_once(cpu_of(bench.backend), c.weights[0], &in, 0, c.m);
         run_case(
-            &(struct bench_case){f->name, name, c.m, (double)backend_cpu.weight_bytes(c.weights[0]),
+            &(struct bench_case){kind, name, c.m, (double)backend_cpu.weight_bytes(c.weights[0]),
                                  2.0 * c.m * n * k, f->peak, f->peak_operations, matmul_run, &c});
     }
     while (c.n_copies > 0)
@@ -516,6 +524,8 @@ static void arguments(int argc, char **argv)
             bench.m = (int)strtol(argv[i] + 2, NULL, 10);
         else if (!strcmp(argv[i], "best=1"))
             bench.best = true;
+        else if (!strcmp(argv[i], "packed=1"))
+            bench.packed = true;
         else if (!strcmp(argv[i], "clock=cpu"))
             bench.cpu_clock = true;
         else if (!strncmp(argv[i], "ms=", 3))
@@ -528,7 +538,7 @@ static void arguments(int argc, char **argv)
             bench.isa = argv[i] + 4;
         else {
             fprintf(stderr, "usage: bench_kernels [threads=N] [ms=N] [csv=FILE] [only=TEXT] "
-                            "[m=ROWS] [isa=NAME] [clock=cpu] [best=1]\n");
+                            "[m=ROWS] [isa=NAME] [clock=cpu] [best=1] [packed=1]\n");
             exit(2);
         }
     }

@@ -108,15 +108,27 @@ static bool own_fits(const struct cpu_backend *cpu, const struct activations *a)
            a->n_rows * a->n_inputs * pool_n_threads(cpu->pool) <= OWN_INPUTS;
 }
 
+static quantize_kernel *pack_kernel(const struct cpu_backend *cpu, const struct weight *w)
+{
+    return w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format];
+}
+
 struct own_rows activations_pack(struct cpu_backend *cpu, const struct weight *w,
                                  const struct norm_input *in, int64_t row, int n_rows)
 {
+    activations_shape(cpu, &cpu->activations, w, n_rows);
+    if (!in->norm && own_fits(cpu, &cpu->activations))
+        return (struct own_rows){pack_kernel(cpu, w), row_at(in->x, row), in->x.stride};
+    activations_pack_once(cpu, w, in, row, n_rows);
+    return (struct own_rows){0};
+}
+
+void activations_pack_once(struct cpu_backend *cpu, const struct weight *w,
+                           const struct norm_input *in, int64_t row, int n_rows)
+{
     struct activations *a = &cpu->activations;
+    struct pack_rows_args args = {a, pack_kernel(cpu, w), cpu->rows, *in, row};
     activations_shape(cpu, a, w, n_rows);
-    struct pack_rows_args args = {
-        a, w->order ? quantize_rows_int8 : cpu->matmul.pack_rows[w->format], cpu->rows, *in, row};
-    if (!in->norm && own_fits(cpu, a))
-        return (struct own_rows){args.pack, row_at(in->x, row), in->x.stride};
     if (n_rows <= PARALLEL_PACK_ROWS)
         for (int i = 0; i < a->n_row_panels; i++)
             pack_rows_chunk(&args, i, NULL);
@@ -125,7 +137,6 @@ struct own_rows activations_pack(struct cpu_backend *cpu, const struct weight *w
                                                .args = &args,
                                                .args_bytes = sizeof args,
                                                .n_chunks = a->n_row_panels});
-    return (struct own_rows){0};
 }
 
 void own_rows_pack(const struct own_rows *own, const struct activations *a, void *memory)

@@ -27,6 +27,9 @@ struct own_rows {
  * far apart that takes longer than packing. */
 struct own_rows activations_pack(struct cpu_backend *cpu, const struct weight *w,
                                  const struct norm_input *in, int64_t row, int n_rows);
+/* The same, and never left to the threads. */
+void activations_pack_once(struct cpu_backend *cpu, const struct weight *w,
+                           const struct norm_input *in, int64_t row, int n_rows);
 /* Packs rows of shape a into memory of the thread's own, OWN_ROWS_BYTES, 64-byte aligned. */
 void own_rows_pack(const struct own_rows *own, const struct activations *a, void *memory);
 /* What was packed there. */

@@ -244,6 +244,9 @@ void cpu_matmul_argmax(struct backend *b, struct tensor x, const struct weight *
                        int32_t *out_index, float *out_value);
 void cpu_norm_matmul(struct backend *b, struct tensor out, const struct norm_input *in,
                      const struct weight *w);
+/* The product of what activations_pack_once left in cpu->activations, for benchmarks: kernels apart
+ * from packing. */
+void cpu_packed_matmul(struct cpu_backend *cpu, struct tensor out, const struct weight *w);
 void cpu_feed_forward(struct backend *b, struct tensor out, const struct norm_input *in,
                       const struct weight *up, const struct weight *down, struct tensor act,
                       enum activation kind);

@@ -399,6 +399,15 @@ void cpu_matmul(struct backend *b, struct tensor out, struct tensor x, const str
     cpu_norm_matmul(b, out, &(struct norm_input){.x = x}, w);
 }
 
+void cpu_packed_matmul(struct cpu_backend *cpu, struct tensor out, const struct weight *w)
+{
+    struct matmul_args m = matmul_begin(cpu, out, 0, w);
+    ASSERT_CMP(out.cols, ==, w->n_out);
+    ASSERT_CMP(out.rows, ==, cpu->activations.n_rows);
+    ASSERT_CMP(out.rows, <=, slice_rows(out.cols));
+    matmul_slice(cpu, &cpu->activations, &m);
+}
+
 /* Whether up's results can be left as down's words in act: formats whose rows have no scale, which
  * nobody knows before the row is whole, and row panels alike. */
 static bool words_fit(const struct cpu_backend *cpu, const struct weight *up,
