@@ -263,6 +263,7 @@ static const struct format_row formats[] = {
 };
 static const int shapes[][2] = {{1152, 896},   {9728, 896},  {896, 4864},  {3072, 2048},
                                 {16384, 2048}, {2048, 8192}, {6144, 4096}, {1000, 1111}};
+/* unless m= names one */
 static const int heights[] = {1, 2, 4, 8, 16, 32, 64, 512};
 enum { N_MAX = 16384, K_MAX = 8192, M_MAX = 512 };
 
@@ -340,14 +341,14 @@ static void matmul_shape(const struct format_row *f, int n, int k, float *source
         total += backend_cpu.weight_bytes(c.weights[c.n_copies]);
     }
     for (size_t i = 0; i < sizeof heights / sizeof *heights; i++) {
-        c.m = heights[i];
-        if (bench.m && bench.m != c.m) continue;
+        c.m = bench.m ? bench.m : heights[i];
         struct norm_input in = {.x = {x, DTYPE_F32, c.m, k, k}};
         if (bench.packed)
             activations_pack_once(cpu_of(bench.backend), c.weights[0], &in, 0, c.m);
         run_case(
             &(struct bench_case){kind, name, c.m, (double)backend_cpu.weight_bytes(c.weights[0]),
                                  2.0 * c.m * n * k, f->peak, f->peak_operations, matmul_run, &c});
+        if (bench.m) break;
     }
     while (c.n_copies > 0)
         backend_cpu.weight_destroy(bench.backend, c.weights[--c.n_copies]);
