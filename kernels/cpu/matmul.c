@@ -18,7 +18,7 @@ enum {
     CHUNK_PANELS = 8,              /* of a chunk at most: its weights are one stream */
     CHUNK_BYTES = 128 << 10,       /* of weights, as far as panels of short chunks make them up */
     CHUNKS_PER_THREAD = 8,         /* fewer panels a chunk if there would be less */
-    CHUNK_WORK = 3072,             /* rows times steps: a chunk of more has one panel */
+    CHUNK_WORK = 6144,             /* rows times steps: a chunk of more has one panel */
     PREFETCH_AHEAD = 8192,         /* bytes */
 };
 
