@@ -130,6 +130,7 @@ static void info_fill(const struct worker_config *c, const struct model_config *
     out->rank = c->rank, out->size = c->size;
     out->block_size = p->kv.block_size, out->n_slots_max = p->n_slots;
     out->step_tokens_max = p->step_tokens_max, out->step_rows_max = p->step_tokens_max;
+    out->step_prompt_max = p->step_prompt_max;
     out->context_max = p->context_max, out->draft_tokens_max = p->draft_max;
     out->window = config_window(m);
     out->n_parameters = config_parameters(m);

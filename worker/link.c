@@ -344,6 +344,7 @@ static enum err join_take(struct link *l, const struct link_join *from)
     j->replica = from->replica, j->rank = from->rank, j->size = from->size;
     j->block_size = from->block_size, j->slots_max = from->slots_max,
     j->step_tokens_max = from->step_tokens_max;
+    j->step_prompt_max = from->step_prompt_max;
     j->step_rows_max = from->step_rows_max, j->context_max = from->context_max,
     j->vocab_size = from->vocab_size;
     j->window = from->window, j->draft_tokens_max = from->draft_tokens_max,

@@ -24,7 +24,7 @@ struct link_join {
     const char *model_digest, *model_name, *host, *device, *draft_digest;
     uint32_t replica, rank, size;
     uint32_t block_size, slots_max, step_tokens_max, step_rows_max, context_max, vocab_size, window;
-    uint32_t draft_tokens_max;
+    uint32_t draft_tokens_max, step_prompt_max;
     uint64_t blocks_max, host_blocks_max, disk_blocks_max, weight_bytes, block_bytes;
     uint32_t save_ns, load_ns, fetch_ns;
     bool has_draft_model;

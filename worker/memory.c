@@ -171,6 +171,7 @@ static void sizes_choose(const struct worker_config *config, const struct model_
     p->step_tokens_max = config->step_tokens_max ? config->step_tokens_max
                          : b->stream             ? TOKENS_DEFAULT_CUDA
                                      : p->n_slots * (1 + p->draft_max) + PROMPT_TOKENS_CPU;
+    p->step_prompt_max = config->step_tokens_max || b->stream ? 0 : PROMPT_TOKENS_CPU;
     if (p->step_tokens_max < p->n_slots * (1 + p->draft_max))
         p->step_tokens_max = p->n_slots * (1 + p->draft_max);
     int64_t rows =

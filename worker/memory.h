@@ -11,7 +11,7 @@ struct memory_plan {
     enum weight_format format, head_format;
     enum dtype file_dtype, kv_dtype;
     struct kv_cache_args kv; /* of this rank; n_blocks included */
-    int context_max, n_slots, step_tokens_max, logits_rows_max, draft_max;
+    int context_max, n_slots, step_tokens_max, step_prompt_max, logits_rows_max, draft_max;
     int graph_rows_max; /* decode steps of up to as many rows are recorded; 0 = none */
     uint64_t weight_bytes, table_bytes, work_bytes, block_bytes, n_host_blocks, n_disk_blocks;
     uint64_t memory_free, memory_total;

@@ -222,6 +222,7 @@ static void join_words(const struct worker *w, struct link_join *out, char *host
         .block_size = (uint32_t)i->block_size,
         .slots_max = (uint32_t)i->n_slots_max,
         .step_tokens_max = (uint32_t)i->step_tokens_max,
+        .step_prompt_max = (uint32_t)i->step_prompt_max,
         .step_rows_max = (uint32_t)i->step_rows_max,
         .context_max = (uint32_t)i->context_max,
         .vocab_size = (uint32_t)i->vocab_size,

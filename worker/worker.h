@@ -42,7 +42,8 @@ struct worker_config {
     const char *kv_disk_dir;  /* local directory for blocks that leave the host's memory, NULL = none */
     uint64_t kv_disk_bytes;   /* size of this rank's file there */
     int n_sequences_max;      /* slots; 0 = 256 */
-    int step_tokens_max;      /* 0 = 2048 on a GPU, 48 beside the decodes on a CPU */
+    int step_tokens_max;      /* 0 = 2048 on a GPU; on a CPU a token of each slot and 48, which is
+                                 also what prompts get of a step beside others that decode */
     int step_rows_max;    /* rows of logits computed at once; 0 = n_sequences_max * (1 + drafts) */
     int draft_tokens_max; /* drafts verified in one run, 0 = none */
     const char *draft_model_dir;    /* a small model of the same vocabulary that guesses; NULL = none */
@@ -73,6 +74,7 @@ struct worker_info {
     int n_layers, n_heads, n_kv_heads, head_dim, hidden, ffn, vocab_size; /* of the whole model */
     int rank, size, block_size, n_slots_max, step_tokens_max, step_rows_max, context_max,
         draft_tokens_max;
+    int step_prompt_max;   /* prompt tokens of a step beside others that decode, 0 = the rest of it */
     int window;            /* 0 = some layer sees all */
     uint64_t n_parameters; /* of the whole model */
     uint64_t weight_bytes; /* resident on this rank; also read once by each decode step */

@@ -53,6 +53,12 @@ static bool draft_fits(const struct group *g, const Heddle__Cluster__Join *j)
     return same && j->has_draft_model;
 }
 
+/* 0 = no bound */
+static void least_bound(uint32_t *least, uint32_t bound)
+{
+    if (bound && (!*least || bound < *least)) *least = bound;
+}
+
 static void most32(uint32_t *most, uint32_t value)
 {
     if (value > *most) *most = value;
@@ -81,6 +87,7 @@ static struct group_info info_make(const struct cluster *c, const struct group *
         least32(&info.n_slots_max, j->slots_max);
         least32(&info.step_tokens_max, j->step_tokens_max);
         least32(&info.step_rows_max, j->step_rows_max);
+        least_bound(&info.step_prompt_max, j->step_prompt_max);
         least32(&info.context_max, j->context_max);
         least32(&info.draft_tokens_max, j->draft_tokens_max);
         if (j->block_bytes > info.block_bytes) info.block_bytes = j->block_bytes;

@@ -68,6 +68,7 @@ struct request {
 struct group_info {
     uint64_t epoch;
     uint32_t n_ranks, block_size, n_blocks, n_host_blocks, n_slots_max, step_tokens_max, step_rows_max;
+    uint32_t step_prompt_max; /* prompt tokens of a step beside others that decode, 0 = the rest of it */
     uint32_t context_max, vocab_size, window, draft_tokens_max;
     uint64_t block_bytes;
     uint32_t n_disk_blocks;              /* behind the host blocks; 0 without those */

@@ -1,7 +1,7 @@
 /* The fields of a record's entries, once for writing and reading: their order is the format. */
 #pragma once
 
-#define RECORD_MAGIC "HDLREC1\n"
+#define RECORD_MAGIC "HDLREC2\n"
 enum { RECORD_MAGIC_BYTES = 8 };
 
 #define RECORD_CONFIG_FIELDS(X)                                                                    \
@@ -14,7 +14,7 @@ enum { RECORD_MAGIC_BYTES = 8 };
     X(epoch)                                                                                       \
     X(n_ranks) X(block_size) X(n_blocks) X(n_host_blocks) X(n_slots_max) X(step_tokens_max)        \
         X(step_rows_max) X(context_max) X(vocab_size) X(window) X(draft_tokens_max) X(block_bytes) \
-            X(has_draft_model) X(n_disk_blocks) X(save_ns) X(load_ns) X(fetch_ns)
+            X(has_draft_model) X(n_disk_blocks) X(save_ns) X(load_ns) X(fetch_ns) X(step_prompt_max)
 
 #define RECORD_REQUEST_FIELDS(X)                                                                   \
     X(id)                                                                                          \

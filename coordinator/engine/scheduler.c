@@ -321,10 +321,21 @@ static void publish(struct engine *e, struct group *g)
     }
 }
 
+/* Long steps make those wait who decode in them, or come back for their next. */
+static void keep_short(struct group *g, uint32_t *n_budget)
+{
+    uint32_t n_most = g->info.step_prompt_max;
+    if (!n_most || n_most >= g->n_tokens_left || !(g->n_step_samples || g->waiting_result.n))
+        return;
+    *n_budget -= g->n_tokens_left - n_most;
+    g->n_tokens_left = n_most;
+}
+
 static void fill(struct engine *e, struct group *g)
 {
+    uint32_t n_budget = g->n_budget;
     g->n_step_samples = g->n_decoding;
-    g->n_tokens_left = g->n_budget - g->n_decoding;
+    g->n_tokens_left = n_budget - g->n_decoding;
     g->n_rows_left = g->n_rows_max - g->n_decoding;
     g->n_step_tokens = g->n_step_prompt = 0;
     g->n_step_syncs = g->n_step_drafted = g->n_step_ahead = 0;
@@ -332,12 +343,13 @@ static void fill(struct engine *e, struct group *g)
     resume_stalled(e, g);
     beam_fork(e, g);
     run_ready(e, g);
+    keep_short(g, &n_budget);
     run_prefills(e, g, true);
     bool backlog = admit_waiting(e, g);
     run_prefills(e, g, false);
     if (!backlog) return;
-    e->stats.step_tokens += g->n_budget - g->n_tokens_left;
-    e->stats.step_budget += g->n_budget;
+    e->stats.step_tokens += n_budget - g->n_tokens_left;
+    e->stats.step_budget += n_budget;
 }
 
 /* Whoever drafts runs again when its result is in. A plan without it would make the others wait for

@@ -254,6 +254,7 @@ static enum err raise_group(struct world *w, uint32_t group)
     g->last_io_us[0] = g->last_io_us[1] = 0;
     g->worker.window = i->window;
     g->worker.step_tokens_max = i->step_tokens_max;
+    g->worker.step_prompt_max = i->step_prompt_max;
     g->worker.step_rows_max = i->step_rows_max;
     g->worker.has_draft_model = i->has_draft_model;
     g->up = g->alive = true;
@@ -322,6 +323,8 @@ static void draw_group(struct world *w, uint32_t group)
                              .load_ns = (uint32_t)rand_below(&w->io_rand, 1000000),
                              .fetch_ns = (uint32_t)rand_below(&w->io_rand, 1000000)};
     i->step_rows_max = 2 + (uint32_t)rand_below(&w->rand, 20);
+    i->step_prompt_max =
+        rand_below(&w->io_rand, 2) ? 0 : 1 + (uint32_t)rand_below(&w->io_rand, 20);
 }
 
 static void draw_disk(struct world *w)

@@ -370,13 +370,28 @@ static bool take_own(struct sim_worker *w, struct sim_slot *s, const struct plan
     return true;
 }
 
+/* Of a plan in which others decode by themselves. */
+static bool prompts_are_short(struct sim_worker *w, const struct step_plan *p)
+{
+    uint64_t n_prompt = 0;
+    for (uint32_t i = 0; i < p->n_runs; i++) {
+        uint32_t n = p->runs[i].n_tokens - p->runs[i].n_drafts;
+        if (n > 1 || !(p->runs[i].flags & PLAN_RUN_SAMPLE)) n_prompt += n;
+    }
+    if (w->step_prompt_max && n_prompt > w->step_prompt_max)
+        return wrong(w, "%llu tokens of prompts beside decodes, of at most %u",
+                     (unsigned long long)n_prompt, w->step_prompt_max);
+    return true;
+}
+
 static bool list_runs(struct sim_worker *w, const struct step_plan *p)
 {
-    uint64_t n_tokens = 0, n_rows = 0;
+    uint64_t n_tokens = 0, n_rows = 0, n_members = 0;
     memset(w->runs, 0, w->n_slots * sizeof *w->runs);
     for (uint32_t i = 0; i < w->n_slots; i++)
         if (w->slots[i].open && w->slots[i].decoding && !p->idle)
-            w->runs[i] = (struct sim_run){.sample = true, .n_tokens = 1};
+            w->runs[i] = (struct sim_run){.sample = true, .n_tokens = 1}, n_members++;
+    if (n_members && !prompts_are_short(w, p)) return false;
     for (uint32_t i = 0; i < p->n_runs; i++) {
         const struct plan_run *r = &p->runs[i];
         struct sim_slot *s = open_slot(w, r->slot, "run");

@@ -45,7 +45,7 @@ struct sim_transfers {
 
 struct sim_worker {
     uint32_t n_slots, n_blocks, n_host, block_size, context, window, blocks_per_slot;
-    uint32_t step_tokens_max, step_rows_max;
+    uint32_t step_tokens_max, step_prompt_max, step_rows_max;
     bool has_draft_model;
     uint64_t step;
     struct sim_slot *slots;

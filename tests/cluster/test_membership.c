@@ -199,6 +199,7 @@ static void worker_start(struct worker *w, const char *address, const char *toke
                                         .block_size = 16,
                                         .slots_max = 8,
                                         .step_tokens_max = 512,
+                                        .step_prompt_max = 50 * rank, /* rank 0: any */
                                         .step_rows_max = 64,
                                         .context_max = 4096,
                                         .vocab_size = 1000,
@@ -334,6 +335,7 @@ static void test_forms_and_runs(void **state)
         assert_int_equal(info->block_size, 16);
         assert_int_equal(info->vocab_size, 1000);
         assert_int_equal(info->step_tokens_max, 512);
+        assert_int_equal(info->step_prompt_max, 50);
     }
     assert_int_not_equal(f->told.up[0], f->told.up[1]);
     for (uint32_t g = 0; g < GROUPS; g++)

@@ -84,6 +84,7 @@ static inline void rig_up(struct rig *rig, uint32_t group, struct group_info inf
                      OK);
     rig->workers[group].window = info.window;
     rig->workers[group].step_tokens_max = info.step_tokens_max;
+    rig->workers[group].step_prompt_max = info.step_prompt_max;
     rig->workers[group].step_rows_max = info.step_rows_max;
     engine_group_up(rig->engine, group, &info);
 }

@@ -438,6 +438,40 @@ static void drafts_change_no_token_and_save_steps(void **state)
     rig_free(q[0]), rig_free(q[1]);
 }
 
+/* The first step has nobody to hold up and takes what fits; beside the one that decodes then, later
+ * prompts come in pieces; when it has ended, the rest comes at once. */
+static void prompts_come_in_pieces_beside_decodes(void **state)
+{
+    struct rig rig;
+    (void)state;
+    rig_open(&rig, &plain);
+    struct group_info info = rig_info(128, 8);
+    info.step_prompt_max = 6;
+    rig_up(&rig, 0, info);
+    struct rig_request *decodes = rig_request(1, 50, 20, 3), *late = rig_request(2, 150, 2, 5);
+    submit(&rig, decodes);
+    rig_turn(&rig);
+    assert_int_equal(rig.seen.n_runs, 1);
+    assert_int_equal(rig.seen.runs[0].n_tokens, 50);
+    rig_turn(&rig);
+    submit(&rig, late);
+    uint32_t n_pieces = 0, n_longer = 0, n_done = 0;
+    while (rig_turn(&rig)) {
+        if (!rig.seen.n_runs || n_done == 150) continue;
+        uint32_t n = rig.seen.runs[0].n_tokens;
+        n_done += n;
+        n_pieces += n == 6;
+        n_longer += n > 6;
+    }
+    assert_true(n_pieces > 10);
+    assert_int_equal(n_longer, 1);
+    assert_int_equal(n_done, 150);
+    assert_int_equal(decodes->n_tokens, 20);
+    assert_int_equal(late->n_tokens, 2);
+    rig_free(decodes), rig_free(late);
+    rig_close(&rig);
+}
+
 static void a_prompt_is_scored_once_even_when_computed_twice(void **state)
 {
     struct rig rig;
@@ -617,6 +651,7 @@ int main(void)
         cmocka_unit_test(a_higher_class_takes_the_slot_of_a_lower_one),
         cmocka_unit_test(a_window_gives_blocks_back_while_it_slides),
         cmocka_unit_test(drafts_change_no_token_and_save_steps),
+        cmocka_unit_test(prompts_come_in_pieces_beside_decodes),
         cmocka_unit_test(a_prompt_is_scored_once_even_when_computed_twice),
         cmocka_unit_test(a_scored_choice_takes_no_prompt_from_its_siblings),
         cmocka_unit_test(placement_follows_the_prefix),

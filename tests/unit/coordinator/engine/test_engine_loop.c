@@ -108,6 +108,7 @@ static void fake_up(struct fake *f)
                               .n_blocks = 100,
                               .n_slots_max = 8,
                               .step_tokens_max = 64,
+                              .step_prompt_max = 12,
                               .step_rows_max = 64,
                               .context_max = 200,
                               .vocab_size = SIM_VOCABULARY,
