@@ -271,10 +271,11 @@ struct backend_ops {
      * operations that read the weight, but beside nothing that makes or destroys weights. */
     enum err (*weight_adopt)(struct backend *b, const struct packed_weight *p, struct weight **out);
     enum err (*weight_settle)(struct backend *b, struct weight *w, struct hash128 *out_digest);
-    /* The same for a cache that was made for an early first token: moves its part (0, 1, ...) to
-     * where it is read fastest; false when there is no such part. On another thread beside operations
-     * on the cache, but not beside kv_destroy. */
-    bool (*kv_settle)(struct backend *b, struct kv_cache *kv, int part);
+    /* The same for a cache that was made for an early first token, whose first n_blocks blocks are in
+     * use by now: one part a call moves to where it is read fastest, or finds memory for the blocks
+     * that come next. False when nothing is left to do for so many. Always the same thread, beside
+     * operations on the cache but not beside kv_destroy. */
+    bool (*kv_settle)(struct backend *b, struct kv_cache *kv, int n_blocks);
 };
 
 /* Common head of every backend; an implementation embeds it first. */

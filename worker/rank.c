@@ -265,7 +265,7 @@ enum err worker_end(struct worker *w, struct step_result *out)
         .drafted = s->drafted,
     };
     if (w->draft) draft_report(w->draft, out);
-    if (s->batch.n_tokens) settle_allow(w->model->settle);
+    if (s->batch.n_tokens) settle_step(w->model->settle, w->slots.n_blocks_used);
     s->busy = false;
     w->first_busy = (w->first_busy + 1) % STEPS_IN_FLIGHT;
     w->n_busy--;

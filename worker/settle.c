@@ -1,4 +1,5 @@
-/* One thread through a list of weights; its verdict is a state that is set once. */
+/* One thread through a list of weights, then behind the steps' use of caches; its verdict is a state
+ * that is set once. */
 #include "worker/settle.h"
 #include "base/clock.h"
 #include "base/log.h"
@@ -36,8 +37,12 @@ struct settle {
     struct kv_cache *caches[SETTLE_CACHES_MAX];
     int n_caches;
     pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
     bool started, joined;
+    bool rests; /* under lock: has nothing to do, or has ended */
     _Atomic bool stopping, allowed;
+    _Atomic uint32_t n_blocks; /* of every cache that have been used; written under lock */
     _Atomic int verdict; /* enum err; why is written before it */
     char why[512];
 };
@@ -48,6 +53,8 @@ enum err settle_create(struct backend *b, const struct safetensors *file, struct
     TRY(MEM_NEW(&s));
     s->backend = b;
     s->file = file;
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->changed, NULL);
     *out = s;
     return OK;
 }
@@ -106,21 +113,52 @@ static enum err move_all(struct settle *s)
     return OK;
 }
 
-/* A part holds up the steps that use it while it moves, and where the system has to find the memory
- * that takes a while: then they get the longer part of the time. */
-static void caches_move(struct settle *s)
+/* A part that moves holds up the steps that use it, and where the system has to find the memory that
+ * takes a while: then they get the longer part of the time. Later parts are new, and have to be there
+ * in time. */
+static void caches_move(struct settle *s, uint32_t n_blocks, bool rests)
 {
     const struct backend_ops *ops = s->backend->ops;
     int64_t begin = clock_monotonic_us();
+    int n_parts = 0;
     for (int i = 0; i < s->n_caches; i++)
-        for (int part = 0; !atomic_load(&s->stopping); part++) {
+        for (; !atomic_load(&s->stopping); n_parts++) {
             int64_t began = clock_monotonic_us();
-            if (!ops->kv_settle(s->backend, s->caches[i], part)) break;
+            if (!ops->kv_settle(s->backend, s->caches[i], (int)n_blocks)) break;
             int64_t us = clock_monotonic_us() - began;
-            if (us > SLOW_US) clock_sleep_us(2 * us < REST_US_MAX ? 2 * us : REST_US_MAX);
+            if (rests && us > SLOW_US) clock_sleep_us(2 * us < REST_US_MAX ? 2 * us : REST_US_MAX);
         }
-    log_debug("%d KV caches in huge pages after %.2f s", s->n_caches,
-              (double)(clock_monotonic_us() - begin) / 1e6);
+    if (n_parts)
+        log_debug("%d parts of KV caches in huge pages after %.2f s, %u blocks in use", n_parts,
+                  (double)(clock_monotonic_us() - begin) / 1e6, n_blocks);
+}
+
+static void rest(struct settle *s) /* under lock */
+{
+    s->rests = true;
+    pthread_cond_broadcast(&s->changed);
+}
+
+/* Until more than n_blocks are in use; false: until it shall stop. */
+static bool use_wait(struct settle *s, uint32_t n_blocks)
+{
+    pthread_mutex_lock(&s->lock);
+    rest(s);
+    while (!atomic_load(&s->stopping) && atomic_load(&s->n_blocks) <= n_blocks)
+        pthread_cond_wait(&s->changed, &s->lock);
+    s->rests = false;
+    pthread_mutex_unlock(&s->lock);
+    return !atomic_load(&s->stopping);
+}
+
+static void caches_follow(struct settle *s)
+{
+    uint32_t n_blocks = atomic_load(&s->n_blocks);
+    caches_move(s, n_blocks, true);
+    while (s->n_caches && use_wait(s, n_blocks)) {
+        n_blocks = atomic_load(&s->n_blocks);
+        caches_move(s, n_blocks, false);
+    }
 }
 
 static void first_step_wait(struct settle *s)
@@ -146,10 +184,14 @@ static void *settle_main(void *arg)
     enum err e = verify_all(s);
     if (!e) first_step_wait(s);
     if (!e) e = move_all(s);
-    if (!e) caches_move(s);
-    if (!e) return NULL;
-    snprintf(s->why, sizeof s->why, "%s", err_detail());
-    atomic_store(&s->verdict, (int)e);
+    if (!e) caches_follow(s);
+    if (e) {
+        snprintf(s->why, sizeof s->why, "%s", err_detail());
+        atomic_store(&s->verdict, (int)e);
+    }
+    pthread_mutex_lock(&s->lock);
+    rest(s);
+    pthread_mutex_unlock(&s->lock);
     return NULL;
 }
 
@@ -161,9 +203,15 @@ enum err settle_start(struct settle *s)
     return OK;
 }
 
-void settle_allow(struct settle *s)
+/* A lock that is taken means that the thread is awake, and the next step says it again. */
+void settle_step(struct settle *s, uint32_t n_blocks)
 {
-    if (s) atomic_store_explicit(&s->allowed, true, memory_order_relaxed);
+    if (!s) return;
+    atomic_store_explicit(&s->allowed, true, memory_order_relaxed);
+    if (n_blocks <= atomic_load(&s->n_blocks) || pthread_mutex_trylock(&s->lock)) return;
+    atomic_store(&s->n_blocks, n_blocks);
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
 }
 
 enum err settle_check(struct settle *s)
@@ -174,22 +222,33 @@ enum err settle_check(struct settle *s)
 
 enum err settle_wait(struct settle *s)
 {
-    settle_allow(s);
-    if (s && s->started && !s->joined) pthread_join(s->thread, NULL), s->joined = true;
+    if (!s || !s->started) return settle_check(s);
+    atomic_store(&s->allowed, true);
+    pthread_mutex_lock(&s->lock);
+    while (!s->rests)
+        pthread_cond_wait(&s->changed, &s->lock);
+    pthread_mutex_unlock(&s->lock);
     return settle_check(s);
 }
 
 void settle_stop(struct settle *s)
 {
-    if (!s) return;
+    if (!s || !s->started || s->joined) return;
+    pthread_mutex_lock(&s->lock);
     atomic_store(&s->stopping, true);
-    (void)settle_wait(s);
+    atomic_store(&s->allowed, true);
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    pthread_join(s->thread, NULL);
+    s->joined = true;
 }
 
 void settle_destroy(struct settle *s)
 {
     if (!s) return;
     settle_stop(s);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->lock);
     mem_free(s->list);
     mem_free(s);
 }

@@ -103,12 +103,18 @@ static enum err tokens_copy(const struct slots *s, const int32_t *from, uint32_t
     return OK;
 }
 
-static enum err blocks_copy(const struct slots *s, const int32_t *from, uint32_t n, struct slot *to)
+static void block_used(struct slots *s, int64_t block)
+{
+    if (block >= s->n_blocks_used) s->n_blocks_used = (uint32_t)block + 1;
+}
+
+static enum err blocks_copy(struct slots *s, const int32_t *from, uint32_t n, struct slot *to)
 {
     if (n > s->blocks_per_slot)
         FAIL(ERR_FORMAT, "plan: %u blocks for one sequence, at most %u", n, s->blocks_per_slot);
     for (uint32_t i = 0; i < n; i++) {
         TRY(block_check(s, from[i], "names"));
+        block_used(s, from[i]);
         to->blocks[i] = from[i];
     }
     to->n_blocks = n;
@@ -269,6 +275,7 @@ static enum err extend_one(struct slots *s, const struct plan_pair *pair)
     TRY(block_check(s, pair->to, "extends by"));
     if (t->n_blocks >= s->blocks_per_slot)
         FAIL(ERR_FORMAT, "plan: slot %u grows beyond %u blocks", pair->from, s->blocks_per_slot);
+    block_used(s, pair->to);
     t->blocks[t->n_blocks++] = (int32_t)pair->to;
     return OK;
 }

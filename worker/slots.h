@@ -46,6 +46,7 @@ struct slot_run {
 struct slots {
     struct slots_limits limits;
     uint32_t blocks_per_slot;
+    uint32_t n_blocks_used; /* 1 + the highest block that any slot has had */
     struct slot *all;      /* [n_slots] */
     struct slot_run *runs; /* [n_slots] of the last plan, ascending slots */
     uint32_t n_runs, n_run_tokens;

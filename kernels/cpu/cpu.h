@@ -196,6 +196,10 @@ struct kv_cache {
     uint8_t *data;
     size_t bytes;
     bool gathers; /* its beginnings lie in small pages until cpu_kv_settle has been there */
+    /* Of cpu_kv_settle alone: beginnings gathered; bytes of every K or V of a layer and head that
+     * have their pages, and those that ahead_part of them have by now. */
+    int n_gathered, ahead_part;
+    size_t ahead_bytes, ahead_next;
     const struct row_kernels *rows;
 };
 
@@ -271,7 +275,7 @@ size_t cpu_kv_bytes(struct backend *b, const struct kv_cache_args *args);
 enum err cpu_kv_create(struct backend *b, const struct kv_cache_args *args, struct kv_cache **out);
 /* kv_pages.c: what the first tokens will lie in, made now. kv->data is set and untouched. */
 void kv_pages_begin(struct backend *b, struct kv_cache *kv);
-bool cpu_kv_settle(struct backend *b, struct kv_cache *kv, int part);
+bool cpu_kv_settle(struct backend *b, struct kv_cache *kv, int n_blocks);
 void cpu_kv_destroy(struct backend *b, struct kv_cache *kv);
 void cpu_kv_copy(struct backend *b, struct kv_cache *kv, const int32_t *src, const int32_t *dst,
                  int n);

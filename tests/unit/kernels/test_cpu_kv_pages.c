@@ -1,8 +1,9 @@
 /* Goal: a KV cache is there at once, in a few small pages, and moves to huge ones beside the steps
- * that use it without changing a byte.
+ * that use it without changing a byte; blocks have their memory before they are written.
  * Method: blocks at the beginning, behind it and at the end of a cache of 128 MiB hold a pattern;
- * one thread moves the parts while another reads and rewrites them. What the process has resident
- * is asked of the system. */
+ * one thread moves the parts while another reads and rewrites them. What is resident is asked of the
+ * system. */
+#include "kernels/cpu/cpu.h"
 #include "unit/kernels/cpu_test.h"
 
 #include <pthread.h>
@@ -42,7 +43,7 @@ static void pattern(uint8_t *bytes, int32_t block, int round)
 static void *move_main(void *arg)
 {
     struct moving *m = arg;
-    while (m->b->ops->kv_settle(m->b, m->kv, m->n_parts))
+    while (m->b->ops->kv_settle(m->b, m->kv, 0))
         m->n_parts++;
     atomic_store(&m->done, true);
     return NULL;
@@ -90,8 +91,89 @@ static void moves_beside_steps(void **state)
     b->ops->close(b);
 }
 
+/* Of the memory of a block, whether all is there. */
+static bool is_resident(const struct kv_cache *kv, int32_t block)
+{
+    unsigned char pages[2];
+    for (int stretch = 0; stretch < STRETCHES; stretch++) {
+        uint8_t *half = kv_head(kv, stretch / (2 * HEADS), block, stretch / 2 % HEADS) +
+                        (size_t)(stretch % 2) * kv->v_offset;
+        uintptr_t begin = (uintptr_t)half & ~(uintptr_t)4095;
+        size_t n = (uintptr_t)half + kv->half_bytes - begin;
+        assert_true(n <= sizeof pages * 4096);
+        assert_int_equal(mincore((void *)begin, n, pages), 0);
+        for (size_t i = 0; i < (n + 4095) / 4096; i++)
+            if (!(pages[i] & 1)) return false;
+    }
+    return true;
+}
+
+static bool fetches_ahead(void)
+{
+    return !madvise(NULL, 0, 23); /* MADV_POPULATE_WRITE: Linux 5.14 */
+}
+
+static int settle_all(struct backend *b, struct kv_cache *kv, int n_blocks)
+{
+    int n = 0;
+    while (b->ops->kv_settle(b, kv, n_blocks))
+        n++;
+    return n;
+}
+
+/* 4095 blocks: stretches begin in the middle of pages. */
+static void memory_is_there_before_blocks(void **state)
+{
+    enum { AHEAD = (512 << 10) / (BLOCK_BYTES / STRETCHES) };
+    struct backend *b = test_open("reference");
+    struct kv_cache_args args = {LAYERS, HEADS, 64, 32, BLOCKS - 1, DTYPE_BF16};
+    struct kv_cache *kv;
+    (void)state;
+    CHECK(b->ops->kv_create(b, &args, &kv));
+    if (!fetches_ahead()) {
+        b->ops->kv_destroy(b, kv);
+        b->ops->close(b);
+        skip();
+    }
+    settle_all(b, kv, 0);
+    assert_false(is_resident(kv, 1000)); /* what nobody uses takes no memory */
+    static const int n_used[] = {1, 200, 383, 384, 1500, 1501, 3999, BLOCKS - 1};
+    for (size_t i = 0; i < sizeof n_used / sizeof *n_used; i++) {
+        int n_parts = settle_all(b, kv, n_used[i]), n_ahead = n_used[i] + AHEAD;
+        assert_true(n_parts <= STRETCHES);
+        assert_int_equal(settle_all(b, kv, n_used[i]), 0);
+        for (int block = 0; block < n_ahead && block < BLOCKS - 1; block++)
+            if (!is_resident(kv, block)) fail_msg("%d of %d used", block, n_used[i]);
+        if (n_ahead + 1024 < BLOCKS) assert_false(is_resident(kv, n_ahead + 1024));
+    }
+    b->ops->kv_destroy(b, kv);
+    b->ops->close(b);
+}
+
+/* What is asked for grows while a round is under way. */
+static void rounds_go_on_from_each_other(void **state)
+{
+    struct backend *b = test_open("reference");
+    struct kv_cache_args args = {LAYERS, HEADS, 64, 32, BLOCKS, DTYPE_BF16};
+    struct kv_cache *kv;
+    (void)state;
+    CHECK(b->ops->kv_create(b, &args, &kv));
+    settle_all(b, kv, 0);
+    for (int n = 900; n < 3000; n += 300)
+        assert_int_equal(b->ops->kv_settle(b, kv, n), fetches_ahead());
+    settle_all(b, kv, 3000);
+    for (int block = 0; fetches_ahead() && block < 3000; block++)
+        assert_true(is_resident(kv, block));
+    b->ops->kv_destroy(b, kv);
+    b->ops->close(b);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(moves_beside_steps)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(moves_beside_steps),
+        cmocka_unit_test(memory_is_there_before_blocks),
+        cmocka_unit_test(rounds_go_on_from_each_other),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
