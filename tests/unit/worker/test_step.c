@@ -1,16 +1,19 @@
 /* Goal: what a sequence generates depends on itself alone, not on chunks, neighbours, cached
- * prefixes, drafts, forks, swaps or a fresh start from its known tokens (bitwise); and a step
- * allocates nothing.
+ * prefixes, drafts, forks, swaps or a fresh start from its known tokens (bitwise); a step allocates
+ * nothing, and the memory of the blocks behind those in use is found beside it.
  * Method: the same sequence is run in the plainest way and in each of the others on a tiny
  * checkpoint; tokens, logprobs and the eight best must be equal bit by bit. */
+#include "base/clock.h"
 #include "base/log.h"
 #include "golden.h"
+#include "kernels/cpu/cpu.h"
 #include "ranks.h"
 
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <sys/mman.h>
 
 #include <cmocka.h>
 
@@ -612,6 +615,42 @@ static void test_steps_allocate_nothing(void **state)
     stop();
 }
 
+/* Whether the K of layer 0, head 0 of a block has its page. */
+static bool is_resident(const struct worker *w, int32_t block)
+{
+    unsigned char page;
+    uintptr_t at = (uintptr_t)kv_head(w->decoder.kv, 0, block, 0);
+    assert_int_equal(mincore((void *)(at & ~(uintptr_t)4095), 1, &page), 0);
+    return page & 1;
+}
+
+static void test_memory_is_found_beside_steps(void **state)
+{
+    (void)state;
+    if (madvise(NULL, 0, 23)) skip(); /* MADV_POPULATE_WRITE: Linux 5.14 */
+    golden_open("llama_bf16", &golden);
+    struct worker_config c = config_small(&golden);
+    c.kv_cache_bytes = 256 << 20; /* of which little is touched */
+    die(ranks_create(&ranks, &c, 1));
+    const struct worker *w = ranks.workers[0];
+    const struct kv_cache *kv = w->decoder.kv;
+    struct sampling_params s = sampled();
+    int32_t first = (int32_t)((8 << 20) / kv->half_bytes), blocks[10]; /* 8 MiB into every K and V */
+    assert_true(first + 100 < kv->args.n_blocks);
+    for (int i = 0; i < 10; i++)
+        blocks[i] = first + i;
+    struct plan_open open = open_on(0, long_prompt(), blocks, &s);
+    struct plan_run run = {.n_tokens = open.n_tokens, .flags = PLAN_RUN_SAMPLE};
+    struct step_result result;
+    assert_false(is_resident(w, first / 2));
+    step((struct step_plan){.n_opens = 1, .opens = &open, .n_runs = 1, .runs = &run}, &result);
+    int64_t end = clock_monotonic_us() + 20000000;
+    while (!(is_resident(w, first / 2) && is_resident(w, first + 30)) && clock_monotonic_us() < end)
+        clock_sleep_us(1000);
+    assert_true(is_resident(w, first / 2) && is_resident(w, first + 30));
+    stop();
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -621,6 +660,7 @@ int main(void)
         cmocka_unit_test(test_prompt_logprobs),
         cmocka_unit_test(test_bias_bans_and_penalties),
         cmocka_unit_test(test_steps_allocate_nothing),
+        cmocka_unit_test(test_memory_is_found_beside_steps),
     };
     log_set_level(LOG_WARN);
     return cmocka_run_group_tests(tests, NULL, NULL);
