@@ -17,14 +17,15 @@ struct meeting {
     std::atomic<uint64_t> arrived[RANKS_MAX], left[RANKS_MAX];
     unsigned char slots[RANKS_MAX][SLOT_BYTES];
 };
+struct unique_id {
+    char bytes[128];
+};
 struct comm {
     meeting *m;
     int rank, size;
     uint64_t n_ops;
     std::atomic<bool> aborted;
-};
-struct unique_id {
-    char bytes[128];
+    unique_id id;
 };
 struct operation {
     comm *c;
@@ -98,6 +99,7 @@ int ncclGetUniqueId(unique_id *id)
     static int n;
     memset(id, 0, sizeof *id);
     snprintf(id->bytes, sizeof id->bytes, "/heddle-fake-nccl-%d-%d", (int)getpid(), n++);
+    shm_unlink(id->bytes); /* of a killed process that had this number */
     return SUCCESS;
 }
 int ncclCommInitRankConfig(comm **out, int size, unique_id id, int rank, const size_t *config)
@@ -110,7 +112,7 @@ int ncclCommInitRankConfig(comm **out, int size, unique_id id, int rank, const s
     if (m == MAP_FAILED) return 2;
     m->pids[rank] = getpid();
     if (++m->joined == size) shm_unlink(id.bytes);
-    *out = new comm{m, rank, size, 0, {false}};
+    *out = new comm{m, rank, size, 0, {false}, id};
     return IN_PROGRESS;
 }
 int ncclCommGetAsyncError(comm *c, int *error)
@@ -122,6 +124,7 @@ int ncclCommGetAsyncError(comm *c, int *error)
 }
 int ncclCommAbort(comm *c)
 {
+    if (c->m->joined < c->size) shm_unlink(c->id.bytes);
     c->aborted = true; /* its memory stays: work in the stream may still look at it */
     return SUCCESS;
 }
