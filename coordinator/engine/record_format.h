@@ -2,7 +2,7 @@
 #pragma once
 
 #define RECORD_MAGIC "HDLREC2\n"
-enum { RECORD_MAGIC_BYTES = 8 };
+enum { RECORD_MAGIC_BYTES = 8, RECORD_NAME_BYTES = 6 }; /* the format's digit follows the name */
 
 #define RECORD_CONFIG_FIELDS(X)                                                                    \
     X(n_groups)                                                                                    \

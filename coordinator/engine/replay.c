@@ -291,8 +291,11 @@ static enum err play_entry(struct player *p, unsigned kind)
 static enum err play_all(struct player *p, const unsigned char *bytes, size_t n)
 {
     const unsigned char *end = bytes + n;
-    if (n < RECORD_MAGIC_BYTES || memcmp(bytes, RECORD_MAGIC, RECORD_MAGIC_BYTES))
+    if (n < RECORD_MAGIC_BYTES || memcmp(bytes, RECORD_MAGIC, RECORD_NAME_BYTES))
         FAIL(ERR_FORMAT, "not a record of an engine");
+    if (memcmp(bytes, RECORD_MAGIC, RECORD_MAGIC_BYTES))
+        FAIL(ERR_FORMAT, "a record of another version of heddle: format %.1s, this one reads %.1s",
+             (const char *)bytes + RECORD_NAME_BYTES, RECORD_MAGIC + RECORD_NAME_BYTES);
     TRY(mem_alloc_array(QUEUE_MAX, sizeof *p->queue, (void **)&p->queue));
     p->at = bytes + RECORD_MAGIC_BYTES;
     while (p->at < end) {

@@ -346,6 +346,9 @@ static void the_record_replays_to_the_same_plans(void **state)
     }
     assert_true(n_noticed > 20);
     assert_int_equal(replay_bytes("nonsense", 8, &again), ERR_FORMAT);
+    assert_non_null(strstr(err_detail(), "not a record"));
+    assert_int_equal(replay_bytes("HDLREC1\n", 8, &again), ERR_FORMAT);
+    assert_non_null(strstr(err_detail(), "format 1, this one reads 2"));
     buf_fini(&file);
     const char *keep = getenv("HEDDLE_KEEP_RECORD"); /* to make a seed for the fuzzer */
     if (keep)
